@@ -1,0 +1,43 @@
+"""Label functions: 32-bit products to weights that are exactly bfloat16 values.
+
+A register is hashed by one 32-bit multiplication; masking and toggling bits of the product makes two
+bfloat16 numbers of magnitude 1/8 to 2 with random sign. Every result is a bfloat16 value by definition, so
+encoder, reference and kernels agree bit for bit. Integer arithmetic only, until the final reinterpretation.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Per 16-bit half: sign, the two low exponent bits and seven mantissa bits come from the product.
+KEEP_BITS = 0x81FF81FF
+# Toggling exponent bits maps the two kept ones to exponents 124..127: magnitudes in [1/8, 2).
+TOGGLE_BITS = 0x3F003F00
+
+
+def _bfloat16_to_float32(pattern: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """The low 16 bits of each element, read as a bfloat16."""
+    return (pattern << np.uint32(16)).view(np.float32)
+
+
+def _round_to_bfloat16(value: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round finite float32 to the nearest bfloat16, ties to even, kept as float32."""
+    pattern = value.view(np.uint32)
+    odd = (pattern >> np.uint32(16)) & np.uint32(1)
+    return ((pattern + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def pair(product: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Two weights a step: the low, then the high half of the masked product. ``[...] -> [..., 2]``."""
+    halves = (product & np.uint32(KEEP_BITS)) ^ np.uint32(TOGGLE_BITS)
+    low = _bfloat16_to_float32(halves & np.uint32(0xFFFF))
+    high = _bfloat16_to_float32(halves >> np.uint32(16))
+    return np.stack([low, high], axis=-1)
+
+
+def half_sum(product: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """One weight a step: the two halves added, rounded to bfloat16. ``[...] -> [..., 1]``."""
+    halves = pair(product)
+    return _round_to_bfloat16(halves[..., :1] + halves[..., 1:])
+
+
+LABELS = {"pair": pair, "half_sum": half_sum}

@@ -1,0 +1,53 @@
+"""The family of convolutional codes, as data.
+
+A code of rate ``bits`` turns a bit stream into weights: every step shifts ``step_bits`` new bits into a
+register that keeps the last ``register_length`` of them, and a label function of the register emits
+``weights_per_step`` weights. Families of this kind: CCQ (arXiv 2507.07145), QTIP (arXiv 2406.11235).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+LabelFunction = Callable[[NDArray[np.uint32]], NDArray[np.float32]]
+"""uint32 products [...] -> float32 labels [..., weights_per_step], each exactly a bfloat16 value."""
+
+WORD_BITS = 32
+
+
+@dataclass(frozen=True)
+class ConvolutionalCode:
+    """One code: everything that a reader needs to turn a bit stream into weights.
+
+    Sequences are tail-biting: the register before the first step holds the last bits of the sequence,
+    so ``tile`` weights cost exactly ``tile * bits`` bits and no state is stored.
+    """
+
+    name: str
+    bits: int
+    weights_per_step: int
+    register_length: int
+    multiplier: int
+    label: LabelFunction
+    label_name: str
+
+    @property
+    def step_bits(self) -> int:
+        """Bits shifted into the register by one step."""
+        return self.bits * self.weights_per_step
+
+    @property
+    def states(self) -> int:
+        """Number of register values."""
+        return 1 << self.register_length
+
+    def words_per_sequence(self, tile: int) -> int:
+        """32-bit words that hold one sequence of ``tile`` weights."""
+        return tile * self.bits // WORD_BITS
+
+    def table(self) -> NDArray[np.float32]:
+        """Labels of every register value: float32 ``[2**register_length, weights_per_step]``."""
+        register = np.arange(self.states, dtype=np.uint32)
+        return self.label(register * np.uint32(self.multiplier))
