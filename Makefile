@@ -1,0 +1,49 @@
+# Every target installs what it needs first: `make demo` and `make test` work on a fresh machine.
+SHELL := bash
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.erniequant-installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test lint format soak clean
+
+help:
+	@echo "make demo    quantise the embedded tiny ERNIE 4.5 MoE at 4, 3 and 2 bits and compare with bf16"
+	@echo "make test    lint, type check and the whole test suite"
+	@echo "make lint    ruff and mypy only        make format   let ruff fix what it can"
+	@echo "make soak    the suite three times over, in another order each time"
+	@echo "TORCH='torch==2.13.0' chooses the torch requirement, PYTHON the interpreter"
+
+# torch goes first and by its own requirement, so that no other package pulls a different build of it.
+$(INSTALLED): pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet '$(TORCH)'
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(VENV)/bin/erniequant demo
+
+test: lint
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# Hash randomisation and reversed file order expose tests that lean on one another.
+soak: $(INSTALLED)
+	for seed in 1 2 3; do PYTHONHASHSEED=$$seed $(PY) -m pytest --quiet $$(ls -d tests/*/ | shuf --random-source=<(yes $$seed)) || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache erniequant-demo

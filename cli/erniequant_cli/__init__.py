@@ -1,0 +1,1 @@
+"""The `erniequant` command: one thin file per command over the library."""
