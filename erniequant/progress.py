@@ -1,8 +1,8 @@
 """How long work tells an observer what it is doing, without knowing who watches.
 
-The library calls these five methods in order: `plan` once, `start` once, `advance` and `message` while
-working, `finish` at the end. The command line draws a progress bar from them; tests record them; the
-default ignores them.
+The library calls these five methods in order: `plan` once, `start` once, `advance` and `message`
+while working, `finish` at the end. The command line draws a progress bar from them; tests record
+them; the default ignores them.
 """
 
 from typing import Protocol
@@ -18,7 +18,7 @@ class Progress(Protocol):
         """Begin work of `total_units` units; 0 where the amount is unknown."""
 
     def advance(self, units: int, label: str) -> None:
-        """Count `units` as done; `label` names what comes next or is under way ("layer 3 expert 17")."""
+        """Count `units` as done; `label` says what is under way ("layer 3 expert 17")."""
 
     def message(self, text: str) -> None:
         """Receive one line worth keeping on screen, such as a fallback or a finished layer."""

@@ -1,0 +1,97 @@
+"""Draws the library's progress events on stderr: a bar with time left on a terminal, plain lines
+in a log.
+
+The plan goes to stdout: under `--dry-run` it is the result.
+"""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from erniequant.progress import NULL_PROGRESS, NullProgress
+
+# In a log, one line a minute shows that the work is alive without burying what matters.
+SECONDS_BETWEEN_LOG_LINES = 60.0
+
+
+class TerminalProgress:
+    """The bar: what is under way, units done, elapsed time and time left."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task: TaskID | None = None
+
+    def plan(self, text: str) -> None:
+        print(text, flush=True)
+
+    def start(self, total_units: int) -> None:
+        self._task = self._bar.add_task("starting", total=total_units or None)
+        self._bar.start()
+
+    def advance(self, units: int, label: str) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, advance=units, description=label)
+
+    def message(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def finish(self) -> None:
+        self._bar.stop()
+
+
+class LogProgress:
+    """Plain lines for output that is not a terminal."""
+
+    def __init__(self) -> None:
+        self._total = self._done = 0
+        self._started = self._last = time.monotonic()
+
+    def plan(self, text: str) -> None:
+        print(text, flush=True)
+
+    def start(self, total_units: int) -> None:
+        self._total, self._done = total_units, 0
+        self._started = self._last = time.monotonic()
+
+    def advance(self, units: int, label: str) -> None:
+        self._done += units
+        now = time.monotonic()
+        if now - self._last >= SECONDS_BETWEEN_LOG_LINES:
+            self._last = now
+            left = (now - self._started) / max(self._done, 1) * max(self._total - self._done, 0)
+            _say(f"{label}: {self._done}/{self._total or '?'}, about {left / 60:.0f} min left")
+
+    def message(self, text: str) -> None:
+        _say(text)
+
+    def finish(self) -> None: ...
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def make_progress(quiet: bool) -> TerminalProgress | LogProgress | NullProgress:
+    """The observer that fits the output."""
+    if quiet:
+        return NULL_PROGRESS
+    return TerminalProgress() if sys.stderr.isatty() else LogProgress()
