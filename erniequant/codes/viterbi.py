@@ -1,0 +1,189 @@
+"""Fast CPU encoder: weighted Viterbi search for tail-biting sequences, compiled by numba.
+
+Minimises ``sum_i w_i (x_i - label_i)^2`` over all bit streams of a sequence. Tail-biting takes two searches: the
+first runs over a window around the seam with free ends and yields the register at the seam, the second runs over
+the whole sequence with both ends tied to it (near-optimal; tests compare with brute force). No survivor pointers
+are kept: the trace back recomputes the minimum over the few predecessors of one register, so the inner loop is
+only multiply, add and minimum and runs at the full vector width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from erniequant.codes.spec import WORD_BITS, ConvolutionalCode
+
+SEAM_WEIGHTS = 64
+"""Weights on either side of the seam that the first search sees; 128 lowers the error by less than 0.1 %."""
+
+_FAST = {"contract", "nnan", "ninf", "nsz"}
+_UNREACHABLE = np.float32(1e30)
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """A code made ready for searching: its label tables and the compiled search.
+
+    ``tables`` is float32 ``[V, B, R]``: label ``v`` of register ``j * R + r``, where ``B`` is the number of
+    branches per step and registers that share their low bits ``r`` have the same successors.
+    """
+
+    code: ConvolutionalCode
+    tables: Float32
+    search: Callable[..., None]
+
+    def encode(self, targets: Float32, weights: Float32) -> tuple[NDArray[np.uint32], Float32]:
+        """Encode sequences.
+
+        Args:
+            targets: float32 ``[S, T]`` in units of the labels.
+            weights: float32 ``[S, T]``, positive: how much the squared error of each position counts.
+
+        Returns:
+            uint32 words ``[S, T * bits / 32]`` and float32 labels ``[S, T]``.
+        """
+        sequences, tile = targets.shape
+        words = np.zeros((sequences, self.code.words_per_sequence(tile)), np.uint32)
+        labels = np.empty((sequences, tile), np.float32)
+        self.search(targets, weights, self.tables, words, labels)
+        return words, labels
+
+
+@lru_cache(maxsize=64)
+def encoder(code: ConvolutionalCode) -> Encoder:
+    """The encoder of a code; compiled once per step size and process."""
+    branches = 1 << code.step_bits
+    table = np.ascontiguousarray(code.table().T)
+    tables = table.reshape(code.weights_per_step, branches, code.states // branches)
+    return Encoder(code, tables, compile_search(code.step_bits, code.weights_per_step))
+
+
+@lru_cache(maxsize=8)
+def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
+    """The search ``(targets, weights, tables, words, labels) -> None`` for one step size; releases the GIL."""
+    forward = _forward_pair if per_step == 2 else _forward_single
+    branches = 1 << step_bits
+    njit: Any = numba.njit(nogil=True, boundscheck=False)
+
+    @njit
+    def trace_back(
+        x: Float32, w: Float32, tables: Float32, best: Float32, first: int, steps: int, stop: int,
+        r: int, states: NDArray[np.int64],
+    ) -> int:
+        """Follow the cheapest path backwards from class ``r`` after ``steps`` steps; fills ``states[stop:]``."""
+        total = x.shape[0] // per_step
+        classes = best.shape[1]
+        for i in range(steps - 1, stop - 1, -1):
+            t = (first + i) % total
+            cheapest = np.float32(np.inf)
+            state = r
+            for j in range(branches):
+                s = j * classes + r
+                cost = best[i, s >> step_bits]
+                for v in range(per_step):
+                    d = tables[v, j, r] - x[t * per_step + v]
+                    cost += w[t * per_step + v] * d * d
+                if cost < cheapest:
+                    cheapest = cost
+                    state = s
+            states[i] = state
+            r = state >> step_bits
+        return r
+
+    @njit
+    def search(
+        targets: Float32, weights: Float32, tables: Float32, words: NDArray[np.uint32], labels: Float32
+    ) -> None:
+        tile = targets.shape[1]
+        steps = tile // per_step
+        classes = tables.shape[2]
+        best = np.empty((steps + 1, classes), np.float32)
+        spread = np.empty((branches, classes), np.float32)
+        states = np.empty(steps, np.int64)
+        around = min(SEAM_WEIGHTS // per_step, steps // 2)
+        for q in range(targets.shape[0]):
+            x, w = targets[q], weights[q]
+            best[0, :] = 0
+            for i in range(2 * around):
+                t = (steps - around + i) % steps
+                forward(x, w, t, tables, best[i], best[i + 1], spread)
+            free = np.argmin(best[2 * around])
+            seam = trace_back(
+                x, w, tables, best, steps - around, 2 * around, around, free, states
+            )
+            best[0, :] = _UNREACHABLE
+            best[0, seam] = 0
+            for t in range(steps):
+                forward(x, w, t, tables, best[t], best[t + 1], spread)
+            trace_back(x, w, tables, best, 0, steps, 0, seam, states)
+            for t in range(steps):
+                state = states[t]
+                for v in range(per_step):
+                    labels[q, t * per_step + v] = tables[v, state // classes, state % classes]
+                symbol = state & (branches - 1)
+                for b in range(step_bits):
+                    bit = t * step_bits + b
+                    if (symbol >> (step_bits - 1 - b)) & 1:
+                        words[q, bit // WORD_BITS] |= np.uint32(1) << np.uint32(31 - bit % WORD_BITS)
+
+    return search  # type: ignore[no-any-return]
+
+
+# Both forward steps take four predecessors at a time: eight or twelve streams fit the vector registers.
+
+
+@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _spread(old: Float32, spread: Float32) -> None:
+    """Repeat the cost of every class for its branches, so that the search reads contiguous memory."""
+    branches, classes = spread.shape
+    flat = spread.reshape(classes, branches)
+    for r in range(classes):
+        for b in range(branches):
+            flat[r, b] = old[r]
+
+
+@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _forward_single(
+    x: Float32, w: Float32, t: int, tables: Float32, old: Float32, new: Float32, spread: Float32
+) -> None:
+    """One step of one weight: ``new[r] = min_j old[class of j, r] + w (label[j, r] - x)^2``."""
+    _spread(old, spread)
+    target, weight = x[t], w[t]
+    new[:] = _UNREACHABLE
+    for j in range(0, spread.shape[0], 4):
+        a, b, c, d = tables[0, j], tables[0, j + 1], tables[0, j + 2], tables[0, j + 3]
+        ea, eb, ec, ed = spread[j], spread[j + 1], spread[j + 2], spread[j + 3]
+        for r in range(new.shape[0]):
+            da, db, dc, dd = a[r] - target, b[r] - target, c[r] - target, d[r] - target
+            ab = min(ea[r] + weight * da * da, eb[r] + weight * db * db)
+            cd = min(ec[r] + weight * dc * dc, ed[r] + weight * dd * dd)
+            new[r] = min(new[r], min(ab, cd))
+
+
+@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _forward_pair(
+    x: Float32, w: Float32, t: int, tables: Float32, old: Float32, new: Float32, spread: Float32
+) -> None:
+    """One step of two weights, as `_forward_single`."""
+    _spread(old, spread)
+    x0, x1, w0, w1 = x[2 * t], x[2 * t + 1], w[2 * t], w[2 * t + 1]
+    new[:] = _UNREACHABLE
+    for j in range(0, spread.shape[0], 4):
+        a, b, c, d = tables[0, j], tables[0, j + 1], tables[0, j + 2], tables[0, j + 3]
+        f, g, h, k = tables[1, j], tables[1, j + 1], tables[1, j + 2], tables[1, j + 3]
+        ea, eb, ec, ed = spread[j], spread[j + 1], spread[j + 2], spread[j + 3]
+        for r in range(new.shape[0]):
+            da, db, dc, dd = a[r] - x0, b[r] - x0, c[r] - x0, d[r] - x0
+            df, dg, dh, dk = f[r] - x1, g[r] - x1, h[r] - x1, k[r] - x1
+            ca = ea[r] + w0 * da * da + w1 * df * df
+            cb = eb[r] + w0 * db * db + w1 * dg * dg
+            cc = ec[r] + w0 * dc * dc + w1 * dh * dh
+            cd = ed[r] + w0 * dd * dd + w1 * dk * dk
+            new[r] = min(new[r], min(min(ca, cb), min(cc, cd)))
