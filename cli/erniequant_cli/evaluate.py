@@ -1,0 +1,89 @@
+"""`erniequant eval perplexity`: perplexity and the distance to a reference."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from erniequant_cli.options import Device, Dtype, JsonFile, Quiet, write_json
+
+
+def perplexity(
+    model: Annotated[str, typer.Argument(help="Folder of a quantised or a plain checkpoint.")],
+    reference: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Also compare with this model, paired.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="UTF-8 text; default: built in, held out.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[:SPLIT[:COLUMN]]", help="Hugging Face data set instead."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per window; default 2048 or the model's maximum."),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens between windows; default: the context.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Use only the first so many tokens.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity of a model on a text, and its distance to a reference on the same tokens.
+
+    Windows do not overlap, the first token of each is not scored, no BOS is added.
+    Compare figures only if context, stride and both hashes agree.
+
+    [bold]Examples[/bold]
+
+      erniequant eval perplexity ernie-2bit --reference ./ernie
+
+      erniequant eval perplexity ernie-2bit --text book.txt --context 1024 --json result.json
+    """
+    from erniequant_cli.loading import load_model
+    from erniequant_cli.progress import make_progress
+
+    if text is not None and dataset is not None:
+        raise typer.BadParameter("give --text or --dataset, not both")
+
+    from erniequant.evaluate import perplexity as measure
+    from erniequant.evaluate.texts import evaluation_text
+
+    words = evaluation_text(file=text, dataset=dataset)
+    subject, tokenizer = load_model(model, device, dtype)
+    other = None
+    if reference is not None:
+        other, other_tokenizer = load_model(reference, device, dtype)
+        _require_same_tokens(tokenizer, other_tokenizer, words)
+    result = measure(
+        subject,
+        tokenizer,
+        words,
+        reference=other,
+        context=context,
+        stride=stride,
+        tokens=tokens,
+        progress=make_progress(quiet),
+    )
+    write_json(json, result.to_dict())
+    if not quiet:
+        from erniequant_cli.tables import print_perplexity
+
+        print_perplexity(result)
+
+
+def _require_same_tokens(tokenizer: object, other: object, text: str) -> None:
+    from erniequant.errors import ErnieQuantError
+    from erniequant.evaluate.perplexity import hash_token_ids, tokenize
+
+    if hash_token_ids(tokenize(tokenizer, text)) != hash_token_ids(tokenize(other, text)):
+        raise ErnieQuantError(
+            "the model and the reference cut the text into different tokens: "
+            "compare a model with the one it was made from"
+        )

@@ -1,0 +1,50 @@
+"""`erniequant generate`: a quick look at what a model says."""
+
+from typing import Annotated
+
+import typer
+
+from erniequant_cli.options import Device, Dtype, JsonFile, Quiet, write_json
+from erniequant_cli.quantize import ChatTemplate
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder of a quantised or a plain checkpoint.")],
+    prompt: Annotated[str, typer.Argument(help="What to say to it.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    chat_template: Annotated[
+        ChatTemplate, typer.Option(help="apply wraps the prompt if the model has a template.")
+    ] = ChatTemplate.apply,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a prompt. The chat template is applied when the model has one.
+
+    [bold]Examples[/bold]
+
+      erniequant generate ernie-2bit "Why is the sky blue?"
+
+      erniequant generate ernie-2bit "Once upon a time" --chat-template none --temperature 0.8
+    """
+    from erniequant.generate import complete
+    from erniequant_cli.loading import load_model
+
+    subject, tokenizer = load_model(model, device, dtype)
+    result = complete(
+        subject,
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat_template=chat_template.value,
+    )
+    write_json(json, result.to_dict())
+    if not quiet:
+        typer.echo(result.text)

@@ -1,0 +1,32 @@
+"""`erniequant inspect`: what is in a checkpoint."""
+
+from typing import Annotated
+
+import typer
+
+from erniequant_cli.options import JsonFile, Quiet, write_json
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder of a quantised or a plain checkpoint.")],
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a checkpoint holds: tensors, bits per weight, size, format version, codes, origin.
+
+    Reads headers only, no weights.
+
+    [bold]Examples[/bold]
+
+      erniequant inspect ernie-2bit
+
+      erniequant inspect ernie-2bit --json contents.json
+    """
+    from erniequant.format.inspect import inspect as look
+
+    result = look(model)
+    write_json(json, result.to_dict())
+    if not quiet:
+        from erniequant_cli.tables import print_inspection
+
+        print_inspection(result)

@@ -1,0 +1,14 @@
+"""Loads a model for a command, without the chatter of the libraries underneath."""
+
+from typing import Any
+
+
+def load_model(folder: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+    """Model in evaluation mode and tokenizer; `dtype` None keeps the checkpoint's own."""
+    import transformers
+
+    import erniequant
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return erniequant.load(folder, device=device, dtype=dtype)

@@ -1,0 +1,47 @@
+"""The table of commands. Each lives in a file of its own and imports the library when it runs."""
+
+import typer
+
+from erniequant_cli import demo, evaluate, export, generate, inspect, quantize, verify
+from erniequant_cli.errors import GuardedCommand
+
+app = typer.Typer(
+    name="erniequant",
+    help="Quantise ERNIE 4.5 mixture-of-experts models to 4, 3 and 2 bits per expert weight.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+eval_app = typer.Typer(help="Measure how good a model is.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
+
+app.command("quantize", cls=GuardedCommand)(quantize.quantize)
+eval_app.command("perplexity", cls=GuardedCommand)(evaluate.perplexity)
+app.command("generate", cls=GuardedCommand)(generate.generate)
+app.command("inspect", cls=GuardedCommand)(inspect.inspect)
+app.command("verify", cls=GuardedCommand)(verify.verify)
+app.command("export", cls=GuardedCommand)(export.export)
+app.command("demo", cls=GuardedCommand)(demo.demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"erniequant {version('erniequant')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `erniequant` command."""
+    app()

@@ -1,0 +1,104 @@
+"""`erniequant quantize`: make a quantised copy of a checkpoint."""
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from erniequant_cli.errors import DEGRADED, complain
+from erniequant_cli.options import Device, JsonFile, Quiet, write_json
+
+
+class Bits(str, Enum):
+    """Bits per expert weight; strings, because Typer offers no choice of integers."""
+
+    two, three, four = "2", "3", "4"
+
+
+class Effort(str, Enum):
+    fast, standard, max = "fast", "standard", "max"
+
+
+class ChatTemplate(str, Enum):
+    apply, none = "apply", "none"
+
+
+def quantize(
+    src: Annotated[str, typer.Argument(help="Checkpoint folder or Hugging Face id.")],
+    dst: Annotated[str, typer.Argument(help="New folder to write.")],
+    bits: Annotated[Bits, typer.Option(help="Bits per expert weight.")],
+    calib: Annotated[
+        str,
+        typer.Option(
+            metavar="builtin|FILE.txt|FILE.jsonl|hf:NAME[:SPLIT[:COLUMN]]",
+            help="Text to calibrate on.",
+        ),
+    ] = "builtin",
+    calib_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    calib_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    chat_template: Annotated[
+        ChatTemplate, typer.Option(help="Whether the model's chat template wraps the texts.")
+    ] = ChatTemplate.none,
+    no_calib: Annotated[bool, typer.Option("--no-calib", help="Use no text at all.")] = False,
+    effort: Annotated[
+        Effort, typer.Option(help="Search effort: same size, better weights, longer time.")
+    ] = Effort.standard,
+    max_tp: Annotated[
+        int, typer.Option(min=1, help="Largest tensor parallelism the files must split into.")
+    ] = 2,
+    device: Device = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the rotation signs and samples.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    max_degraded: Annotated[
+        int, typer.Option(min=0, help="Exit with 3 if more expert matrices than this degraded.")
+    ] = 0,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make a quantised copy of an ERNIE 4.5 mixture-of-experts checkpoint.
+
+    Only the routed experts are quantised; every other tensor is copied as it is.
+
+    [bold]Examples[/bold]
+
+      erniequant quantize baidu/ERNIE-4.5-21B-A3B-PT ernie-2bit --bits 2
+
+      erniequant quantize ./ernie ./ernie-4bit --bits 4 --calib chats.jsonl --chat-template apply
+
+      erniequant quantize ./ernie ./ernie-3bit --bits 3 --dry-run
+    """
+    import erniequant
+    from erniequant_cli.progress import make_progress
+
+    report = erniequant.quantize(
+        src,
+        dst,
+        bits=int(bits.value),
+        calib=calib,
+        calib_samples=calib_samples,
+        calib_length=calib_length,
+        chat_template=chat_template.value,
+        no_calib=no_calib,
+        effort=effort.value,
+        max_tp=max_tp,
+        device=device,
+        threads=threads,
+        seed=seed,
+        dry_run=dry_run,
+        max_degraded=max_degraded,
+        progress=make_progress(quiet),
+    )
+    write_json(json, report.to_dict())
+    if dry_run:
+        return
+    if not quiet:
+        from erniequant_cli.tables import print_quantize_summary
+
+        print_quantize_summary(report.to_dict(), dst)
+    if report.degraded > max_degraded:
+        complain(
+            f"{report.degraded} expert matrices are degraded, more than --max-degraded "
+            f"{max_degraded}: see quantization_report.json in {dst}, and calibrate on more text"
+        )
+        raise typer.Exit(DEGRADED)

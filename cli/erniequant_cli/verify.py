@@ -1,0 +1,38 @@
+"""`erniequant verify`: is a quantised checkpoint complete and sound."""
+
+from typing import Annotated
+
+import typer
+
+from erniequant_cli.errors import FAILED, complain
+from erniequant_cli.options import JsonFile, Quiet, write_json
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="Folder of a quantised checkpoint.")],
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="The original: also give the error of every tensor."),
+    ] = None,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Check checksums and completeness and decode everything; exit 1 if anything is wrong.
+
+    [bold]Examples[/bold]
+
+      erniequant verify ernie-2bit
+
+      erniequant verify ernie-2bit --reference ./ernie --json errors.json
+    """
+    from erniequant.format.verify import verify as check
+
+    result = check(model, reference=reference)
+    write_json(json, result.to_dict())
+    if not quiet:
+        from erniequant_cli.tables import print_verification
+
+        print_verification(result)
+    if not result.ok:
+        complain(f"{model} is damaged or incomplete: {result.problems[0]}; make or copy it again")
+        raise typer.Exit(FAILED)
