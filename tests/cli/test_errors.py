@@ -1,4 +1,4 @@
-"""How failures reach a user: one line on stderr, an exit code, and no traceback unless asked for."""
+"""How failures reach a user: one line on stderr, an exit code, a traceback only when asked for."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What every command owes its user: help with examples, quickly, and usage errors with exit code 2."""
+"""What every command owes its user: quick help with examples, and 2 for a usage error."""
 
 import json
 import subprocess
