@@ -10,12 +10,13 @@ INSTALLED := $(VENV)/.erniequant-installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test lint format soak clean
+.PHONY: help demo readme test lint format soak clean
 
 help:
 	@echo "make demo    quantise the embedded tiny ERNIE 4.5 MoE at 4, 3 and 2 bits and compare with bf16"
 	@echo "make test    lint, type check and the whole test suite"
 	@echo "make lint    ruff and mypy only        make format   let ruff fix what it can"
+	@echo "make readme  run the demo and put its table into the README"
 	@echo "make soak    the suite three times over, in another order each time"
 	@echo "TORCH='torch==2.13.0' chooses the torch requirement, PYTHON the interpreter"
 
@@ -28,6 +29,9 @@ $(INSTALLED): pyproject.toml
 
 demo: $(INSTALLED)
 	$(VENV)/bin/erniequant demo
+
+readme: demo
+	$(PY) docs/update_readme.py erniequant-demo/report.md README.md
 
 test: lint
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from erniequant.errors import ErnieQuantError
+
 
 def load_model(folder: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     """Model in evaluation mode and tokenizer; `dtype` None keeps the checkpoint's own."""
@@ -11,4 +13,9 @@ def load_model(folder: str, device: str, dtype: str | None) -> tuple[Any, Any]:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return erniequant.load(folder, device=device, dtype=dtype)
+    model, tokenizer = erniequant.load(folder, device=device, dtype=dtype)
+    if tokenizer is None:
+        raise ErnieQuantError(
+            f"{folder} has no tokenizer: copy the tokenizer files of the original"
+        )
+    return model, tokenizer

@@ -37,8 +37,8 @@ def quantize(
     calib_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     calib_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
     chat_template: Annotated[
-        ChatTemplate, typer.Option(help="Whether the model's chat template wraps the texts.")
-    ] = ChatTemplate.none,
+        ChatTemplate, typer.Option(help="Whether chats (JSONL) go through the model's template.")
+    ] = ChatTemplate.apply,
     no_calib: Annotated[bool, typer.Option("--no-calib", help="Use no text at all.")] = False,
     effort: Annotated[
         Effort, typer.Option(help="Search effort: same size, better weights, longer time.")
