@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False, disable-error-code=assignment
 """The smallest complete decode-and-multiply kernel; `erniequant_kernels.static` counts its code.
 
 Each step of a group has its own accumulators: words are read straight into the layout of the matrix
