@@ -90,7 +90,7 @@ class CheckpointWriter:
         path = self.folder / f".shard-{len(self._shards) + 1:05d}.partial"
         try:
             save_file(self._pending, path, metadata={"format": "pt"})
-            # The library makes files that only their owner may read; the folder knows the user's wish.
+            # The library makes files that only their owner may read; follow the folder instead.
             path.chmod(self.folder.stat().st_mode & 0o666)
             digest = _sync_and_hash(path)
         except (OSError, SafetensorError) as error:

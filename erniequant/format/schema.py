@@ -1,7 +1,7 @@
 """Names, shapes, dtypes and metadata of the on-disk format, version 1; docs/format.md specifies it.
 
-A quantised checkpoint is described by the `quantization_config` of its config.json. Parsing is strict:
-what this version cannot decode exactly it refuses, and says which layer is meant.
+A quantised checkpoint is described by the `quantization_config` of its config.json. Parsing is
+strict: what this version cannot decode exactly it refuses, and says which layer is meant.
 """
 
 import re
@@ -19,7 +19,7 @@ QUANT_METHOD = "erniequant"
 PROJECTIONS = ("gate_up_proj", "down_proj")
 SUFFIXES = ("packed", "scale", "signs")
 GUARD = "down_proj"
-"""A one-element tensor with a stock parameter's name: without our plugin, loading stops at its size."""
+"""A one-element tensor with a stock parameter's name: its size stops a load without our plugin."""
 
 TILES = (32, 64, 128, 256)
 MAX_ROTATION_BLOCK = 128
@@ -48,7 +48,7 @@ class MatrixSpec:
         return get_code(self.code, self.register_length)
 
     def check(self, outputs: int, inputs: int, where: str) -> None:
-        """Refuse a spec that does not fit matrices of ``outputs`` x ``inputs``; ``where`` names it."""
+        """Refuse a spec that does not fit ``outputs`` x ``inputs``; ``where`` names the matrix."""
         if outputs % self.tile:
             raise ErnieQuantError(f"{where}: tile {self.tile} does not divide {outputs} outputs")
         if inputs % self.rotation_block:
@@ -172,8 +172,8 @@ def param_info(
 ) -> dict[str, TensorInfo]:
     """Shapes and dtypes of the tensors of one projection, by suffix.
 
-    parts: how many stock matrices are stacked in it, 2 for gate_up_proj; the signs are repeated that
-    often so that loaders which cut fused tensors in two find them in both halves.
+    parts: how many stock matrices are stacked in it, 2 for gate_up_proj; the signs are repeated
+    that often so that loaders which cut fused tensors in two find them in both halves.
 
     ``packed`` int32 ``[E, N / tile, K * words]``, ``scale`` int16 ``[E, N, 1]`` (bfloat16 bit
     patterns), ``signs`` int32 ``[1, parts, ceil(K / 32)]``, shared by all experts.

@@ -1,0 +1,36 @@
+"""From stored tensors to weights: labels, times the channel scale, rotated back."""
+
+import torch
+
+from erniequant.codes.reference import decode
+from erniequant.format.schema import MatrixSpec
+from erniequant.rotation import unpack_signs, unrotate
+
+
+def decode_scale(pattern: torch.Tensor) -> torch.Tensor:
+    """Stored scales to numbers: int16 bfloat16 patterns ``[...]`` to float32 ``[...]``."""
+    return pattern.view(torch.bfloat16).float()
+
+
+def encode_scale(scale: torch.Tensor) -> torch.Tensor:
+    """Scales as they are stored: rounded to bfloat16, its bit pattern as int16."""
+    return scale.to(torch.bfloat16).view(torch.int16)
+
+
+def decode_weight(
+    packed: torch.Tensor, scale: torch.Tensor, signs: torch.Tensor, spec: MatrixSpec
+) -> torch.Tensor:
+    """Weights of one or more experts in the orientation of ``nn.Linear``.
+
+    Args:
+        packed: int32 ``[..., N / tile, K * words]``.
+        scale: int16 ``[..., N, 1]``.
+        signs: int32 ``[ceil(K / 32)]``, one row of the stored tensor.
+
+    Returns:
+        float32 ``[..., N, K]``.
+    """
+    code = spec.conv()
+    inputs = packed.shape[-1] // code.words_per_sequence(spec.tile)
+    rotated = decode(packed, code, spec.tile) * decode_scale(scale)
+    return unrotate(rotated, unpack_signs(signs, inputs), spec.rotation_block)

@@ -1,0 +1,145 @@
+"""Check a checkpoint against its own quantization_config, from headers alone.
+
+transformers only warns of missing tensors and leaves random numbers in their place; here every
+tensor that should be there, should not be there, or has another shape or dtype is named.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from erniequant.checkpoint.reader import Checkpoint
+from erniequant.errors import ErnieQuantError
+from erniequant.format.schema import (
+    GUARD,
+    PROJECTIONS,
+    SUFFIXES,
+    LayerSpec,
+    QuantizationMetadata,
+    experts_module,
+    layer_key_of,
+    layer_params,
+)
+
+_PACKED_NAME = re.compile(rf"\.({'|'.join(PROJECTIONS)})_({'|'.join(SUFFIXES)})$")
+
+
+@dataclass(frozen=True)
+class QuantizedExperts:
+    """The experts of a layer: sizes, codes, and the prefix of their tensors, ending in a dot."""
+
+    key: str
+    prefix: str
+    experts: int
+    hidden: int
+    inner: int
+    spec: LayerSpec
+
+    def name(self, projection: str, suffix: str) -> str:
+        """Name of one stored tensor."""
+        return f"{self.prefix}{projection}_{suffix}"
+
+
+@dataclass(frozen=True)
+class HeaderCheck:
+    """What a checkpoint says it holds, and everything that contradicts it (one line each)."""
+
+    metadata: QuantizationMetadata
+    layers: tuple[QuantizedExperts, ...]
+    problems: tuple[str, ...]
+
+
+def is_quantized(config: dict[str, Any]) -> bool:
+    """Whether a config.json describes a checkpoint of this format, of any version."""
+    settings = config.get("quantization_config")
+    return isinstance(settings, dict) and settings.get("quant_method") == "erniequant"
+
+
+def check_headers(checkpoint: Checkpoint) -> HeaderCheck:
+    """Compare headers with `quantization_config`; problems are returned, not raised.
+
+    Raises:
+        ErnieQuantError: no quantization_config, or one this version cannot read.
+    """
+    settings = checkpoint.config.get("quantization_config")
+    if not isinstance(settings, dict):
+        raise ErnieQuantError(
+            f"{checkpoint.folder} is not quantised: its config.json has no quantization_config"
+        )
+    metadata = QuantizationMetadata.from_dict(settings)
+    layers = tuple(_experts(checkpoint, key, spec) for key, spec in metadata.layers.items())
+    problems = [line for layer in layers for line in _layer_problems(checkpoint, layer)]
+    problems += _orphans(checkpoint, metadata)
+    return HeaderCheck(metadata, layers, tuple(problems))
+
+
+def require_sound(checkpoint: Checkpoint) -> HeaderCheck:
+    """`check_headers`, raising ErnieQuantError with the first problem."""
+    found = check_headers(checkpoint)
+    if found.problems:
+        more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
+        raise ErnieQuantError(f"{checkpoint.folder}: {found.problems[0]}{more}")
+    return found
+
+
+def expert_sizes(config: dict[str, Any], key: str) -> tuple[int, int, int]:
+    """Number of experts, hidden size and inner size that config.json gives for a layer key.
+
+    Raises:
+        ErnieQuantError: config.json does not say.
+    """
+    text = config.get("text_config", config)
+    experts = text.get("moe_num_experts", text.get("num_experts"))
+    inner = text.get("moe_intermediate_size")
+    if isinstance(inner, list):
+        inner = inner[1 if key.endswith(".vision_moe") else 0]
+    sizes = {"moe_num_experts": experts, "hidden_size": text.get("hidden_size"),
+             "moe_intermediate_size": inner}  # fmt: skip
+    for name, value in sizes.items():
+        if not isinstance(value, int):
+            raise ErnieQuantError(f"config.json has {name} {value!r}; expected an integer")
+    return experts, text["hidden_size"], inner
+
+
+def _experts(checkpoint: Checkpoint, key: str, spec: LayerSpec) -> QuantizedExperts:
+    module = experts_module(key)
+    # A headless model is saved without "model.", a vision-language one may be saved with more.
+    prefix = next(
+        (name[: name.index(module)] for name in checkpoint.names() if layer_key_of(name) == key),
+        "model.",
+    )
+    experts, hidden, inner = expert_sizes(checkpoint.config, key)
+    return QuantizedExperts(key, f"{prefix}{module}.", experts, hidden, inner, spec)
+
+
+def _layer_problems(checkpoint: Checkpoint, layer: QuantizedExperts) -> Iterator[str]:
+    try:
+        expected = layer_params(
+            layer.experts, layer.hidden, layer.inner, layer.spec, f"layer {layer.key}"
+        )
+    except ErnieQuantError as error:
+        yield str(error)
+        return
+    for suffix, (shape, dtype) in expected.items():
+        name = layer.prefix + suffix
+        header = checkpoint.headers.get(name)
+        if header is None:
+            what = "the guard tensor" if suffix == GUARD else "tensor"
+            yield f"{what} {name} is missing"
+        elif header.dtype != dtype:
+            wanted = str(dtype).removeprefix("torch.")
+            yield f"tensor {name} has dtype {header.stored_dtype}, expected {wanted}"
+        elif header.shape != shape:
+            yield f"tensor {name} has shape {list(header.shape)}, expected {list(shape)}"
+    known = {layer.prefix + suffix for suffix in expected}
+    for name in checkpoint.names():
+        if layer_key_of(name) == layer.key and name not in known:
+            yield f"tensor {name} does not belong: its layer is quantised"
+
+
+def _orphans(checkpoint: Checkpoint, metadata: QuantizationMetadata) -> Iterator[str]:
+    for name in checkpoint.names():
+        key = layer_key_of(name)
+        if key is not None and key not in metadata.layers and _PACKED_NAME.search(name):
+            yield f"tensor {name} has no entry: quantization_config does not name layer {key}"

@@ -1,0 +1,1 @@
+"""Running quantised models: the experts module and the transformers plugin."""

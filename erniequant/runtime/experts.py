@@ -1,0 +1,110 @@
+"""The experts of one layer, kept packed: a drop-in for the experts modules of transformers.
+
+`experts_forward` is the whole computation in plain torch: decode an expert's two matrices to the
+activation dtype, apply them to its tokens, accumulate in float32. Decoded weights equal those of an
+export, so both give the same logits up to the order of summation.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.activations import ACT2FN
+
+from erniequant.format.decoding import decode_weight
+from erniequant.format.schema import LayerSpec, layer_params
+
+
+class PackedExperts(nn.Module):
+    """All experts of a layer; parameters as stored, directly on the module.
+
+    The guard is a parameter too (see docs/format.md), so that saving the model writes it again.
+
+    Attributes:
+        keep_decoded: keep every expert's weights after first use. Faster, at the memory of the
+            original model; set it back to False to free them.
+    """
+
+    def __init__(
+        self, experts: int, hidden: int, inner: int, spec: LayerSpec, activation: str, where: str
+    ):
+        """Parameters are left uninitialised. Raises ErnieQuantError if ``spec`` does not fit."""
+        super().__init__()
+        self.num_experts, self.hidden_dim, self.intermediate_dim = experts, hidden, inner
+        self.spec = spec
+        self.act_fn: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[activation]
+        self._stored = layer_params(experts, hidden, inner, spec, where)
+        for name, (shape, dtype) in self._stored.items():
+            parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+            self.register_parameter(name, parameter)
+        self._keep_decoded = False
+        self._decoded: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
+
+    @property
+    def keep_decoded(self) -> bool:
+        """Whether decoded weights are kept."""
+        return self._keep_decoded
+
+    @keep_decoded.setter
+    def keep_decoded(self, keep: bool) -> None:
+        self._keep_decoded = keep
+        self._decoded.clear()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        # Moving the module to another device must not leave weights behind.
+        self._decoded.clear()
+        return super()._apply(fn, recurse)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype that the format gives a parameter."""
+        return self._stored[name][1]
+
+    def weight(self, projection: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """Weights ``[N, K]`` of one expert, decoded in float32 and rounded to ``dtype``."""
+        key = (projection, expert, dtype)
+        found = self._decoded.get(key)
+        if found is None:
+            found = decode_weight(
+                getattr(self, f"{projection}_packed")[expert],
+                getattr(self, f"{projection}_scale")[expert],
+                getattr(self, f"{projection}_signs")[0, 0],
+                self.spec.projection(projection),
+            ).to(dtype)
+            if self._keep_decoded:
+                self._decoded[key] = found
+        return found
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts' outputs.
+
+        hidden_states ``[T, H]``, top_k_index int64 ``[T, k]``, top_k_weights ``[T, k]``; returns
+        ``[T, H]`` in the dtype of hidden_states. T may be 0; indices beyond the experts do nothing.
+        """
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    def extra_repr(self) -> str:
+        """Sizes and codes, for printing a model."""
+        return (
+            f"experts={self.num_experts}, hidden={self.hidden_dim}, inner={self.intermediate_dim}, "
+            f"{self.spec}"
+        )
+
+
+def experts_forward(
+    experts: PackedExperts, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
+) -> torch.Tensor:
+    """Forward pass in plain torch, one expert at a time; shapes as in `PackedExperts.forward`."""
+    out = torch.zeros_like(x, dtype=torch.float32)
+    for expert in torch.unique(expert_index).tolist():
+        if expert >= experts.num_experts:
+            continue
+        token, slot = torch.where(expert_index == expert)
+        gate_up = functional.linear(x[token], experts.weight("gate_up_proj", expert, x.dtype))
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner = experts.act_fn(gate) * up
+        y = functional.linear(inner, experts.weight("down_proj", expert, x.dtype))
+        out.index_add_(0, token, y.float() * routing[token, slot, None].float())
+    return out.to(x.dtype)

@@ -1,0 +1,175 @@
+"""Teaches transformers to load, run and save quantised checkpoints: a quantizer and its config.
+
+Works with transformers 5.16 and later. The tensors on disk carry the names of `PackedExperts`'
+parameters, so no weight conversion takes part in loading.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from erniequant.errors import ErnieQuantError
+from erniequant.format.schema import (
+    PROJECTIONS,
+    QUANT_METHOD,
+    QuantizationMetadata,
+    experts_module,
+    layer_key_of,
+)
+from erniequant.runtime.experts import PackedExperts
+
+STOCK_EXPERTS = ("Ernie4_5_MoeExperts", "Ernie4_5_VLMoeMoeExperts")
+
+
+class ErnieQuantConfig(QuantizationConfigMixin):
+    """`quantization_config` as transformers holds it: the dictionary, parsed strictly."""
+
+    def __init__(self, **settings: Any):
+        self.quant_method = QUANT_METHOD
+        self.metadata = QuantizationMetadata.from_dict({"quant_method": QUANT_METHOD, **settings})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes back into config.json."""
+        return self.metadata.to_dict()
+
+
+class ErnieQuantizer(HfQuantizer):
+    """Replaces the experts of quantised layers before weights are loaded, and checks them after."""
+
+    requires_calibration = True
+    quantization_config: ErnieQuantConfig
+
+    def __init__(self, quantization_config: ErnieQuantConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._stock: dict[str, nn.Module] = {}
+        self._all_replaced = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing beyond torch is needed."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config: Any = model.config
+        layers = dict(self.quantization_config.metadata.layers)
+        for path, module in list(model.named_modules()):
+            if type(module).__name__ not in STOCK_EXPERTS:
+                continue
+            key = layer_key_of(path)
+            spec = layers.pop(key, None) if key is not None else None
+            if spec is None:
+                self._all_replaced = False
+                continue
+            stock: Any = module
+            packed = PackedExperts(
+                stock.num_experts, stock.hidden_dim, stock.intermediate_dim, spec,
+                config.get_text_config().hidden_act, f"layer {key}",
+            )  # fmt: skip
+            self._stock[path] = module
+            model.set_submodule(path, packed)
+        if layers:
+            missing = ", ".join(map(experts_module, layers))
+            raise ErnieQuantError(f"quantization_config names {missing}, which the model lacks")
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Raise ErnieQuantError naming every packed tensor that was not loaded as stored."""
+        bad = []
+        for path, module in model.named_modules():
+            if not isinstance(module, PackedExperts):
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.device.type == "meta":
+                    continue  # offloaded to disk
+                loaded = getattr(parameter, "_is_hf_initialized", False)
+                if not loaded or parameter.dtype != module.stored_dtype(name):
+                    bad.append(f"{path}.{name} ({'wrong dtype' if loaded else 'missing'})")
+        if bad:
+            raise ErnieQuantError(f"the quantised checkpoint is incomplete: {', '.join(bad)}")
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Keep our tensors as they are when a partly quantised model is saved.
+
+        The stock mapping merges per-expert tensors on load. If layers that stay stock used it,
+        saving applies its inverse to every name that matches, which would cut the guard (and before
+        5.23, the packed tensors) into experts. A later entry wins on saving. Without stock layers
+        nothing is added and loading is a plain read.
+        """
+        if self._all_replaced:
+            return weight_conversions
+        names = [
+            f"{experts_module(key)}.{projection}"
+            for key in self.quantization_config.metadata.layers
+            for projection in PROJECTIONS
+        ]
+        return [*weight_conversions, *(WeightConverter(name, name, [_Keep()]) for name in names)]
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Replicate packed experts: the stock rules would add up identical outputs of all ranks."""
+        _drop_expert_rules(plan)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Name of `update_parallel_plan` before its current form."""
+        _drop_expert_rules(getattr(config, "base_model_tp_plan", None))
+        return config
+
+    def update_ep_plan(self, config: Any) -> Any:
+        """As `update_tp_plan`, for expert parallelism."""
+        _drop_expert_rules(getattr(config, "base_model_ep_plan", None))
+        return config
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for path, stock in self._stock.items():
+            packed = model.get_submodule(path)
+            assert isinstance(packed, PackedExperts)
+            for projection in PROJECTIONS:
+                experts = range(packed.num_experts)
+                stacked = torch.stack(
+                    [packed.weight(projection, e, wanted or torch.float32) for e in experts]
+                )
+                setattr(stock, projection, nn.Parameter(stacked, requires_grad=False))
+            model.set_submodule(path, stock)
+        return model
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the same tensors again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return False
+
+
+class _Keep(ConversionOps):
+    """Leaves a tensor as it is, under the name it has."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        return {target_patterns[0]: next(iter(input_dict.values()))}
+
+    @property
+    def reverse_op(self) -> "ConversionOps":
+        return _Keep()
+
+
+def _drop_expert_rules(plan: dict[str, str] | None) -> None:
+    if plan is not None:
+        for rule in [r for r in plan if ".experts" in r and "shared_experts" not in r]:
+            del plan[rule]
+
+
+def register() -> None:
+    """Make the format known to transformers; calling it again does nothing."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, ErnieQuantConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, ErnieQuantizer)
