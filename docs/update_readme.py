@@ -1,4 +1,4 @@
-"""Put the table of a demo report between the markers of the README: update_readme.py REPORT README."""
+"""Put a demo report between the markers of the README: update_readme.py REPORT README."""
 
 import sys
 from pathlib import Path

@@ -15,7 +15,5 @@ def load_model(folder: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = erniequant.load(folder, device=device, dtype=dtype)
     if tokenizer is None:
-        raise ErnieQuantError(
-            f"{folder} has no tokenizer: copy the tokenizer files of the original"
-        )
+        raise ErnieQuantError(f"{folder} has no tokenizer: copy the original's into it")
     return model, tokenizer
