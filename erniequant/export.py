@@ -1,0 +1,104 @@
+"""Write a quantised checkpoint as a plain one that stock transformers loads.
+
+Experts are decoded one at a time and stored under the names of the original (one tensor per expert
+and matrix); everything else is copied. Memory: one expert and one shard.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erniequant.checkpoint.reader import CONFIG_FILE, Checkpoint, open_checkpoint
+from erniequant.checkpoint.writer import (
+    MAX_SHARD_BYTES,
+    CheckpointWriter,
+    copy_companions,
+    write_json,
+)
+from erniequant.errors import ErnieQuantError
+from erniequant.format.decoding import decode_weight
+from erniequant.format.headers import QuantizedExperts, require_sound
+from erniequant.format.schema import PROJECTIONS, layer_key_of
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written."""
+
+    folder: str
+    to: str
+    tensors: int
+    total_bytes: int
+    sha256: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+
+def export(
+    src: str | Path, dst: str | Path, to: str = "bf16", *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> ExportReport:
+    """Decode the experts of ``src`` (folder or Hugging Face id) into the new folder ``dst``.
+
+    Args:
+        to: "bf16" or "fp32"; fp32 also widens the tensors that are copied, so that a model computing
+            in float32 is reproduced exactly.
+
+    Raises:
+        ErnieQuantError: src is not a sound quantised checkpoint, or dst is not a new folder.
+    """
+    if to not in DTYPES:
+        raise ErnieQuantError(f"cannot export to {to!r}; use {' or '.join(DTYPES)}")
+    source = open_checkpoint(src)
+    check = require_sound(source)
+    dtype = DTYPES[to]
+    quantized = {layer.key: layer for layer in check.layers}
+    with CheckpointWriter(dst, max_shard_bytes) as writer:
+        for name in source.names():
+            key = layer_key_of(name)
+            if key not in quantized:
+                writer.add(name, _widened(source.tensor(name), dtype))
+        for layer in check.layers:
+            for name, weight in expert_matrices(source, layer):
+                writer.add(name, weight.to(dtype))
+        written = writer.finish()
+        copy_companions(source.folder, writer.folder)
+        write_json(writer.folder / CONFIG_FILE, _plain_config(source.config, dtype))
+    return ExportReport(str(dst), to, written.tensors, written.total_bytes, written.sha256)
+
+
+def expert_matrices(
+    source: Checkpoint, layer: QuantizedExperts
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Decoded matrices of a layer, float32 ``[N, K]``, under the names of the original checkpoint."""
+    for projection in PROJECTIONS:
+        packed = source.tensor(layer.name(projection, "packed"))
+        scale = source.tensor(layer.name(projection, "scale"))
+        signs = source.tensor(layer.name(projection, "signs"))[0, 0]
+        spec = layer.spec.projection(projection)
+        for expert in range(layer.experts):
+            weight = decode_weight(packed[expert], scale[expert], signs, spec)
+            prefix = f"{layer.prefix}{expert}."
+            if projection == "gate_up_proj":
+                gate, up = weight.chunk(2)
+                yield f"{prefix}gate_proj.weight", gate
+                yield f"{prefix}up_proj.weight", up
+            else:
+                yield f"{prefix}down_proj.weight", weight
+
+
+def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    narrower = tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
+    return tensor.to(dtype) if narrower else tensor
+
+
+def _plain_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype")}
+    plain["dtype"] = str(dtype).removeprefix("torch.")
+    return plain

@@ -1,0 +1,82 @@
+"""Fixtures shared by all tests: a micro random ERNIE 4.5 MoE made in-process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def micro_ernie(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a bf16 checkpoint with Baidu's per-expert tensor names.
+
+    Hidden 96 is not a power of two (largest rotation block 32), the first layer is dense, the
+    routing bias is not zero, and the embedding is tied.
+    """
+    from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+
+    torch.manual_seed(7)
+    config = Ernie4_5_MoeConfig(
+        vocab_size=128, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        moe_num_experts=8, moe_k=2, moe_intermediate_size=64, moe_num_shared_experts=2,
+        moe_layer_start_index=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Ernie4_5_MoeForCausalLM(config).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("e_score_correction_bias"):
+            parameter.data.normal_(0, 0.02)
+        elif parameter.dim() > 1:
+            parameter.data.normal_(0, 0.1)
+    folder = tmp_path_factory.mktemp("micro") / "micro_ernie"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed_ernie(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`micro_ernie` with both MoE layers in the quantised format; any words decode, so they are random.
+
+    Layer 1 and 2 differ in code, register length and tile, so mixing them up shows.
+    """
+    from erniequant.checkpoint import CheckpointWriter, open_checkpoint
+    from erniequant.checkpoint.writer import copy_companions, write_json
+    from erniequant.format.decoding import encode_scale
+    from erniequant.format.schema import (
+        LayerSpec,
+        MatrixSpec,
+        QuantizationMetadata,
+        experts_module,
+        guard_tensor,
+        layer_key_of,
+        layer_params,
+    )
+
+    layers = {
+        "1": LayerSpec(MatrixSpec("cc2", 12, 64, 32), MatrixSpec("cc4", 10, 32, 64)),
+        "2": LayerSpec(MatrixSpec("cc3", 16, 32, 32), MatrixSpec("cc2", 16, 32, 1)),
+    }
+    source = open_checkpoint(micro_ernie)
+    folder = tmp_path_factory.mktemp("packed") / "packed_ernie"
+    generator = torch.Generator().manual_seed(5)
+    with CheckpointWriter(folder, max_shard_bytes=60_000) as writer:
+        for name in source.names():
+            if layer_key_of(name) is None:
+                writer.add(name, source.tensor(name))
+        for key, spec in layers.items():
+            prefix = f"model.{experts_module(key)}."
+            for name, (shape, dtype) in layer_params(8, 96, 64, spec).items():
+                words = torch.randint(-(2**31), 2**31, shape, generator=generator)
+                tensor = words.to(dtype)
+                if name.endswith("_scale"):
+                    tensor = encode_scale(torch.rand(shape, generator=generator) * 0.1 + 0.02)
+                elif name.endswith("_signs"):
+                    tensor = tensor[:, :1].repeat(1, shape[1], 1)
+                elif dtype == torch.bfloat16:
+                    tensor = guard_tensor()
+                writer.add(prefix + name, tensor)
+        writer.finish()
+    copy_companions(micro_ernie, folder)
+    metadata = QuantizationMetadata(layers, producer="tests")
+    write_json(folder / "config.json", {**source.config, "quantization_config": metadata.to_dict()})
+    return folder
