@@ -36,8 +36,13 @@ def get_code(name: str, register_length: int) -> ConvolutionalCode:
             f"code {name} has no register length {register_length!r}; this version knows {known}"
         )
     return ConvolutionalCode(
-        name, bits, weights_per_step, register_length, multipliers[register_length],
-        labels.LABELS[label], label,
+        name,
+        bits,
+        weights_per_step,
+        register_length,
+        multipliers[register_length],
+        labels.LABELS[label],
+        label,
     )
 
 

@@ -74,8 +74,15 @@ def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
 
     @njit
     def trace_back(
-        x: Float32, w: Float32, tables: Float32, best: Float32, first: int, steps: int, stop: int,
-        r: int, states: NDArray[np.int64],
+        x: Float32,
+        w: Float32,
+        tables: Float32,
+        best: Float32,
+        first: int,
+        steps: int,
+        stop: int,
+        r: int,
+        states: NDArray[np.int64],
     ) -> int:
         """Follow the cheapest path backwards from class ``r`` after ``steps`` steps; fills ``states[stop:]``."""
         total = x.shape[0] // per_step
@@ -99,7 +106,11 @@ def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
 
     @njit
     def search(
-        targets: Float32, weights: Float32, tables: Float32, words: NDArray[np.uint32], labels: Float32
+        targets: Float32,
+        weights: Float32,
+        tables: Float32,
+        words: NDArray[np.uint32],
+        labels: Float32,
     ) -> None:
         tile = targets.shape[1]
         steps = tile // per_step
@@ -115,9 +126,7 @@ def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
                 t = (steps - around + i) % steps
                 forward(x, w, t, tables, best[i], best[i + 1], spread)
             free = np.argmin(best[2 * around])
-            seam = trace_back(
-                x, w, tables, best, steps - around, 2 * around, around, free, states
-            )
+            seam = trace_back(x, w, tables, best, steps - around, 2 * around, around, free, states)
             best[0, :] = _UNREACHABLE
             best[0, seam] = 0
             for t in range(steps):
@@ -131,7 +140,9 @@ def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
                 for b in range(step_bits):
                     bit = t * step_bits + b
                     if (symbol >> (step_bits - 1 - b)) & 1:
-                        words[q, bit // WORD_BITS] |= np.uint32(1) << np.uint32(31 - bit % WORD_BITS)
+                        words[q, bit // WORD_BITS] |= np.uint32(1) << np.uint32(
+                            31 - bit % WORD_BITS
+                        )
 
     return search  # type: ignore[no-any-return]
 

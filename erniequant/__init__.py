@@ -1,0 +1,36 @@
+"""erniequant: ERNIE 4.5 mixture-of-experts models with experts of 4, 3 or 2 bits, as convolutional codes.
+
+Importing it registers the format with transformers, so that ``AutoModelForCausalLM.from_pretrained`` loads a quantised
+folder. Everything else is imported on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from erniequant.errors import ErnieQuantError
+from erniequant.runtime.registration import register_when_loaded as _register_when_loaded
+from erniequant.version import __version__
+
+if TYPE_CHECKING:
+    from erniequant import evaluate
+    from erniequant.export import export
+    from erniequant.load import load
+    from erniequant.quantization.pipeline import quantize
+
+_register_when_loaded()
+
+_FUNCTIONS = {
+    "quantize": "erniequant.quantization.pipeline",
+    "load": "erniequant.load",
+    "export": "erniequant.export",
+}
+
+__all__ = ["ErnieQuantError", "__version__", "evaluate", "export", "load", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    if name == "evaluate":
+        return importlib.import_module("erniequant.evaluate")
+    raise AttributeError(f"module 'erniequant' has no attribute {name!r}")

@@ -1,0 +1,110 @@
+"""Measure the codes on Gaussian data: error with confidence interval, encoding rate, and a search for multipliers.
+
+``python -m erniequant.codes.study table`` prints the table of docs/codes.md; ``... search`` repeats the search that
+chose the multipliers of the registry.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from erniequant.codes.registry import CODE_NAMES, code_for_bits, get_code
+from erniequant.codes.spec import ConvolutionalCode
+from erniequant.codes.viterbi import encoder
+from erniequant.quantization.matrix import SCALE_IN_RMS
+
+TILE = 256
+REGISTER_LENGTHS = tuple(range(8, 17))
+RATE_DISTORTION_BOUND = {bits: 4.0**-bits for bits in (2, 3, 4)}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Mean squared error on N(0, 1) with the half width of its 95 % interval; weights encoded per second and core."""
+
+    mse: float
+    half_width: float
+    rate: float
+
+
+def measure(code: ConvolutionalCode, sequences: int, seed: int, tile: int = TILE) -> Measurement:
+    """Encode Gaussian sequences at the standard scale and refit one scale for all of them."""
+    data = np.random.default_rng(seed).standard_normal((sequences, tile), dtype=np.float32)
+    search = encoder(code)
+    scale = np.float32(search.tables.std() * SCALE_IN_RMS[code.bits])
+    weights = np.ones_like(data)
+    search.encode(data[:1] * scale, weights[:1])
+    started = time.perf_counter()
+    _, labels = search.encode(data * scale, weights)
+    seconds = time.perf_counter() - started
+    fitted = labels * np.float32((data * labels).sum() / np.square(labels).sum())
+    errors = np.square(data - fitted).mean(1)
+    half_width = 1.96 * errors.std(ddof=1) / sequences**0.5
+    return Measurement(float(errors.mean()), float(half_width), data.size / seconds)
+
+
+def sequences_for(register_length: int) -> int:
+    """Sequences that keep a measurement to seconds: fewer for long registers."""
+    return max(2000 >> max(register_length - 10, 0), 48)
+
+
+def table_rows() -> Iterator[str]:
+    """Rows of the markdown table: one per register length, error and rate of each code."""
+    yield "| L | " + " | ".join(f"{name} MSE | {name} weights/s" for name in CODE_NAMES) + " |"
+    yield "|---|" + "---|---|" * len(CODE_NAMES)
+    for length in REGISTER_LENGTHS:
+        cells = []
+        for name in CODE_NAMES:
+            found = measure(get_code(name, length), sequences_for(length), seed=20)
+            digits = 4 if found.mse > 0.01 else 5
+            cells.append(
+                f"{found.mse:.{digits}f} ± {found.half_width:.{digits}f} | {found.rate:,.0f}"
+            )
+        yield f"| {length} | " + " | ".join(cells) + " |"
+    bounds = " | ".join(f"{RATE_DISTORTION_BOUND[bits]:.4f} | " for bits in (2, 3, 4))
+    yield f"| bound | {bounds}|"
+
+
+def search_multiplier(
+    bits: int, length: int, candidates: int, seed: int
+) -> tuple[int, Measurement]:
+    """Try random odd multipliers on little data, the best on more and fresh data; the winner and its error."""
+    code = code_for_bits(bits, length)
+    rng = np.random.default_rng(seed)
+    field = [int(m) | 1 for m in rng.integers(2**30, 2**32, candidates)]
+    few = max(sequences_for(length) // 24, 6)
+    for stage, (keep, sequences) in enumerate(
+        ((candidates // 12, few), (3, few * 6), (1, few * 24))
+    ):
+        ranked = sorted(
+            field,
+            key=lambda m: measure(replace(code, multiplier=m), sequences, seed=1000 + stage).mse,
+        )
+        field = ranked[: max(keep, 1)]
+    winner = field[0]
+    return winner, measure(replace(code, multiplier=winner), few * 24, seed=2000)
+
+
+def main() -> None:
+    """Command line of the study."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["table", "search"])
+    parser.add_argument("--candidates", type=int, default=600)
+    parser.add_argument("--lengths", type=int, nargs="*", default=list(REGISTER_LENGTHS))
+    options = parser.parse_args()
+    if options.what == "table":
+        for row in table_rows():
+            print(row, flush=True)
+        return
+    for bits in (2, 3, 4):
+        for length in options.lengths:
+            fewer = options.candidates >> max(length - 12, 0)
+            multiplier, found = search_multiplier(bits, length, max(fewer, 24), seed=length)
+            print(f"cc{bits} L={length} {multiplier:#010x} mse {found.mse:.5f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Architectures: what a checkpoint's tensors are called and how its layers run."""

@@ -1,0 +1,105 @@
+"""What a quantisation did: sizes, errors, tokens per expert, fallbacks; also written as JSON beside the weights."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from erniequant.calibration.hessian import DEGRADED_DAMPING
+from erniequant.quantization.plan import Plan
+
+REPORT_FILE = "quantization_report.json"
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One projection of one expert. ``error`` is ``tr(E H E^T) / tr(W H W^T)`` on the calibration tokens."""
+
+    layer: int
+    expert: int
+    projection: str
+    tokens: int
+    dropped_tokens: int
+    error: float
+    damping: float
+    fallback: str | None
+
+    def degraded(self, calibrated: bool) -> bool:
+        """Quantised on less than the calibration was meant to give: no tokens, bad values or heavy damping."""
+        unseen = calibrated and self.tokens == 0
+        return unseen or self.dropped_tokens > 0 or self.damping > DEGRADED_DAMPING
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """The text that was used; ``None`` in its place means no calibration."""
+
+    source: str
+    windows: int
+    tokens: int
+    sha256: str
+    rendered: str
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """Result of `erniequant.quantize`; ``matrices`` is empty after a dry run."""
+
+    plan: Plan
+    plan_text: str
+    calibration: CalibrationReport | None
+    matrices: tuple[MatrixReport, ...]
+    seconds: float
+    peak_memory_bytes: int
+    sha256: dict[str, str]
+    dry_run: bool = False
+
+    @property
+    def degraded(self) -> int:
+        """Number of degraded expert matrices."""
+        return sum(m.degraded(self.calibration is not None) for m in self.matrices)
+
+    def layer_errors(self) -> dict[int, dict[str, float]]:
+        """Mean relative error of each projection by layer."""
+        sums: dict[int, dict[str, list[float]]] = {}
+        for matrix in self.matrices:
+            sums.setdefault(matrix.layer, {}).setdefault(matrix.projection, []).append(matrix.error)
+        return {
+            layer: {name: sum(errors) / len(errors) for name, errors in by_name.items()}
+            for layer, by_name in sums.items()
+        }
+
+    def tokens_per_expert(self) -> dict[int, list[int]]:
+        """Routed tokens of each expert by layer."""
+        counts: dict[int, list[int]] = {}
+        for matrix in self.matrices:
+            if matrix.projection == "down_proj":
+                counts.setdefault(matrix.layer, []).append(matrix.tokens)
+        return counts
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        plan = self.plan
+        return {
+            "bits": plan.options.bits,
+            "effort": plan.options.effort,
+            "seed": plan.options.seed,
+            "dry_run": self.dry_run,
+            "format": {
+                "gate_up_proj": asdict(plan.layer.gate_up_proj),
+                "down_proj": asdict(plan.layer.down_proj),
+            },
+            "tensors": {"quantized": len(plan.quantized), "copied": len(plan.copied)},
+            "bits_per_weight": {
+                "experts": plan.expert_bits_per_weight,
+                "total": plan.total_bits_per_weight,
+            },
+            "bytes": {"before": plan.source_bytes, "after": plan.output_bytes},
+            "calibration": asdict(self.calibration) if self.calibration else None,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "degraded": self.degraded,
+            "layer_errors": self.layer_errors(),
+            "tokens_per_expert": self.tokens_per_expert(),
+            "fallbacks": [asdict(m) for m in self.matrices if m.fallback is not None],
+            "matrices": [asdict(m) for m in self.matrices],
+            "sha256": self.sha256,
+        }
