@@ -23,7 +23,9 @@ from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.perplexity import PerplexityResult, perplexity
 from erniequant.evaluate.rtn import round_to_nearest
 from erniequant.evaluate.texts import evaluation_text
+from erniequant.load import load
 from erniequant.progress import NULL_PROGRESS, NullProgress, Progress
+from erniequant.quantization.pipeline import quantize
 
 BITS = (4, 3, 2)
 RTN_GROUP = 64
@@ -98,7 +100,6 @@ def run_demo(
     out: folder for the reports, made if need be; with keep_models the quantised models stay in it.
     tokens: how much of the held-out text to use. Raises ErnieQuantError where `out` is no folder.
     """
-    import erniequant
     from erniequant_data import tiny_model_dir
 
     out = Path(out)
@@ -110,7 +111,7 @@ def run_demo(
         ) from error
     started = time.perf_counter()
     source = Path(tiny_model_dir())
-    original, tokenizer = erniequant.load(source, device="cpu")
+    original, tokenizer = load(source, device="cpu")
     watch = progress or NULL_PROGRESS
     size = _measure_size(original, tensor_bytes(source))
     bench = _Bench(original, tokenizer, evaluation_text(), tokens, size, watch)
@@ -167,14 +168,12 @@ class _Bench:
 def _quantised_row(
     bench: _Bench, source: Path, folder: Path, bits: int, threads: int | None
 ) -> DemoRow:
-    import erniequant
-
     step = _Step(bench.watch, f"quantising to {bits} bits")
     started = time.perf_counter()
-    erniequant.quantize(source, folder, bits=bits, device="cpu", threads=threads, progress=step)
+    quantize(source, folder, bits=bits, device="cpu", threads=threads, progress=step)
     seconds = time.perf_counter() - started
     bench.watch.advance(1, f"quantised to {bits} bits")
-    model, _ = erniequant.load(folder, device="cpu")
+    model, _ = load(folder, device="cpu")
     found = bench.measure(model, f"{bits} bits")
     return _row("erniequant", bits, found, bench.size.row(tensor_bytes(folder)), seconds)
 

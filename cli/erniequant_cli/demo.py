@@ -30,8 +30,10 @@ def demo(
       erniequant demo --out my-report --keep-models
     """
     from erniequant.demo import run_demo
+    from erniequant_cli.loading import hush
     from erniequant_cli.progress import make_progress
 
+    hush()
     report = run_demo(out, keep_models=keep_models, threads=threads, progress=make_progress(quiet))
     write_json(json, report.to_dict())
     if not quiet:

@@ -7,13 +7,18 @@ from erniequant.errors import ErnieQuantError
 
 def load_model(folder: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     """Model in evaluation mode and tokenizer; `dtype` None keeps the checkpoint's own."""
-    import transformers
+    from erniequant.load import load
 
-    import erniequant
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = erniequant.load(folder, device=device, dtype=dtype)
+    hush()
+    model, tokenizer = load(folder, device=device, dtype=dtype)
     if tokenizer is None:
         raise ErnieQuantError(f"{folder} has no tokenizer: copy the original's into it")
     return model, tokenizer
+
+
+def hush() -> None:
+    """Keep transformers' warnings and bars off the terminal; our own messages say what matters."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

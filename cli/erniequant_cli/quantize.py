@@ -68,10 +68,12 @@ def quantize(
 
       erniequant quantize ./ernie ./ernie-3bit --bits 3 --dry-run
     """
-    import erniequant
+    from erniequant.quantization.pipeline import quantize as make
+    from erniequant_cli.loading import hush
     from erniequant_cli.progress import make_progress
 
-    report = erniequant.quantize(
+    hush()
+    report = make(
         src,
         dst,
         bits=int(bits.value),
@@ -93,9 +95,9 @@ def quantize(
     if dry_run:
         return
     if not quiet:
-        from erniequant_cli.tables import print_quantize_summary
+        from erniequant_cli.tables import print_quantization
 
-        print_quantize_summary(report.to_dict(), dst)
+        print_quantization(report, dst)
     if report.degraded > max_degraded:
         complain(
             f"{report.degraded} expert matrices are degraded, more than --max-degraded "

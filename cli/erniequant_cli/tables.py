@@ -9,6 +9,38 @@ from rich.table import Table
 if TYPE_CHECKING:
     from erniequant.demo import DemoReport
     from erniequant.evaluate import PerplexityResult
+    from erniequant.quantization.report import QuantizationReport
+
+FALLBACKS_SHOWN = 5
+
+
+def print_quantization(report: "QuantizationReport", folder: str) -> None:
+    """Size before and after, error and tokens by layer, and every kind of fallback."""
+    plan, console = report.plan, Console(highlight=False)
+    table = Table(
+        "layer", "error, gate and up", "error, down", "tokens per expert", title="experts"
+    )
+    tokens = report.tokens_per_expert()
+    for layer, errors in report.layer_errors().items():
+        seen = sorted(tokens[layer])
+        spread = f"{seen[0]} … {seen[len(seen) // 2]} … {seen[-1]}"
+        by_name = (f"{errors[name]:.5f}" for name in ("gate_up_proj", "down_proj"))
+        table.add_row(str(layer), *by_name, spread)
+    console.print(table)
+    console.print("error: tr(E H Eᵀ) / tr(W H Wᵀ), mean over experts; tokens: least, median, most")
+    fallbacks = [matrix for matrix in report.matrices if matrix.fallback is not None]
+    for fallback in fallbacks[:FALLBACKS_SHOWN]:
+        where = f"layer {fallback.layer} expert {fallback.expert} {fallback.projection}"
+        console.print(f"fallback, {where}: {fallback.fallback}", markup=False)
+    if len(fallbacks) > FALLBACKS_SHOWN:
+        console.print(f"and {len(fallbacks) - FALLBACKS_SHOWN} more fallbacks in the report")
+    console.print(
+        f"{plan.expert_bits_per_weight:.3f} bits per expert weight, "
+        f"{plan.total_bits_per_weight:.3f} in all; {plan.source_bytes / 1e9:.3f} GB before, "
+        f"{plan.output_bytes / 1e9:.3f} GB after; {report.seconds:.0f} s, "
+        f"at most {report.peak_memory_bytes / 1e9:.1f} GB of memory"
+    )
+    console.print(f"wrote {folder}", markup=False)
 
 
 def print_perplexity(result: "PerplexityResult") -> None:
