@@ -1,7 +1,9 @@
-"""erniequant: ERNIE 4.5 mixture-of-experts models with experts of 4, 3 or 2 bits, as convolutional codes.
+"""erniequant: ERNIE 4.5 mixture-of-experts models with experts of 4, 3 or 2 bits, as convolutional
+codes.
 
-Importing it registers the format with transformers, so that ``AutoModelForCausalLM.from_pretrained`` loads a quantised
-folder. Everything else is imported on first use.
+Importing it registers the format with transformers, so that
+``AutoModelForCausalLM.from_pretrained`` loads a quantised folder. Everything else is imported on
+first use.
 """
 
 import importlib

@@ -1,8 +1,9 @@
-"""Input-side incoherence: random signs, then a normalised Hadamard transform over blocks of input channels.
+"""Input-side incoherence: random signs, then a normalised Hadamard transform over blocks of input
+channels.
 
-Rotating both the weights and the inputs of a matrix leaves the product unchanged and makes the weights look
-Gaussian, which is what the codes are made for. The block is the largest power of two up to 128 that divides the
-input size; below 16 only the signs are applied (block 1).
+Rotating both the weights and the inputs of a matrix leaves the product unchanged and makes the
+weights look Gaussian, which is what the codes are made for. The block is the largest power of two
+up to 128 that divides the input size; below 16 only the signs are applied (block 1).
 """
 
 import torch
@@ -19,7 +20,8 @@ def block_size(inputs: int) -> int:
 
 
 def hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Orthonormal Hadamard transform (its own inverse) of consecutive blocks of the last dimension."""
+    """Orthonormal Hadamard transform (its own inverse) of consecutive blocks of the last
+    dimension."""
     y = x.unflatten(-1, (-1, block))
     half = 1
     while half < block:
@@ -31,7 +33,8 @@ def hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, signs: torch.Tensor, block: int) -> torch.Tensor:
-    """Rotate inputs (or the rows of a weight) ``[..., K]`` by signs ``[K]`` of +-1, then block Hadamard."""
+    """Rotate inputs (or the rows of a weight) ``[..., K]`` by signs ``[K]`` of +-1, then block
+    Hadamard."""
     return hadamard(x * signs, block)
 
 
@@ -46,7 +49,8 @@ def random_signs(inputs: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def pack_signs(signs: torch.Tensor) -> torch.Tensor:
-    """Signs ``[K]`` to int32 ``[ceil(K / 32)]``: channel ``c`` is bit ``c % 32`` of word ``c // 32``, set for -1."""
+    """Signs ``[K]`` to int32 ``[ceil(K / 32)]``: channel ``c`` is bit ``c % 32`` of word ``c //
+    32``, set for -1."""
     n_words = -(-signs.numel() // _SIGN_BITS)
     bits = torch.zeros(n_words * _SIGN_BITS, dtype=torch.int64, device=signs.device)
     bits[: signs.numel()] = signs < 0

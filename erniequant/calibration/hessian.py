@@ -1,8 +1,9 @@
 """Second moments of the inputs of a matrix, and their factorisation for error feedback.
 
-A Hessian is ``H = sum_t c_t x_t x_t^T / sum_t c_t`` over tokens with weights ``c``. Experts with few tokens are shrunk
-towards a prior. A factorisation that fails is repeated with more damping and, in the end, without feedback; what
-happened is returned, never raised, because one bad matrix must not stop a run of hours.
+A Hessian is ``H = sum_t c_t x_t x_t^T / sum_t c_t`` over tokens with weights ``c``. Experts with
+few tokens are shrunk towards a prior. A factorisation that fails is repeated with more damping
+and, in the end, without feedback; what happened is returned, never raised, because one bad matrix
+must not stop a run of hours.
 """
 
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ CHUNK = 4096
 """Tokens per matrix product; bounds the float32 copy of the weighted inputs."""
 
 DAMPING_STEPS = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Damping tried in turn, as a fraction of the mean diagonal; above 0.1 a matrix counts as degraded."""
+"""Damping tried in turn, as a fraction of the mean diagonal; above 0.1 a matrix counts as
+degraded."""
 
 DEGRADED_DAMPING = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Weighted second moments of inputs: ``total`` float32 ``[K, K]``, ``weight`` the sum of token weights."""
+    """Weighted second moments of inputs: ``total`` float32 ``[K, K]``, ``weight`` the sum of token
+    weights."""
 
     total: torch.Tensor
     weight: float
@@ -34,7 +37,8 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """Outcome of a factorisation: ``M`` unit lower triangular float32 ``[K, K]`` and how it was obtained."""
+    """Outcome of a factorisation: ``M`` unit lower triangular float32 ``[K, K]`` and how it was
+    obtained."""
 
     feedback: torch.Tensor
     damping: float
@@ -42,7 +46,8 @@ class Factor:
 
 
 def second_moments(x: torch.Tensor, weights: torch.Tensor) -> Moments:
-    """Accumulate the moments of tokens ``x`` ``[T, K]`` with weights ``[T]``; non-finite tokens are dropped."""
+    """Accumulate the moments of tokens ``x`` ``[T, K]`` with weights ``[T]``; non-finite tokens
+    are dropped."""
     finite = torch.isfinite(x).all(-1) & torch.isfinite(weights)
     dropped = int((~finite).sum())
     if dropped:
@@ -55,7 +60,8 @@ def second_moments(x: torch.Tensor, weights: torch.Tensor) -> Moments:
 
 
 def shrink(own: Moments, prior: torch.Tensor, strength: float) -> torch.Tensor:
-    """Blend an expert's moments with a prior mean that counts as ``strength`` units of token weight.
+    """Blend an expert's moments with a prior mean that counts as ``strength`` units of token
+    weight.
 
     Without tokens of its own the expert gets the prior; without a usable prior, the identity.
     """

@@ -1,4 +1,5 @@
-"""Calibration text: from the built-in collection, a file, JSONL or a data set to windows of token ids."""
+"""Calibration text: from the built-in collection, a file, JSONL or a data set to windows of token
+ids."""
 
 import hashlib
 import json
@@ -12,15 +13,17 @@ import torch
 from erniequant.errors import ErnieQuantError
 
 SURPLUS = 16
-"""Reading stops at this many times the tokens asked for; a random choice of windows needs no more."""
+"""Reading stops at this many times the tokens asked for; a random choice of windows needs no
+more."""
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Which text to calibrate on, and how much of it.
 
-    ``source`` is ``builtin``, a path ending in .txt or .jsonl, or ``hf:NAME[:SPLIT[:COLUMN]]``. ``chat_template``
-    ``apply`` renders chat ``messages`` with the model's template, ``none`` joins their contents.
+    ``source`` is ``builtin``, a path ending in .txt or .jsonl, or ``hf:NAME[:SPLIT[:COLUMN]]``.
+    ``chat_template`` ``apply`` renders chat ``messages`` with the model's template, ``none`` joins
+    their contents.
     """
 
     source: str = "builtin"
@@ -42,7 +45,8 @@ class CalibrationConfig:
 class CalibrationWindows:
     """Windows of token ids, int64 ``[T]`` each, and where they came from.
 
-    ``sha256`` is of all ids as little-endian int64; ``rendered`` shows the start of the first document.
+    ``sha256`` is of all ids as little-endian int64; ``rendered`` shows the start of the first
+    document.
     """
 
     windows: tuple[torch.Tensor, ...]
@@ -56,10 +60,11 @@ class CalibrationWindows:
 
 
 def calibration_windows(tokenizer: Any, config: CalibrationConfig) -> CalibrationWindows:
-    """Tokenise the source, cut it into windows of ``config.length`` and choose ``config.samples`` of them.
+    """Tokenise the source, cut it into windows of ``config.length`` and choose ``config.samples``
+    of them.
 
-    Documents follow one another, separated by the end-of-text token where the tokenizer has one; no BOS is added.
-    A source shorter than one window yields one shorter window.
+    Documents follow one another, separated by the end-of-text token where the tokenizer has one;
+    no BOS is added. A source shorter than one window yields one shorter window.
 
     Raises:
         ErnieQuantError: the source cannot be read, or holds no text.
@@ -102,7 +107,8 @@ def documents(config: CalibrationConfig, tokenizer: Any) -> Iterator[str]:
         yield _read(Path(source))
     else:
         raise ErnieQuantError(
-            f"calibration source {source!r} is none of builtin, FILE.txt, FILE.jsonl, hf:NAME[:SPLIT[:COLUMN]]"
+            f"calibration source {source!r} is none of builtin, FILE.txt, FILE.jsonl, "
+            "hf:NAME[:SPLIT[:COLUMN]]"
         )
 
 
@@ -147,8 +153,8 @@ def _dataset(source: str, config: CalibrationConfig, tokenizer: Any) -> Iterator
 def render(record: Any, config: CalibrationConfig, tokenizer: Any, where: str) -> str:
     """One document of a record with ``text`` or chat ``messages``.
 
-    Raises:
-        ErnieQuantError: neither field is there, or messages are asked to be rendered without a template.
+    Raises: ErnieQuantError: neither field is there, or messages are asked to be rendered without a
+        template.
     """
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return str(record["text"])
@@ -159,7 +165,8 @@ def render(record: Any, config: CalibrationConfig, tokenizer: Any, where: str) -
         return "\n".join(message["content"] for message in messages)
     if not getattr(tokenizer, "chat_template", None):
         raise ErnieQuantError(
-            f"{where} holds chat messages but the tokenizer has no chat template; use --chat-template none"
+            f"{where} holds chat messages but the tokenizer has no chat template; use "
+            "--chat-template none"
         )
     return str(tokenizer.apply_chat_template(messages, tokenize=False))
 

@@ -1,15 +1,16 @@
 """Label functions: 32-bit products to weights that are exactly bfloat16 values.
 
-A register is hashed by one 32-bit multiplication; masking and toggling bits of the product makes two
-bfloat16 numbers of magnitude 1/8 to 2 with random sign. No step rounds, so encoder, reference and kernels
-agree bit for bit; the halves are FP8 (E4M3) values as well.
+A register is hashed by one 32-bit multiplication; masking and toggling bits of the product makes
+two bfloat16 numbers of magnitude 1/8 to 2 with random sign. No step rounds, so encoder, reference
+and kernels agree bit for bit; the halves are FP8 (E4M3) values as well.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Per 16-bit half: sign, the two low exponent bits and three mantissa bits come from the product. Three mantissa
-# bits cost nothing in error (docs/codes.md) and make the sum of two halves exact in bfloat16.
+# Per 16-bit half: sign, the two low exponent bits and three mantissa bits come from the product.
+# Three mantissa bits cost nothing in error (docs/codes.md) and make the sum of two halves exact in
+# bfloat16.
 KEEP_BITS = 0x81F081F0
 # Toggling exponent bits maps the two kept ones to exponents 124..127: magnitudes in [1/8, 2).
 TOGGLE_BITS = 0x3F003F00
@@ -21,7 +22,8 @@ def _bfloat16_to_float32(pattern: NDArray[np.uint32]) -> NDArray[np.float32]:
 
 
 def pair(product: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """Two weights a step: the low, then the high half of the masked product. ``[...] -> [..., 2]``."""
+    """Two weights a step: the low, then the high half of the masked product. ``[...] -> [...,
+    2]``."""
     halves = (product & np.uint32(KEEP_BITS)) ^ np.uint32(TOGGLE_BITS)
     low = _bfloat16_to_float32(halves & np.uint32(0xFFFF))
     high = _bfloat16_to_float32(halves >> np.uint32(16))
@@ -29,7 +31,8 @@ def pair(product: NDArray[np.uint32]) -> NDArray[np.float32]:
 
 
 def half_sum(product: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """One weight a step: the two halves added, which is exact in bfloat16. ``[...] -> [..., 1]``."""
+    """One weight a step: the two halves added, which is exact in bfloat16. ``[...] -> [...,
+    1]``."""
     halves = pair(product)
     return halves[..., :1] + halves[..., 1:]
 

@@ -1,4 +1,5 @@
-"""Reference decoder in plain torch: packed words to labels, the truth every kernel is tested against."""
+"""Reference decoder in plain torch: packed words to labels, the truth every kernel is tested
+against."""
 
 from functools import lru_cache
 
@@ -15,8 +16,8 @@ def _label_table(code: ConvolutionalCode, device: torch.device) -> torch.Tensor:
 def registers(words: torch.Tensor, code: ConvolutionalCode) -> torch.Tensor:
     """Register value after each step of tail-biting sequences.
 
-    Args:
-        words: int32 ``[..., tile * bits / 32]``; bit ``i`` of a sequence is bit ``31 - i % 32`` of word ``i // 32``.
+    Args: words: int32 ``[..., tile * bits / 32]``; bit ``i`` of a sequence is bit ``31 - i % 32``
+        of word ``i // 32``.
 
     Returns:
         int64 ``[..., tile / weights_per_step]``, the newest bit least significant.
@@ -26,7 +27,8 @@ def registers(words: torch.Tensor, code: ConvolutionalCode) -> torch.Tensor:
     unsigned = words.to(torch.int64) & 0xFFFFFFFF
     end = torch.arange(1, n_steps + 1, device=words.device) * code.step_bits
     last = (end - 1) % n_bits // WORD_BITS
-    # A register of up to 32 bits ends in word `last` and may begin in the word before it (cyclically).
+    # A register of up to 32 bits ends in word `last` and may begin in the word before it
+    # (cyclically).
     joined = (unsigned[..., (last - 1) % words.shape[-1]] << WORD_BITS) | unsigned[..., last]
     shift = (last + 1) * WORD_BITS - end
     return (joined >> shift) & (code.states - 1)
@@ -35,9 +37,8 @@ def registers(words: torch.Tensor, code: ConvolutionalCode) -> torch.Tensor:
 def decode(packed: torch.Tensor, code: ConvolutionalCode, tile: int) -> torch.Tensor:
     """Labels of a packed matrix, before scale and rotation.
 
-    Args:
-        packed: int32 ``[..., outputs / tile, inputs * words]`` with ``words = tile * bits / 32``: for each
-            tile of outputs, one sequence per input row.
+    Args: packed: int32 ``[..., outputs / tile, inputs * words]`` with ``words = tile * bits /
+            32``: for each tile of outputs, one sequence per input row.
 
     Returns:
         float32 ``[..., outputs, inputs]``.

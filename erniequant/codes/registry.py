@@ -1,7 +1,7 @@
 """The codes that a file may name, and the multiplier that belongs to each register length.
 
-Everything here is part of the on-disk format: a published constant never changes, a new one gets a new name.
-docs/codes.md shows how the labels and multipliers were chosen.
+Everything here is part of the on-disk format: a published constant never changes, a new one gets a
+new name. docs/codes.md shows how the labels and multipliers were chosen.
 """
 
 from erniequant.codes import labels

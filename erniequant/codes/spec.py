@@ -1,8 +1,10 @@
 """The family of convolutional codes, as data.
 
-A code of rate ``bits`` turns a bit stream into weights: every step shifts ``step_bits`` new bits into a
-register that keeps the last ``register_length`` of them, and a label function of the register emits
-``weights_per_step`` weights. Families of this kind: CCQ (arXiv 2507.07145), QTIP (arXiv 2406.11235).
+A code of rate ``bits`` turns a bit stream into weights: every step shifts ``step_bits`` new bits
+    into a
+register that keeps the last ``register_length`` of them, and a label function of the register
+emits ``weights_per_step`` weights. Families of this kind: CCQ (arXiv 2507.07145), QTIP (arXiv
+2406.11235).
 """
 
 from collections.abc import Callable
@@ -12,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LabelFunction = Callable[[NDArray[np.uint32]], NDArray[np.float32]]
-"""uint32 products [...] -> float32 labels [..., weights_per_step], each exactly a bfloat16 value."""
+"""uint32 products [...] -> float32 labels [..., weights_per_step], each exactly a bfloat16
+value."""
 
 WORD_BITS = 32
 
@@ -21,8 +24,8 @@ WORD_BITS = 32
 class ConvolutionalCode:
     """One code: everything that a reader needs to turn a bit stream into weights.
 
-    Sequences are tail-biting: the register before the first step holds the last bits of the sequence,
-    so ``tile`` weights cost exactly ``tile * bits`` bits and no state is stored.
+    Sequences are tail-biting: the register before the first step holds the last bits of the
+    sequence, so ``tile`` weights cost exactly ``tile * bits`` bits and no state is stored.
     """
 
     name: str

@@ -1,7 +1,8 @@
-"""Measure the codes on Gaussian data: error with confidence interval, encoding rate, and a search for multipliers.
+"""Measure the codes on Gaussian data: error with confidence interval, encoding rate, and a search
+for multipliers.
 
-``python -m erniequant.codes.study table`` prints the table of docs/codes.md; ``... search`` repeats the search that
-chose the multipliers of the registry.
+``python -m erniequant.codes.study table`` prints the table of docs/codes.md; ``... search``
+repeats the search that chose the multipliers of the registry.
 """
 
 import argparse
@@ -23,7 +24,8 @@ RATE_DISTORTION_BOUND = {bits: 4.0**-bits for bits in (2, 3, 4)}
 
 @dataclass(frozen=True)
 class Measurement:
-    """Mean squared error on N(0, 1) with the half width of its 95 % interval; weights encoded per second and core."""
+    """Mean squared error on N(0, 1) with the half width of its 95 % interval; weights encoded per
+    second and core."""
 
     mse: float
     half_width: float
@@ -71,7 +73,8 @@ def table_rows() -> Iterator[str]:
 def search_multiplier(
     bits: int, length: int, candidates: int, seed: int
 ) -> tuple[int, Measurement]:
-    """Try random odd multipliers on little data, the best on more and fresh data; the winner and its error."""
+    """Try random odd multipliers on little data, the best on more and fresh data; the winner and
+    its error."""
     code = code_for_bits(bits, length)
     rng = np.random.default_rng(seed)
     field = [int(m) | 1 for m in rng.integers(2**30, 2**32, candidates)]

@@ -1,10 +1,11 @@
 """Fast CPU encoder: weighted Viterbi search for tail-biting sequences, compiled by numba.
 
-Minimises ``sum_i w_i (x_i - label_i)^2`` over all bit streams of a sequence. Tail-biting takes two searches: the
-first runs over a window around the seam with free ends and yields the register at the seam, the second runs over
-the whole sequence with both ends tied to it (near-optimal; tests compare with brute force). No survivor pointers
-are kept: the trace back recomputes the minimum over the few predecessors of one register, so the inner loop is
-only multiply, add and minimum and runs at the full vector width.
+Minimises ``sum_i w_i (x_i - label_i)^2`` over all bit streams of a sequence. Tail-biting takes two
+searches: the first runs over a window around the seam with free ends and yields the register at
+the seam, the second runs over the whole sequence with both ends tied to it (near-optimal; tests
+compare with brute force). No survivor pointers are kept: the trace back recomputes the minimum
+over the few predecessors of one register, so the inner loop is only multiply, add and minimum and
+runs at the full vector width.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 from erniequant.codes.spec import WORD_BITS, ConvolutionalCode
 
 SEAM_WEIGHTS = 64
-"""Weights on either side of the seam that the first search sees; 128 lowers the error by less than 0.1 %."""
+"""Weights on either side of the seam that the first search sees; 128 lowers the error by less than
+0.1 %."""
 
 _FAST = {"contract", "nnan", "ninf", "nsz"}
 _UNREACHABLE = np.float32(1e30)
@@ -31,8 +33,9 @@ Float32 = NDArray[np.float32]
 class Encoder:
     """A code made ready for searching: its label tables and the compiled search.
 
-    ``tables`` is float32 ``[V, B, R]``: label ``v`` of register ``j * R + r``, where ``B`` is the number of
-    branches per step and registers that share their low bits ``r`` have the same successors.
+    ``tables`` is float32 ``[V, B, R]``: label ``v`` of register ``j * R + r``, where ``B`` is the
+    number of branches per step and registers that share their low bits ``r`` have the same
+    successors.
     """
 
     code: ConvolutionalCode
@@ -42,9 +45,8 @@ class Encoder:
     def encode(self, targets: Float32, weights: Float32) -> tuple[NDArray[np.uint32], Float32]:
         """Encode sequences.
 
-        Args:
-            targets: float32 ``[S, T]`` in units of the labels.
-            weights: float32 ``[S, T]``, positive: how much the squared error of each position counts.
+        Args: targets: float32 ``[S, T]`` in units of the labels. weights: float32 ``[S, T]``,
+            positive: how much the squared error of each position counts.
 
         Returns:
             uint32 words ``[S, T * bits / 32]`` and float32 labels ``[S, T]``.
@@ -67,7 +69,8 @@ def encoder(code: ConvolutionalCode) -> Encoder:
 
 @lru_cache(maxsize=8)
 def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
-    """The search ``(targets, weights, tables, words, labels) -> None`` for one step size; releases the GIL."""
+    """The search ``(targets, weights, tables, words, labels) -> None`` for one step size; releases
+    the GIL."""
     forward = _forward_pair if per_step == 2 else _forward_single
     branches = 1 << step_bits
     njit: Any = numba.njit(nogil=True, boundscheck=False)
@@ -84,7 +87,8 @@ def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
         r: int,
         states: NDArray[np.int64],
     ) -> int:
-        """Follow the cheapest path backwards from class ``r`` after ``steps`` steps; fills ``states[stop:]``."""
+        """Follow the cheapest path backwards from class ``r`` after ``steps`` steps; fills
+        ``states[stop:]``."""
         total = x.shape[0] // per_step
         classes = best.shape[1]
         for i in range(steps - 1, stop - 1, -1):
@@ -147,12 +151,14 @@ def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
     return search  # type: ignore[no-any-return]
 
 
-# Both forward steps take four predecessors at a time: eight or twelve streams fit the vector registers.
+# Both forward steps take four predecessors at a time: eight or twelve streams fit the vector
+# registers.
 
 
 @numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)  # type: ignore[untyped-decorator]
 def _spread(old: Float32, spread: Float32) -> None:
-    """Repeat the cost of every class for its branches, so that the search reads contiguous memory."""
+    """Repeat the cost of every class for its branches, so that the search reads contiguous
+    memory."""
     branches, classes = spread.shape
     flat = spread.reshape(classes, branches)
     for r in range(classes):

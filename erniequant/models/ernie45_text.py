@@ -1,8 +1,9 @@
-"""ERNIE 4.5 text mixture-of-experts: its sizes, tensor names on disk, and its layers run one at a time.
+"""ERNIE 4.5 text mixture-of-experts: its sizes, tensor names on disk, and its layers run one at a
+time.
 
-The layers are transformers' own modules, built without memory and filled from the checkpoint, so attention, norms and
-routing (float32 softmax, bias for selection only, clamped normalisation) are the stock ones. Experts are never part of
-them: the caller streams experts one by one.
+The layers are transformers' own modules, built without memory and filled from the checkpoint, so
+attention, norms and routing (float32 softmax, bias for selection only, clamped normalisation) are
+the stock ones. Experts are never part of them: the caller streams experts one by one.
 """
 
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ def read_config(settings: dict[str, Any]) -> Ernie4_5_MoeConfig:
         )
     if "quantization_config" in settings:
         raise ErnieQuantError(
-            "the source is already quantised (config.json has quantization_config); give the bf16 checkpoint"
+            "the source is already quantised (config.json has quantization_config); give the "
+            "bf16 checkpoint"
         )
     try:
         config = Ernie4_5_MoeConfig(**settings)
@@ -130,7 +132,8 @@ def load_layer(
         tensor = source.tensor(disk)
         if tensor.shape != parameter.shape:
             raise ErnieQuantError(
-                f"{disk} has shape {tuple(tensor.shape)}, but config.json asks for {tuple(parameter.shape)}"
+                f"{disk} has shape {tuple(tensor.shape)}, but config.json asks for "
+                f"{tuple(parameter.shape)}"
             )
         state[name] = tensor.to(device=device, dtype=torch.float32)
     layer.load_state_dict(state, assign=True)
@@ -138,7 +141,8 @@ def load_layer(
 
 
 def attend(layer: nn.Module, hidden: torch.Tensor, positions: Any) -> torch.Tensor:
-    """Hidden states ``[1, T, H]`` of one text after the layer's attention, causal, without padding."""
+    """Hidden states ``[1, T, H]`` of one text after the layer's attention, causal, without
+    padding."""
     attended, _ = layer.self_attn(
         hidden_states=layer.input_layernorm(hidden),
         position_embeddings=positions,
@@ -149,7 +153,8 @@ def attend(layer: nn.Module, hidden: torch.Tensor, positions: Any) -> torch.Tens
 
 @dataclass(frozen=True, eq=False)
 class MoeInput:
-    """What a layer's experts see for one text: inputs ``[T, H]``, expert ids and routing weights ``[T, k]``."""
+    """What a layer's experts see for one text: inputs ``[T, H]``, expert ids and routing weights
+    ``[T, k]``."""
 
     x: torch.Tensor
     expert: torch.Tensor
@@ -157,7 +162,8 @@ class MoeInput:
 
 
 def route(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, MoeInput]:
-    """Split a MoE layer after attention: hidden states ``[1, T, H]`` plus shared experts, and the experts' input."""
+    """Split a MoE layer after attention: hidden states ``[1, T, H]`` plus shared experts, and the
+    experts' input."""
     x = layer.post_attention_layernorm(hidden)[0]
     _, weight, expert = layer.mlp.gate(x)
     if layer.mlp.shared_experts is not None:

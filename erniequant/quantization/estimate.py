@@ -1,4 +1,5 @@
-"""Predicted time and memory of a quantisation, told before it starts. Rough: within a factor of two."""
+"""Predicted time and memory of a quantisation, told before it starts. Rough: within a factor of
+two."""
 
 import resource
 import sys
@@ -7,8 +8,8 @@ from dataclasses import dataclass
 from erniequant.codes import REGISTER_LENGTHS
 from erniequant.quantization.plan import Plan
 
-# Weights per second and core at register length 12, measured on an AVX-512 server core; each register
-# bit more halves the rate.
+# Weights per second and core at register length 12, measured on an AVX-512 server core; each
+# register bit more halves the rate.
 _ENCODE_RATE = {2: 550_000, 3: 240_000, 4: 330_000}
 _REFERENCE_LENGTH = 12
 _FLOPS_PER_CORE = 40e9
@@ -24,7 +25,8 @@ class Estimate:
 
 
 def estimate(plan: Plan, tokens: int, threads: int) -> Estimate:
-    """Predict a run over ``tokens`` calibration tokens on ``threads`` cores, computing on the CPU."""
+    """Predict a run over ``tokens`` calibration tokens on ``threads`` cores, computing on the
+    CPU."""
     model, options = plan.model, plan.options
     shorter = _REFERENCE_LENGTH - REGISTER_LENGTHS[options.effort]
     encode = plan.expert_weights / (_ENCODE_RATE[options.bits] * 2.0**shorter)
@@ -54,8 +56,10 @@ def describe(plan: Plan, predicted: Estimate, threads: int) -> str:
     model = plan.model
     gate_up, down = plan.layer.gate_up_proj, plan.layer.down_proj
     lines = [
-        f"quantise {len(plan.quantized)} expert matrices ({plan.expert_weights / 1e6:.1f} M weights, "
-        f"{model.experts} experts in each of {len(model.moe_layers)} layers) to {plan.options.bits} bits",
+        f"quantise {len(plan.quantized)} expert matrices ({plan.expert_weights / 1e6:.1f} M "
+        "weights, "
+        f"{model.experts} experts in each of {len(model.moe_layers)} layers) to "
+        f"{plan.options.bits} bits",
         f"  gate and up: {gate_up.code}, register {gate_up.register_length}, tile {gate_up.tile}, "
         f"rotation block {gate_up.rotation_block}",
         f"  down:        {down.code}, register {down.register_length}, tile {down.tile}, "

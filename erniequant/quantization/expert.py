@@ -1,4 +1,5 @@
-"""Quantise one expert: gate and up together for the layer's inputs, then down for what they now produce."""
+"""Quantise one expert: gate and up together for the layer's inputs, then down for what they now
+produce."""
 
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ class ExpertWeights:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Tokens that describe an expert's inputs: ``x`` float32 ``[n, H]`` and how much each counts ``[n]``."""
+    """Tokens that describe an expert's inputs: ``x`` float32 ``[n, H]`` and how much each counts
+    ``[n]``."""
 
     x: torch.Tensor
     weights: torch.Tensor
@@ -46,8 +48,8 @@ class ProjectionCodes:
 class LayerContext:
     """What all experts of a layer share.
 
-    ``pooled`` float32 ``[H, H]`` are the mean moments of all routed tokens, ``sample`` a few tokens of the layer that
-    stand in where an expert has seen none.
+    ``pooled`` float32 ``[H, H]`` are the mean moments of all routed tokens, ``sample`` a few
+    tokens of the layer that stand in where an expert has seen none.
     """
 
     codes: ProjectionCodes
@@ -59,7 +61,8 @@ class LayerContext:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedExpert:
-    """Both packed projections of an expert, and how many routed tokens were dropped as non-finite."""
+    """Both packed projections of an expert, and how many routed tokens were dropped as
+    non-finite."""
 
     gate_up: QuantizedMatrix
     down: QuantizedMatrix
@@ -87,10 +90,8 @@ def quantize_expert(
 ) -> QuantizedExpert:
     """Quantise an expert for the tokens routed to it.
 
-    Args:
-        weights: the source matrices.
-        routed: the layer inputs of the expert's tokens, each weighted by its squared routing weight.
-        layer: rotations, codes and the prior.
+    Args: weights: the source matrices. routed: the layer inputs of the expert's tokens, each
+        weighted by its squared routing weight. layer: rotations, codes and the prior.
     """
     inputs, inner_size = weights.gate.shape[1], weights.gate.shape[0]
     clean = routed.finite()
@@ -145,7 +146,8 @@ def _with_sample(routed: Evidence, sample: Evidence, strength: float) -> Evidenc
 def inner_importance(weights: ExpertWeights, evidence: Evidence) -> torch.Tensor:
     """How much an error of each gate and up output disturbs the expert's output: float32 ``[2I]``.
 
-    First order: an error ``d`` of gate unit ``i`` changes the output by ``down[:, i] u_i silu'(g_i) d``, one of up unit
+    First order: an error ``d`` of gate unit ``i`` changes the output by ``down[:, i] u_i
+        silu'(g_i) d``, one of up unit
     ``i`` by ``down[:, i] silu(g_i) d``; squared and averaged over the tokens.
     """
     gate, up = linear(evidence.x, weights.gate), linear(evidence.x, weights.up)
@@ -165,8 +167,10 @@ def corrected_target(
 ) -> torch.Tensor:
     """The down projection that best maps the quantised inner activations to the original outputs.
 
-    Least squares with a ridge towards ``down``: ``W + W (C - H) (H + r I)^-1`` with ``C = sum c before after^T`` and
-    ``H = sum c after after^T``. Args: down ``[H, I]``, before and after ``[n, I]``, weights ``[n]``.
+    Least squares with a ridge towards ``down``: ``W + W (C - H) (H + r I)^-1`` with ``C = sum c
+        before after^T`` and
+    ``H = sum c after after^T``. Args: down ``[H, I]``, before and after ``[n, I]``, weights
+    ``[n]``.
     """
     finite = torch.isfinite(before).all(-1) & torch.isfinite(after).all(-1)
     before, after, weights = before[finite], after[finite], weights[finite]

@@ -1,7 +1,7 @@
 """Quantise all experts of one layer and advance the hidden states through the result.
 
-Experts are independent given the layer's inputs, so they run on several threads; every product runs on one thread,
-which makes results independent of the number of threads.
+Experts are independent given the layer's inputs, so they run on several threads; every product
+runs on one thread, which makes results independent of the number of threads.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,9 +28,11 @@ SAMPLE_TOKENS = 2048
 
 @dataclass(frozen=True, eq=False)
 class ExpertOutcome:
-    """A quantised expert, the number of tokens routed to it, and what it adds to their hidden states.
+    """A quantised expert, the number of tokens routed to it, and what it adds to their hidden
+    states.
 
-    ``positions`` int64 ``[n]`` are rows of the layer's hidden states, ``output`` float32 ``[n, H]``.
+    ``positions`` int64 ``[n]`` are rows of the layer's hidden states, ``output`` float32 ``[n,
+    H]``.
     """
 
     expert: int

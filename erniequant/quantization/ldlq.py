@@ -1,8 +1,10 @@
-"""Error feedback (LDLQ, arXiv 2307.13304) with one input row per step and weighted sequences along the outputs.
+"""Error feedback (LDLQ, arXiv 2307.13304) with one input row per step and weighted sequences along
+the outputs.
 
-With the Hessian ``H = M D M^T`` (``M`` unit lower triangular), the loss ``tr(E H E^T)`` of the error ``E = W - Q``
-equals ``sum_k D_k |E_k + sum_{j>k} M_jk E_j|^2``. Rows are therefore encoded from the last to the first, each
-aiming at its own weights plus the feedback of the rows already encoded. Any order of rows may be chosen.
+With the Hessian ``H = M D M^T`` (``M`` unit lower triangular), the loss ``tr(E H E^T)`` of the
+error ``E = W - Q`` equals ``sum_k D_k |E_k + sum_{j>k} M_jk E_j|^2``. Rows are therefore encoded
+from the last to the first, each aiming at its own weights plus the feedback of the rows already
+encoded. Any order of rows may be chosen.
 """
 
 from dataclasses import dataclass
@@ -13,12 +15,14 @@ import torch
 from erniequant.codes.viterbi import Encoder
 
 BLOCK = 64
-"""Rows whose mutual feedback is applied one by one; the others receive it in one product per block."""
+"""Rows whose mutual feedback is applied one by one; the others receive it in one product per
+block."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedMatrix:
-    """A matrix after encoding: labels float32 ``[K, N]`` and words uint32 ``[K, N / T, T * bits / 32]``."""
+    """A matrix after encoding: labels float32 ``[K, N]`` and words uint32 ``[K, N / T, T * bits /
+    32]``."""
 
     labels: torch.Tensor
     words: np.ndarray
@@ -34,13 +38,11 @@ def encode_matrix(
 ) -> EncodedMatrix:
     """Encode a matrix under error feedback.
 
-    Args:
-        weight: float32 ``[K, N]``, rotated, one row per input, in encoding order from the last row to the first.
-        feedback: float32 ``[K, K]``, the unit lower triangular factor ``M`` in the same order.
-        scale: float32 ``[N]``, positive: weight of output ``n`` = ``scale[n] * label``.
-        importance: float32 ``[N]``, positive: how much the squared error of output ``n`` counts.
-        encoder: the code.
-        tile: weights per sequence; divides N.
+    Args: weight: float32 ``[K, N]``, rotated, one row per input, in encoding order from the last
+        row to the first. feedback: float32 ``[K, K]``, the unit lower triangular factor ``M`` in
+        the same order. scale: float32 ``[N]``, positive: weight of output ``n`` = ``scale[n] *
+        label``. importance: float32 ``[N]``, positive: how much the squared error of output ``n``
+        counts. encoder: the code. tile: weights per sequence; divides N.
     """
     rows, outputs = weight.shape
     tiles = outputs // tile

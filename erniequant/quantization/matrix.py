@@ -1,4 +1,5 @@
-"""Quantise one matrix for given input moments: rotate, order, scale, encode with feedback, refit the scale."""
+"""Quantise one matrix for given input moments: rotate, order, scale, encode with feedback, refit
+the scale."""
 
 from dataclasses import dataclass, replace
 
@@ -12,12 +13,14 @@ from erniequant.quantization.ldlq import encode_matrix
 from erniequant.rotation import rotate, unrotate
 
 SCALE_IN_RMS = {2: 0.96, 3: 0.92, 4: 0.88}
-"""Standard deviation of the scaled targets over that of the labels, best on N(0, 1); see docs/codes.md."""
+"""Standard deviation of the scaled targets over that of the labels, best on N(0, 1); see
+docs/codes.md."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """Input rotation of a projection, shared by all experts of a layer: signs float32 ``[K]`` and block size."""
+    """Input rotation of a projection, shared by all experts of a layer: signs float32 ``[K]`` and
+    block size."""
 
     signs: torch.Tensor
     block: int
@@ -27,9 +30,9 @@ class Rotation:
 class QuantizedMatrix:
     """One packed matrix and what became of it.
 
-    ``packed`` int32 ``[N / T, K * T * bits / 32]``, ``scale`` float32 ``[N]`` with bfloat16 values, ``effective``
-    float32 ``[N, K]``: the weights that the packed form stands for, unrotated. ``error`` is
-    ``tr(E H E^T) / tr(W H W^T)``.
+    ``packed`` int32 ``[N / T, K * T * bits / 32]``, ``scale`` float32 ``[N]`` with bfloat16
+    values, ``effective`` float32 ``[N, K]``: the weights that the packed form stands for,
+    unrotated. ``error`` is ``tr(E H E^T) / tr(W H W^T)``.
     """
 
     packed: torch.Tensor
@@ -56,11 +59,11 @@ def quantize_matrix(
     code: ConvolutionalCode,
     tile: int,
 ) -> QuantizedMatrix:
-    """Quantise ``weight`` float32 ``[N, K]`` for inputs with second moments ``hessian`` float32 ``[K, K]``.
+    """Quantise ``weight`` float32 ``[N, K]`` for inputs with second moments ``hessian`` float32
+    ``[K, K]``.
 
-    Args:
-        importance: float32 ``[N]``, non-negative: how much the squared error of each output counts. Sequences run
-            along the outputs, so the search trades errors between them.
+    Args: importance: float32 ``[N]``, non-negative: how much the squared error of each output
+            counts. Sequences run along the outputs, so the search trades errors between them.
     """
     search = encoder(code)
     rotated = rotate(weight, rotation.signs, rotation.block)
@@ -105,7 +108,8 @@ def rotate_moments(hessian: torch.Tensor, rotation: Rotation) -> torch.Tensor:
 
 
 def initial_scale(rows: torch.Tensor, code: ConvolutionalCode, search: Encoder) -> torch.Tensor:
-    """Scale of each output from its root mean square over the inputs ``[K, N]`` -> ``[N]``, never zero."""
+    """Scale of each output from its root mean square over the inputs ``[K, N]`` -> ``[N]``, never
+    zero."""
     label_std = float(search.tables.std())
     rms = rows.square().mean(0).sqrt()
     floor = max(float(rms.max()), 1e-30) * 1e-6
@@ -113,11 +117,13 @@ def initial_scale(rows: torch.Tensor, code: ConvolutionalCode, search: Encoder) 
 
 
 IMPORTANCE_RANGE = 1e3
-"""Largest ratio of an output's weight to the mean; keeps float32 path costs of a sequence comparable."""
+"""Largest ratio of an output's weight to the mean; keeps float32 path costs of a sequence
+comparable."""
 
 
 def bounded_importance(importance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Clamp importance so that no position of a sequence counts a thousandth or a thousand times the mean."""
+    """Clamp importance so that no position of a sequence counts a thousandth or a thousand times
+    the mean."""
     weight = importance * scale**2
     mean = weight.mean()
     if not torch.isfinite(mean) or mean <= 0:
@@ -128,10 +134,11 @@ def bounded_importance(importance: torch.Tensor, scale: torch.Tensor) -> torch.T
 def refit_scale(
     labels: torch.Tensor, rows: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """Least-squares scale of each output given its labels: ``(q^T H w) / (q^T H q)``, rounded to bfloat16.
+    """Least-squares scale of each output given its labels: ``(q^T H w) / (q^T H q)``, rounded to
+    bfloat16.
 
-    Args:
-        labels, rows: float32 ``[K, N]``; hessian ``[K, K]``; scale ``[N]`` is kept where the fit is not positive.
+    Args: labels, rows: float32 ``[K, N]``; hessian ``[K, K]``; scale ``[N]`` is kept where the fit
+        is not positive.
     """
     projected = hessian @ labels
     numerator = (projected * rows).sum(0)

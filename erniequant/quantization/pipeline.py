@@ -1,7 +1,8 @@
 """From a checkpoint to a quantised checkpoint: plan, stream layer by layer, write, report.
 
-One stream of hidden states runs through the layers; each MoE layer is quantised on its actual inputs and the states go
-on through the quantised experts. Only one layer's non-expert weights and a few experts are in memory.
+One stream of hidden states runs through the layers; each MoE layer is quantised on its actual
+inputs and the states go on through the quantised experts. Only one layer's non-expert weights and
+a few experts are in memory.
 """
 
 import os
@@ -143,7 +144,8 @@ class _Run:
     def layers(
         self, windows: CalibrationWindows | None, writer: CheckpointWriter
     ) -> Iterator[MatrixReport]:
-        """Quantise layer after layer; without windows nothing flows and every Hessian is the identity."""
+        """Quantise layer after layer; without windows nothing flows and every Hessian is the
+        identity."""
         hidden = self._embed(windows) if windows else []
         for index in range(self.plan.model.layers):
             is_moe = index in self.plan.model.moe_layers
@@ -283,16 +285,19 @@ def _windows(
     except Exception as error:  # tokenizer files fail in as many ways as there are kinds
         reason = " ".join(str(error).split())[:200]
         raise ErnieQuantError(
-            f"no tokenizer can be loaded from {checkpoint.folder}: {reason}; add its files or use --no-calib"
+            f"no tokenizer can be loaded from {checkpoint.folder}: {reason}; add its files or "
+            "use --no-calib"
         ) from error
     windows = calibration_windows(tokenizer, config)
     top = max(int(ids.max()) for ids in windows.windows)
     if top >= model.vocabulary:
         raise ErnieQuantError(
-            f"the tokenizer of {checkpoint.folder} makes token id {top}, but the model has {model.vocabulary}"
+            f"the tokenizer of {checkpoint.folder} makes token id {top}, but the model has "
+            f"{model.vocabulary}"
         )
     watch.message(
-        f"calibrating on {windows.tokens} tokens in {len(windows.windows)} windows of {config.source}; "
+        f"calibrating on {windows.tokens} tokens in {len(windows.windows)} windows of "
+        f"{config.source}; "
         f"the first document begins {windows.rendered[:80]!r}"
     )
     return windows

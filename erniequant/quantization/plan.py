@@ -1,7 +1,9 @@
-"""What will happen to every tensor of a source checkpoint, decided from names and shapes before any work.
+"""What will happen to every tensor of a source checkpoint, decided from names and shapes before
+any work.
 
-Every tensor is either one of the expert matrices, all of which must be there, or one of the known others, which are
-copied. Anything else stops the run: an unknown tensor must not be dropped or copied without anyone noticing.
+Every tensor is either one of the expert matrices, all of which must be there, or one of the known
+others, which are copied. Anything else stops the run: an unknown tensor must not be dropped or
+copied without anyone noticing.
 """
 
 import re
@@ -21,7 +23,8 @@ from erniequant.rotation import block_size
 
 MIN_TILE, MAX_TILE = 32, 256
 
-# Names of everything that is copied; MTP tensors are not run by transformers, but stay with the model.
+# Names of everything that is copied; MTP tensors are not run by transformers, but stay with the
+# model.
 _COPIED = re.compile(
     r"lm_head\.weight"
     r"|model\.(embed_tokens|norm)\.weight"
@@ -96,8 +99,8 @@ class Plan:
 def make_plan(checkpoint: Checkpoint, model: TextMoe, options: QuantizeOptions) -> Plan:
     """Decide what happens to every tensor of ``checkpoint``.
 
-    Raises:
-        ErnieQuantError: an expert matrix is missing or has another shape, a tensor is unknown, or no tile fits.
+    Raises: ErnieQuantError: an expert matrix is missing or has another shape, a tensor is unknown,
+        or no tile fits.
     """
     shapes = {
         "gate_proj": (model.inner, model.hidden),

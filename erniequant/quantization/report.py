@@ -1,4 +1,5 @@
-"""What a quantisation did: sizes, errors, tokens per expert, fallbacks; also written as JSON beside the weights."""
+"""What a quantisation did: sizes, errors, tokens per expert, fallbacks; also written as JSON
+beside the weights."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,8 @@ REPORT_FILE = "quantization_report.json"
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """One projection of one expert. ``error`` is ``tr(E H E^T) / tr(W H W^T)`` on the calibration tokens."""
+    """One projection of one expert. ``error`` is ``tr(E H E^T) / tr(W H W^T)`` on the calibration
+    tokens."""
 
     layer: int
     expert: int
@@ -23,7 +25,8 @@ class MatrixReport:
     fallback: str | None
 
     def degraded(self, calibrated: bool) -> bool:
-        """Quantised on less than the calibration was meant to give: no tokens, bad values or heavy damping."""
+        """Quantised on less than the calibration was meant to give: no tokens, bad values or heavy
+        damping."""
         unseen = calibrated and self.tokens == 0
         return unseen or self.dropped_tokens > 0 or self.damping > DEGRADED_DAMPING
 

@@ -1,4 +1,5 @@
-"""The reference decoder against the bit stream read one bit at a time, and labels against their closed form."""
+"""The reference decoder against the bit stream read one bit at a time, and labels against their
+closed form."""
 
 import struct
 
@@ -55,7 +56,8 @@ def test_labels_are_bfloat16_values(name: str, length: int) -> None:
 
 
 def test_layout_of_a_packed_matrix() -> None:
-    # Two tiles of 32 outputs, 5 inputs: sequence (tile i, row k) fills outputs 32 i .. 32 i + 31 of input k.
+    # Two tiles of 32 outputs, 5 inputs: sequence (tile i, row k) fills outputs 32 i .. 32 i + 31
+    # of input k.
     code = get_code("cc3", 10)
     packed = torch.randint(-(2**31), 2**31 - 1, (2, 5 * 3), dtype=torch.int32)
     whole = decode(packed, code, 32)

@@ -1,4 +1,5 @@
-"""The encoder against exhaustive search, against an exact search over all seams, and against the reference decoder."""
+"""The encoder against exhaustive search, against an exact search over all seams, and against the
+reference decoder."""
 
 from dataclasses import replace
 
@@ -12,7 +13,8 @@ from erniequant.codes.viterbi import encoder
 
 
 def registers_of_stream(bits: np.ndarray, code: ConvolutionalCode) -> np.ndarray:
-    """Registers of streams of bits ``[S, n]`` by definition: the last L bits of the cyclic stream at every step."""
+    """Registers of streams of bits ``[S, n]`` by definition: the last L bits of the cyclic stream
+    at every step."""
     n = bits.shape[1]
     steps = n // code.step_bits
     registers = np.zeros((bits.shape[0], steps), np.int64)
@@ -25,8 +27,9 @@ def registers_of_stream(bits: np.ndarray, code: ConvolutionalCode) -> np.ndarray
 
 @pytest.mark.parametrize("name", CODE_NAMES)
 def test_finds_the_best_of_all_streams_with_its_seam(name: str) -> None:
-    # Four steps are few enough to try every stream. At this length the seam itself is often not the best one, which
-    # is why the comparison is with the streams that share it; longer sequences follow below.
+    # Four steps are few enough to try every stream. At this length the seam itself is often not
+    # the best one, which is why the comparison is with the streams that share it; longer sequences
+    # follow below.
     code = get_code(name, 8)
     n_bits, tile = 4 * code.step_bits, 4 * code.weights_per_step
     streams = (np.arange(1 << n_bits)[:, None] >> np.arange(n_bits - 1, -1, -1)) & 1
@@ -80,7 +83,8 @@ def test_two_searches_are_close_to_the_exact_tail_biting_optimum() -> None:
 
 @pytest.mark.parametrize("name", CODE_NAMES)
 @pytest.mark.parametrize("length", [10, 12, 16])
-# 32 is the shortest tile, where both ends of the window around the seam meet; 96 is no power of two.
+# 32 is the shortest tile, where both ends of the window around the seam meet; 96 is no power of
+# two.
 @pytest.mark.parametrize("tile", [32, 96, 256])
 def test_labels_are_what_the_reference_decodes(name: str, length: int, tile: int) -> None:
     code = get_code(name, length)
@@ -103,7 +107,8 @@ def test_a_valid_codeword_is_found_without_loss(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "length", "ceiling"),
-    # Above what docs/codes.md reports by the noise of so few sequences, below what a broken search gives.
+    # Above what docs/codes.md reports by the noise of so few sequences, below what a broken search
+    # gives.
     [("cc2", 12, 0.0765), ("cc2", 16, 0.0740), ("cc3", 16, 0.0185), ("cc4", 16, 0.0048)],
 )
 def test_error_on_gaussian_data(name: str, length: int, ceiling: float) -> None:
@@ -114,8 +119,8 @@ def test_error_on_gaussian_data(name: str, length: int, ceiling: float) -> None:
 
 
 def test_weights_move_error_to_where_it_costs_less() -> None:
-    # With weights of log-normal spread 1 a scheme that ignores them reaches the plain error, the ideal one exp(-1/2)
-    # of it; the search must get most of the way.
+    # With weights of log-normal spread 1 a scheme that ignores them reaches the plain error, the
+    # ideal one exp(-1/2) of it; the search must get most of the way.
     code = get_code("cc2", 12)
     rng = np.random.default_rng(7)
     data = rng.standard_normal((100, 256)).astype(np.float32)
