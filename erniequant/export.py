@@ -4,14 +4,13 @@ Experts are decoded one at a time and stored under the names of the original (on
 and matrix); everything else is copied. Memory: one expert and one shard.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from erniequant.checkpoint.reader import CONFIG_FILE, Checkpoint, open_checkpoint
+from erniequant.checkpoint.reader import CONFIG_FILE, open_checkpoint
 from erniequant.checkpoint.writer import (
     MAX_SHARD_BYTES,
     CheckpointWriter,
@@ -19,9 +18,9 @@ from erniequant.checkpoint.writer import (
     write_json,
 )
 from erniequant.errors import ErnieQuantError
-from erniequant.format.decoding import decode_weight
-from erniequant.format.headers import QuantizedExperts, require_sound
-from erniequant.format.schema import PROJECTIONS, layer_key_of
+from erniequant.format.decoding import expert_matrices
+from erniequant.format.headers import require_sound
+from erniequant.format.schema import layer_key_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,9 +45,8 @@ def export(
 ) -> ExportReport:
     """Decode the experts of ``src`` (folder or Hugging Face id) into the new folder ``dst``.
 
-    Args:
-        to: "bf16" or "fp32"; fp32 also widens the tensors that are copied, so that a model computing
-            in float32 is reproduced exactly.
+    Args: to: "bf16" or "fp32"; fp32 also widens the tensors that are copied, so that a model
+            computing in float32 is reproduced exactly.
 
     Raises:
         ErnieQuantError: src is not a sound quantised checkpoint, or dst is not a new folder.
@@ -71,26 +69,6 @@ def export(
         copy_companions(source.folder, writer.folder)
         write_json(writer.folder / CONFIG_FILE, _plain_config(source.config, dtype))
     return ExportReport(str(dst), to, written.tensors, written.total_bytes, written.sha256)
-
-
-def expert_matrices(
-    source: Checkpoint, layer: QuantizedExperts
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Decoded matrices of a layer, float32 ``[N, K]``, under the names of the original checkpoint."""
-    for projection in PROJECTIONS:
-        packed = source.tensor(layer.name(projection, "packed"))
-        scale = source.tensor(layer.name(projection, "scale"))
-        signs = source.tensor(layer.name(projection, "signs"))[0, 0]
-        spec = layer.spec.projection(projection)
-        for expert in range(layer.experts):
-            weight = decode_weight(packed[expert], scale[expert], signs, spec)
-            prefix = f"{layer.prefix}{expert}."
-            if projection == "gate_up_proj":
-                gate, up = weight.chunk(2)
-                yield f"{prefix}gate_proj.weight", gate
-                yield f"{prefix}up_proj.weight", up
-            else:
-                yield f"{prefix}down_proj.weight", weight
 
 
 def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,9 +1,13 @@
 """From stored tensors to weights: labels, times the channel scale, rotated back."""
 
+from collections.abc import Iterator
+
 import torch
 
+from erniequant.checkpoint.reader import Checkpoint
 from erniequant.codes.reference import decode
-from erniequant.format.schema import MatrixSpec
+from erniequant.format.headers import QuantizedExperts
+from erniequant.format.schema import PROJECTIONS, MatrixSpec
 from erniequant.rotation import unpack_signs, unrotate
 
 
@@ -34,3 +38,23 @@ def decode_weight(
     inputs = packed.shape[-1] // code.words_per_sequence(spec.tile)
     rotated = decode(packed, code, spec.tile) * decode_scale(scale)
     return unrotate(rotated, unpack_signs(signs, inputs), spec.rotation_block)
+
+
+def expert_matrices(
+    source: Checkpoint, layer: QuantizedExperts
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Decoded matrices of a layer, float32 ``[N, K]``, under the original checkpoint's names."""
+    for projection in PROJECTIONS:
+        packed = source.tensor(layer.name(projection, "packed"))
+        scale = source.tensor(layer.name(projection, "scale"))
+        signs = source.tensor(layer.name(projection, "signs"))[0, 0]
+        spec = layer.spec.projection(projection)
+        for expert in range(layer.experts):
+            weight = decode_weight(packed[expert], scale[expert], signs, spec)
+            prefix = f"{layer.prefix}{expert}."
+            if projection == "gate_up_proj":
+                gate, up = weight.chunk(2)
+                yield f"{prefix}gate_proj.weight", gate
+                yield f"{prefix}up_proj.weight", up
+            else:
+                yield f"{prefix}down_proj.weight", weight

@@ -1,0 +1,146 @@
+"""Say what a checkpoint holds, from headers alone: tensors, codes, sizes, bits per weight,
+origin."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from erniequant.checkpoint.reader import Checkpoint, open_checkpoint, read_json
+from erniequant.format.headers import QuantizedExperts, is_quantized, require_sound
+from erniequant.format.schema import PROJECTIONS, SUFFIXES, layer_key_of
+
+REPORT_FILE = "quantization_report.json"
+# Entries of the report that say where the weights come from; the rest is about their quality.
+_PROVENANCE = ("bits", "effort", "seed", "calibration", "seconds", "degraded")
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """One stored tensor. ``code`` names code and register length of a quantised one, else None."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    n_bytes: int
+    shard: str
+    code: str | None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it holds part of quantised weights."""
+        return self.code is not None
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A checkpoint at a glance. Bits per weight count every stored byte, scales and signs included.
+
+    ``codes`` counts layers by description of their code; ``expert_weights`` are routed experts.
+    """
+
+    folder: str
+    model_type: str
+    format_version: int | None
+    producer: str | None
+    quantized_layers: tuple[str, ...]
+    codes: dict[str, int]
+    expert_weights: int
+    expert_bytes: int
+    total_weights: int
+    total_bytes: int
+    provenance: dict[str, Any]
+    tensors: tuple[TensorSummary, ...]
+
+    @property
+    def expert_bits_per_weight(self) -> float:
+        """Stored bits of routed experts by their number of weights; 0 without experts."""
+        return 8 * self.expert_bytes / self.expert_weights if self.expert_weights else 0.0
+
+    @property
+    def total_bits_per_weight(self) -> float:
+        """Stored bits of everything by the number of weights of the original."""
+        return 8 * self.total_bytes / self.total_weights if self.total_weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        found = asdict(self)
+        for entry, tensor in zip(found["tensors"], self.tensors, strict=True):
+            entry["quantized"] = tensor.quantized
+        found["bits_per_weight"] = {
+            "experts": self.expert_bits_per_weight,
+            "total": self.total_bits_per_weight,
+        }
+        found["gigabytes"] = self.total_bytes / 1e9
+        return found
+
+
+def inspect(source: str | Path) -> ModelSummary:
+    """Summary of a quantised or plain checkpoint, given by folder or Hugging Face id.
+
+    Raises:
+        ErnieQuantError: it cannot be read, or contradicts its own quantization_config.
+    """
+    checkpoint = open_checkpoint(source)
+    quantized = is_quantized(checkpoint.config)
+    check = require_sound(checkpoint) if quantized else None
+    layers = check.layers if check else ()
+    by_key = {layer.key: layer for layer in layers}
+    tensors = tuple(_summary(checkpoint, name, by_key) for name in checkpoint.names())
+    decoded = sum(3 * la.experts * la.hidden * la.inner for la in layers)
+    kept = [name for name in checkpoint.names() if layer_key_of(name) not in by_key]
+    kept_weights = {name: checkpoint.headers[name].elements for name in kept}
+    expert_names = [name for name in checkpoint.names() if layer_key_of(name) is not None]
+    codes: dict[str, int] = {}
+    for layer in layers:
+        for projection in PROJECTIONS:
+            key = f"{projection}: {describe_code(layer, projection)}"
+            codes[key] = codes.get(key, 0) + 1
+    return ModelSummary(
+        folder=str(checkpoint.folder),
+        model_type=str(checkpoint.config.get("model_type")),
+        format_version=check.metadata.format_version if check else None,
+        producer=check.metadata.producer if check else None,
+        quantized_layers=tuple(by_key),
+        codes=codes,
+        expert_weights=decoded
+        + sum(n for name, n in kept_weights.items() if layer_key_of(name) is not None),
+        expert_bytes=sum(checkpoint.headers[name].n_bytes for name in expert_names),
+        total_weights=decoded + sum(kept_weights.values()),
+        total_bytes=checkpoint.total_bytes,
+        provenance=_provenance(checkpoint.folder),
+        tensors=tensors,
+    )
+
+
+def describe_code(layer: QuantizedExperts, projection: str) -> str:
+    """Code of a projection in a few words: ``cc2, register 12, tile 256, rotation 128``."""
+    spec = layer.spec.projection(projection)
+    return (
+        f"{spec.code}, register {spec.register_length}, tile {spec.tile}, "
+        f"rotation {spec.rotation_block}"
+    )
+
+
+def _summary(
+    checkpoint: Checkpoint, name: str, layers: Mapping[str, QuantizedExperts]
+) -> TensorSummary:
+    header = checkpoint.headers[name]
+    layer = layers.get(layer_key_of(name) or "")
+    code = None
+    if layer is not None:
+        for projection in PROJECTIONS:
+            if name in {layer.name(projection, suffix) for suffix in SUFFIXES}:
+                spec = layer.spec.projection(projection)
+                code = f"{spec.code}/{spec.register_length}"
+    return TensorSummary(
+        name, header.shape, header.stored_dtype, header.n_bytes, header.shard, code
+    )
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        return {}
+    report = read_json(path)
+    return {name: report[name] for name in _PROVENANCE if name in report}
