@@ -1,0 +1,72 @@
+"""Public-domain texts and the embedded tiny ERNIE 4.5 MoE, wherever the package is installed.
+
+Every text and figure is described in `manifest()`; `calib_data/build/` in the source repository
+makes them again.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+__all__ = ["calibration_text", "heldout_text", "manifest", "tiny_model_dir"]
+
+# Characters of one source before the next takes its turn: about one short context window.
+PIECE = 2000
+
+
+def _root() -> Path:
+    return Path(str(files(__name__)))
+
+
+def tiny_model_dir() -> Path:
+    """Folder of the trained bf16 model: config, tokenizer and two weight shards."""
+    return _root() / "tiny_model"
+
+
+def manifest() -> dict[str, Any]:
+    """MANIFEST.json: `texts` (a list, one entry per file) and `model` (training and figures)."""
+    content: dict[str, Any] = json.loads((_root() / "MANIFEST.json").read_text("utf-8"))
+    return content
+
+
+def calibration_text() -> str:
+    """The default calibration text; its sources take turns, so any long part is a fair mixture."""
+    return _mixture("calibration")
+
+
+def heldout_text() -> str:
+    """Text of the same kinds that neither training nor calibration has seen, mixed likewise."""
+    return _mixture("heldout")
+
+
+def _mixture(folder: str) -> str:
+    """All files of the folder, cut at line ends, every file spread evenly over the result."""
+    placed: list[tuple[float, str, str]] = []
+    for path in sorted((_root() / folder).glob("*.txt")):
+        pieces = _pieces(path.read_text("utf-8").rstrip("\n"))
+        for position, piece in enumerate(pieces):
+            placed.append(((position + 0.5) / len(pieces), path.name, piece))
+    return "\n\n".join(piece for _, _, piece in sorted(placed)) + "\n"
+
+
+def _pieces(text: str) -> list[str]:
+    """Whole lines of at least `PIECE` characters together; the remainder joins the last piece."""
+    pieces: list[str] = []
+    current: list[str] = []
+    size = 0
+    for line in text.split("\n"):
+        current.append(line)
+        size += len(line) + 1
+        if size >= PIECE:
+            pieces.append("\n".join(current).strip("\n"))
+            current, size = [], 0
+    if current:
+        rest = "\n".join(current).strip("\n")
+        if pieces and rest:
+            pieces[-1] += "\n" + rest
+        elif rest:
+            pieces.append(rest)
+    return pieces
