@@ -15,16 +15,16 @@ from erniequant.version import __version__
 
 if TYPE_CHECKING:
     from erniequant import evaluate
-    from erniequant.export import export
-    from erniequant.load import load
+    from erniequant.exporting import export
+    from erniequant.loading import load
     from erniequant.quantization.pipeline import quantize
 
 _register_when_loaded()
 
 _FUNCTIONS = {
     "quantize": "erniequant.quantization.pipeline",
-    "load": "erniequant.load",
-    "export": "erniequant.export",
+    "load": "erniequant.loading",
+    "export": "erniequant.exporting",
 }
 
 __all__ = ["ErnieQuantError", "__version__", "evaluate", "export", "load", "quantize"]

@@ -23,7 +23,7 @@ from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.perplexity import PerplexityResult, perplexity
 from erniequant.evaluate.rtn import round_to_nearest
 from erniequant.evaluate.texts import evaluation_text
-from erniequant.load import load
+from erniequant.loading import load
 from erniequant.progress import NULL_PROGRESS, NullProgress, Progress
 from erniequant.quantization.pipeline import quantize
 

@@ -25,7 +25,7 @@ def export(
 
       erniequant export ernie-2bit ernie-2bit-plain --to bf16
     """
-    from erniequant.export import export as write
+    from erniequant.exporting import export as write
 
     result = write(src, dst, to=to.value)
     write_json(json, result.to_dict())

@@ -7,7 +7,7 @@ from erniequant.errors import ErnieQuantError
 
 def load_model(folder: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     """Model in evaluation mode and tokenizer; `dtype` None keeps the checkpoint's own."""
-    from erniequant.load import load
+    from erniequant.loading import load
 
     hush()
     model, tokenizer = load(folder, device=device, dtype=dtype)

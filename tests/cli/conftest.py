@@ -47,5 +47,5 @@ def models(monkeypatch):
         asked.append((folder, device, dtype))
         return Bigram(len(folder)), LetterTokenizer(shift=int(folder == "other-tokens"))
 
-    monkeypatch.setattr(importlib.import_module("erniequant.load"), "load", load)
+    monkeypatch.setattr(importlib.import_module("erniequant.loading"), "load", load)
     return asked
