@@ -1,9 +1,13 @@
 """Fixtures shared by all tests: a micro random ERNIE 4.5 MoE made in-process."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+Edit = Callable[[dict[str, torch.Tensor]], None]
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +39,7 @@ def micro_ernie(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def packed_ernie(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`micro_ernie` with both MoE layers in the quantised format; any words decode, so they are random.
+    """`micro_ernie` with quantised experts; any words decode, so they are random.
 
     Layer 1 and 2 differ in code, register length and tile, so mixing them up shows.
     """
@@ -80,3 +84,23 @@ def packed_ernie(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) ->
     metadata = QuantizationMetadata(layers, producer="tests")
     write_json(folder / "config.json", {**source.config, "quantization_config": metadata.to_dict()})
     return folder
+
+
+@pytest.fixture
+def damaged(packed_ernie: Path, tmp_path: Path) -> Callable[[Edit], Path]:
+    """A function that writes a copy of `packed_ernie` in one file after an edit of its tensors."""
+
+    from safetensors.torch import load_file, save_file
+
+    def write(edit: Edit) -> Path:
+        tensors: dict[str, torch.Tensor] = {}
+        for shard in sorted(packed_ernie.glob("*.safetensors")):
+            tensors |= load_file(shard)
+        edit(tensors)
+        folder = tmp_path / "damaged"
+        folder.mkdir()
+        shutil.copy(packed_ernie / "config.json", folder)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return write

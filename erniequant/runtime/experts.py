@@ -6,6 +6,7 @@ export, so both give the same logits up to the order of summation.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,6 +56,10 @@ class PackedExperts(nn.Module):
         # Moving the module to another device must not leave weights behind.
         self._decoded.clear()
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._decoded.clear()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype that the format gives a parameter."""

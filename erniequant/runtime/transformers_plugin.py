@@ -87,6 +87,8 @@ class ErnieQuantizer(HfQuantizer):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.device.type == "meta":
                     continue  # offloaded to disk
+                # Loading makes every float parameter trainable; the guard is one.
+                parameter.requires_grad_(False)
                 loaded = getattr(parameter, "_is_hf_initialized", False)
                 if not loaded or parameter.dtype != module.stored_dtype(name):
                     bad.append(f"{path}.{name} ({'wrong dtype' if loaded else 'missing'})")

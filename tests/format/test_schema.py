@@ -1,0 +1,126 @@
+"""The description of a quantised checkpoint: what it accepts, and what it must refuse."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from erniequant.errors import ErnieQuantError
+from erniequant.format.schema import (
+    LayerSpec,
+    MatrixSpec,
+    QuantizationMetadata,
+    experts_module,
+    layer_key_of,
+    layer_params,
+    param_info,
+)
+
+MATRIX = {"code": "cc2", "register_length": 12, "tile": 128, "rotation_block": 64}
+SETTINGS: dict[str, Any] = {
+    "quant_method": "erniequant", "format_version": 1, "producer": "erniequant 0.1.0",
+    "layers": {"1": {"gate_up_proj": MATRIX, "down_proj": {**MATRIX, "code": "cc3", "tile": 32}}},
+}  # fmt: skip
+
+
+def changed(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    settings = copy.deepcopy(SETTINGS)
+    place = settings
+    for key in path[:-1]:
+        place = place[key]
+    if value is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return settings
+
+
+def test_round_trip_through_json() -> None:
+    metadata = QuantizationMetadata.from_dict(json.loads(json.dumps(SETTINGS)))
+    assert metadata.layers["1"].down_proj == MatrixSpec("cc3", 12, 32, 64)
+    assert metadata.layers["1"].projection("gate_up_proj") == MatrixSpec("cc2", 12, 128, 64)
+    assert metadata.to_dict() == SETTINGS
+
+
+DOWN = ("layers", "1", "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("quant_method",), "gptq", "quant_method 'gptq'"),
+        (("format_version",), 2, "format_version 2"),
+        (("format_version",), "1", "format_version '1'"),
+        (("format_version",), True, "format_version True"),
+        (("format_version",), None, "format_version None"),
+        (("layers",), None, "no layers"),
+        (("layers",), {}, "no layers"),
+        (("layers", "first"), {}, "layer first: not a layer index"),
+        (("layers", "1", "up_proj"), MATRIX, "layer 1: expected gate_up_proj and down_proj"),
+        (DOWN, None, "layer 1: expected gate_up_proj and down_proj"),
+        ((*DOWN, "tile"), None, "layer 1 down_proj: expected code"),
+        # An unknown entry may change the meaning of the words.
+        ((*DOWN, "permutation"), 1, "permutation"),
+        ((*DOWN, "code"), "cc5", "layer 1 down_proj: unknown code 'cc5'"),
+        ((*DOWN, "register_length"), 7, "no register length 7"),
+        ((*DOWN, "register_length"), 12.0, "register_length 12.0 is not an integer"),
+        ((*DOWN, "tile"), 16, "tile 16"),
+        ((*DOWN, "tile"), 96, "tile 96"),
+        ((*DOWN, "rotation_block"), 48, "rotation_block 48"),
+        ((*DOWN, "rotation_block"), 256, "rotation_block 256"),
+        ((*DOWN, "rotation_block"), 0, "rotation_block 0"),
+    ],
+)
+def test_refusals_say_what_and_where(path: tuple[str, ...], value: Any, said: str) -> None:
+    with pytest.raises(ErnieQuantError) as caught:
+        QuantizationMetadata.from_dict(changed(path, value))
+    assert said in str(caught.value)
+
+
+def test_shapes_of_a_published_layer() -> None:
+    # ERNIE-4.5-21B-A3B: 64 experts, hidden 2560, inner 1536. Words per row: 256 * 2 / 32 = 16.
+    spec = MatrixSpec("cc2", 12, 256, 128)
+    found = layer_params(64, 2560, 1536, LayerSpec(spec, spec))
+    assert found == {
+        "down_proj": ((1,), torch.bfloat16),
+        "gate_up_proj_packed": ((64, 12, 2560 * 16), torch.int32),
+        "gate_up_proj_scale": ((64, 3072, 1), torch.int16),
+        "gate_up_proj_signs": ((1, 2, 80), torch.int32),
+        "down_proj_packed": ((64, 10, 1536 * 16), torch.int32),
+        "down_proj_scale": ((64, 2560, 1), torch.int16),
+        "down_proj_signs": ((1, 1, 48), torch.int32),
+    }
+
+
+def test_signs_of_inputs_that_do_not_fill_words() -> None:
+    info = param_info(2, 64, 40, MatrixSpec("cc3", 10, 64, 8))
+    assert info["signs"][0] == (1, 1, 2)
+    assert info["packed"][0] == (2, 1, 40 * 6)
+
+
+def test_sequences_may_not_cross_from_gate_to_up() -> None:
+    # 2 * 32 outputs are a whole tile of 64, but gate and up are not.
+    wide, narrow = MatrixSpec("cc2", 12, 64, 32), MatrixSpec("cc2", 12, 32, 32)
+    with pytest.raises(ErnieQuantError, match=r"layer 4 gate_up_proj: tile 64 .* 32 outputs"):
+        layer_params(8, 64, 32, LayerSpec(wide, narrow), "layer 4")
+    with pytest.raises(ErnieQuantError, match=r"layer 4 down_proj: rotation_block 64 .* 96 inputs"):
+        layer_params(8, 64, 96, LayerSpec(narrow, MatrixSpec("cc2", 12, 32, 64)), "layer 4")
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("model.layers.1.mlp.experts.gate_up_proj_packed", "1"),
+        ("layers.11.mlp.experts", "11"),
+        ("model.layers.3.mlp.experts.17.up_proj.weight", "3"),
+        ("model.language_model.layers.3.mlp.vision_moe.experts.down_proj", "3.vision_moe"),
+        ("model.layers.1.mlp.shared_experts.up_proj.weight", None),
+        ("model.layers.1.mlp.gate.weight", None),
+    ],
+)
+def test_layer_keys(name: str, key: str | None) -> None:
+    assert layer_key_of(name) == key
+    if key is not None:
+        assert experts_module(key) in name
