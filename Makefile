@@ -23,8 +23,8 @@ help:
 # torch goes first and by its own requirement, so that no other package pulls a different build of it.
 $(INSTALLED): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet '$(TORCH)'
-	$(PY) -m pip install --quiet --editable '.[dev]'
+	$(PY) -m pip install -qq '$(TORCH)'
+	$(PY) -m pip install -qq --editable '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED)

@@ -29,9 +29,9 @@ from erniequant.quantization.pipeline import quantize
 
 BITS = (4, 3, 2)
 RTN_GROUP = 64
-CONTEXT = 256
 # Figures move by less than their standard error beyond this; a row takes seconds on two cores.
 EVALUATION_TOKENS = 32_768
+CALIBRATION_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,17 @@ def run_demo(
     *,
     keep_models: bool = False,
     threads: int | None = None,
-    tokens: int = EVALUATION_TOKENS,
     bits: tuple[int, ...] = BITS,
+    tokens: int = EVALUATION_TOKENS,
+    calib_samples: int = CALIBRATION_SAMPLES,
     progress: Progress | None = None,
 ) -> DemoReport:
     """Quantise the embedded model at each of `bits`, measure, write `report.json` and `report.md`.
 
     out: folder for the reports, made if need be; with keep_models the quantised models stay in it.
-    tokens: how much of the held-out text to use. Raises ErnieQuantError where `out` is no folder.
+    tokens: how much of the held-out text to use. calib_samples: windows of calibration text.
+
+    Raises ErnieQuantError where `out` is no folder.
     """
     from erniequant_data import tiny_model_dir
 
@@ -121,7 +124,8 @@ def run_demo(
         rows = [_row("bf16", 16, base, size.row(tensor_bytes(source)), 0.0)]
         for width in bits:
             with _folder(out / f"{width}bit", keep_models) as folder:
-                rows.append(_quantised_row(bench, source, folder, width, threads))
+                row = _quantised_row(bench, source, folder, width, calib_samples, threads)
+                rows.append(row)
         rows += [_rounded_row(bench, width) for width in bits]
     finally:
         watch.finish()
@@ -158,7 +162,6 @@ class _Bench:
             self.tokenizer,
             self.text,
             reference=self.original,
-            context=CONTEXT,
             tokens=self.tokens,
         )
         self.watch.advance(1, f"evaluated {label}")
@@ -166,11 +169,19 @@ class _Bench:
 
 
 def _quantised_row(
-    bench: _Bench, source: Path, folder: Path, bits: int, threads: int | None
+    bench: _Bench, source: Path, folder: Path, bits: int, calib_samples: int, threads: int | None
 ) -> DemoRow:
     step = _Step(bench.watch, f"quantising to {bits} bits")
     started = time.perf_counter()
-    quantize(source, folder, bits=bits, device="cpu", threads=threads, progress=step)
+    quantize(
+        source,
+        folder,
+        bits=bits,
+        calib_samples=calib_samples,
+        device="cpu",
+        threads=threads,
+        progress=step,
+    )
     seconds = time.perf_counter() - started
     bench.watch.advance(1, f"quantised to {bits} bits")
     model, _ = load(folder, device="cpu")

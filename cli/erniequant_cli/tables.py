@@ -1,5 +1,6 @@
 """How results look on a terminal. Nothing here computes."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,14 +10,20 @@ from rich.table import Table
 if TYPE_CHECKING:
     from erniequant.demo import DemoReport
     from erniequant.evaluate import PerplexityResult
+    from erniequant.format.inspect import ModelSummary
+    from erniequant.format.verify import VerifyReport
     from erniequant.quantization.report import QuantizationReport
 
 FALLBACKS_SHOWN = 5
+WORST_SHOWN = 5
+LONGEST_FACT = 80
+# Where nobody watches, a table is for grep: no name is broken.
+FILE_WIDTH = 160
 
 
 def print_quantization(report: "QuantizationReport", folder: str) -> None:
     """Size before and after, error and tokens by layer, and every kind of fallback."""
-    plan, console = report.plan, Console(highlight=False)
+    plan, console = report.plan, _console()
     table = Table(
         "layer", "error, gate and up", "error, down", "tokens per expert", title="experts"
     )
@@ -31,7 +38,7 @@ def print_quantization(report: "QuantizationReport", folder: str) -> None:
     fallbacks = [matrix for matrix in report.matrices if matrix.fallback is not None]
     for fallback in fallbacks[:FALLBACKS_SHOWN]:
         where = f"layer {fallback.layer} expert {fallback.expert} {fallback.projection}"
-        console.print(f"fallback, {where}: {fallback.fallback}", markup=False)
+        console.print(f"fallback, {where}: {fallback.fallback}")
     if len(fallbacks) > FALLBACKS_SHOWN:
         console.print(f"and {len(fallbacks) - FALLBACKS_SHOWN} more fallbacks in the report")
     console.print(
@@ -40,7 +47,7 @@ def print_quantization(report: "QuantizationReport", folder: str) -> None:
         f"{plan.output_bytes / 1e9:.3f} GB after; {report.seconds:.0f} s, "
         f"at most {report.peak_memory_bytes / 1e9:.1f} GB of memory"
     )
-    console.print(f"wrote {folder}", markup=False)
+    console.print(f"wrote {folder}")
 
 
 def print_perplexity(result: "PerplexityResult") -> None:
@@ -57,7 +64,7 @@ def print_perplexity(result: "PerplexityResult") -> None:
         table.add_row("ratio", f"{distance.ratio:.5f} ± {distance.ratio_stderr:.5f} (paired)")
         table.add_row("KL, mean and 90 %", f"{distance.kl_mean:.5f}, {distance.kl_p90:.5f} nats")
         table.add_row("top-1 agreement", f"{100 * distance.top1_agreement:.2f} %")
-    Console().print(table)
+    _console().print(table)
 
 
 def print_demo(report: "DemoReport", out: Path) -> None:
@@ -80,5 +87,59 @@ def print_demo(report: "DemoReport", out: Path) -> None:
     for row, following in zip(report.rows, (*report.rows[1:], None), strict=True):
         last = following is None or following.method != row.method
         table.add_row(*cells(row), end_section=last)
-    Console().print(table)
+    _console().print(table)
     print(f"{report.tokens} tokens, {report.seconds:.0f} s in all; reports in {out}")
+
+
+def print_inspection(found: "ModelSummary") -> None:
+    """Every tensor, then the model as a whole."""
+    tensors = Table(box=None)
+    for name in ("tensor", "shape", "type", "bytes", "code"):
+        tensors.add_column(name, overflow="fold")
+    for tensor in found.tensors:
+        shape = "×".join(map(str, tensor.shape))
+        row = (tensor.name, shape, tensor.dtype, f"{tensor.n_bytes:,}", tensor.code or "kept")
+        tensors.add_row(*row)
+    table = Table.grid(padding=(0, 2))
+    table.add_row("architecture", found.model_type)
+    version = f"{found.format_version}, written by {found.producer}"
+    table.add_row("format", "plain" if found.format_version is None else version)
+    for code, layers in found.codes.items():
+        table.add_row("code", f"{code} ({layers} layers)")
+    table.add_row("expert weights", f"{found.expert_weights:,} of {found.total_weights:,}")
+    bits = (
+        f"{found.expert_bits_per_weight:.3f} for experts, {found.total_bits_per_weight:.3f} in all"
+    )
+    table.add_row("bits per weight", bits)
+    table.add_row("size", f"{found.total_bytes / 1e9:.3f} GB in {len(found.tensors)} tensors")
+    for name, value in found.provenance.items():
+        facts = value if isinstance(value, dict) else {name: value}
+        for fact, content in facts.items():
+            label = fact if facts is not value else f"{name}, {fact}"
+            table.add_row(label, " ".join(str(content).split())[:LONGEST_FACT])
+    console = _console()
+    console.print(tensors)
+    console.print()
+    console.print(table)
+
+
+def print_verification(found: "VerifyReport") -> None:
+    """Everything that is wrong, or that nothing is; with a reference the worst matrices."""
+    console = _console()
+    for problem in found.problems:
+        console.print(f"wrong: {problem}", soft_wrap=True)
+    if found.mean_error is not None:
+        console.print(f"mean relative squared error of the experts {found.mean_error:.5f}; worst:")
+        for entry in sorted(found.errors, key=lambda e: -e.error)[:WORST_SHOWN]:
+            console.print(f"  {entry.error:.5f}  {entry.name}", soft_wrap=True)
+    intact = sum(state == "ok" for state in found.checksums.values())
+    console.print(
+        f"{found.tensors} tensors, {found.decoded_matrices} expert matrices decoded, "
+        f"{intact} of {len(found.checksums)} checksums agree"
+    )
+
+
+def _console() -> Console:
+    """Plain text on stdout: what is printed are names and numbers, not markup."""
+    width = None if sys.stdout.isatty() else FILE_WIDTH
+    return Console(width=width, highlight=False, markup=False)

@@ -34,5 +34,6 @@ def verify(
 
         print_verification(result)
     if not result.ok:
-        complain(f"{model} is damaged or incomplete: {result.problems[0]}; make or copy it again")
+        count = f"{len(result.problems)} problem(s), first: {result.problems[0]}"
+        complain(f"{model} is not sound, {count}; quantise or copy it again")
         raise typer.Exit(FAILED)

@@ -186,7 +186,9 @@ def _score(
             if other is not None:
                 log_q = _log_softmax(other[row, where], window).to(log_p.device)
                 scores.reference_nll.append(_nll(log_q, target))
-                scores.kl.append(_array((log_q.exp() * (log_q - log_p)).sum(-1)))
+                # Rounding takes the divergence of all but equal models below zero.
+                kl = (log_q.exp() * (log_q - log_p)).sum(-1).clamp(min=0)
+                scores.kl.append(_array(kl))
                 scores.agree.append(_array(log_q.argmax(-1) == log_p.argmax(-1)))
 
 

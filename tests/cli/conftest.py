@@ -1,12 +1,18 @@
-"""The command line in process, over a library whose slow parts are replaced by recording fakes."""
+"""The command line in process, over fakes that record and over a random model that is real but
+small."""
 
 import importlib
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
+
+import erniequant_data
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class LetterTokenizer:
@@ -40,12 +46,48 @@ def run():
 
 @pytest.fixture
 def models(monkeypatch):
-    """`erniequant.load` knows any folder; records what it was asked for."""
+    """`load` knows any folder; records what it was asked for."""
     asked = []
 
     def load(folder, device="auto", dtype=None):
         asked.append((folder, device, dtype))
         return Bigram(len(folder)), LetterTokenizer(shift=int(folder == "other-tokens"))
 
+    # The module, not the function of that name that `erniequant` offers.
     monkeypatch.setattr(importlib.import_module("erniequant.loading"), "load", load)
     return asked
+
+
+@pytest.fixture(scope="session")
+def speaking_ernie(tmp_path_factory):
+    """Folder of a random ERNIE 4.5 MoE of two MoE layers with the tokenizer of the embedded
+    model."""
+    from transformers import AutoTokenizer, Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+
+    tokenizer = erniequant_data.tiny_model_dir()
+    torch.manual_seed(3)
+    config = Ernie4_5_MoeConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(tokenizer)),
+        hidden_size=96,
+        intermediate_size=64,
+        moe_intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_num_shared_experts=1,
+        moe_layer_start_index=1,
+    )
+    model = Ernie4_5_MoeForCausalLM(config).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        # Weights as small as the default leave nothing for the experts to say.
+        if parameter.dim() > 1 and "bias" not in name:
+            parameter.data.normal_(0, 0.15)
+    folder = tmp_path_factory.mktemp("model") / "speaking_ernie"
+    model.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, folder)
+    return folder

@@ -1,0 +1,96 @@
+"""`quantize`: options reach the library, degraded results are seen, the plan comes before the
+work."""
+
+import importlib
+import json
+from types import SimpleNamespace
+
+import pytest
+
+DEFAULTS = {
+    "bits": 2,
+    "calib": "builtin",
+    "calib_samples": 128,
+    "calib_length": 1024,
+    "chat_template": "apply",
+    "no_calib": False,
+    "effort": "standard",
+    "max_tp": 2,
+    "device": "auto",
+    "threads": None,
+    "seed": 0,
+    "dry_run": False,
+    "max_degraded": 0,
+}
+OTHERS = {
+    "bits": 4,
+    "calib": "words.txt",
+    "calib_samples": 3,
+    "calib_length": 64,
+    "chat_template": "none",
+    "no_calib": True,
+    "effort": "max",
+    "max_tp": 4,
+    "device": "cpu",
+    "threads": 1,
+    "seed": 9,
+    "dry_run": True,
+    "max_degraded": 5,
+}
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A `quantize` that records its arguments and reports as many degraded matrices as it is
+    told."""
+    fake = SimpleNamespace(degraded=0, seen=None)
+
+    def quantize(src, dst, **options):
+        fake.seen = (src, dst, options)
+        return SimpleNamespace(degraded=fake.degraded, to_dict=lambda: {"degraded": fake.degraded})
+
+    module = importlib.import_module("erniequant.quantization.pipeline")
+    monkeypatch.setattr(module, "quantize", quantize)
+    return fake
+
+
+def test_defaults_are_those_of_the_contract(run, library):
+    assert run("quantize", "a", "b", "--bits", 2, "--quiet").exit_code == 0
+    src, dst, options = library.seen
+    assert (src, dst) == ("a", "b")
+    del options["progress"]
+    assert options == DEFAULTS
+
+
+def test_every_option_reaches_the_library(run, library):
+    arguments = []
+    for name, value in OTHERS.items():
+        option = "--" + name.replace("_", "-")
+        arguments += [option] if value is True else [option, value]
+    assert run("quantize", "a", "b", *arguments, "--quiet").exit_code == 0
+    del library.seen[2]["progress"]
+    assert library.seen[2] == OTHERS
+    assert all(OTHERS[name] != default for name, default in DEFAULTS.items())
+
+
+# 1 of 0 allowed, 3 of 2, as many as allowed, none.
+@pytest.mark.parametrize(
+    ("degraded", "allowed", "code"), [(1, 0, 3), (3, 2, 3), (2, 2, 0), (0, 0, 0)]
+)
+def test_too_many_degraded_matrices_exit_with_3(run, library, tmp_path, degraded, allowed, code):
+    library.degraded = degraded
+    out = tmp_path / "report.json"
+    options = ("--bits", 3, "--max-degraded", allowed, "--json", out, "--quiet")
+    result = run("quantize", "a", "b", *options)
+    assert result.exit_code == code
+    assert (f"{degraded} expert matrices are degraded" in result.stderr) == (code == 3)
+    assert json.loads(out.read_text()) == {"degraded": degraded}
+
+
+def test_every_python_option_has_a_command_line_one():
+    import inspect
+
+    from erniequant.quantization.pipeline import quantize
+
+    options = set(inspect.signature(quantize).parameters) - {"src", "dst", "progress"}
+    assert options == set(DEFAULTS)
