@@ -14,8 +14,8 @@ Edit = Callable[[dict[str, torch.Tensor]], None]
 def micro_ernie(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a bf16 checkpoint with Baidu's per-expert tensor names.
 
-    Hidden 96 is not a power of two (largest rotation block 32), the first layer is dense, the
-    routing bias is not zero, and the embedding is tied.
+    Hidden 96 is not a power of two (largest rotation block 32), the first layer is dense, routers
+    are float32 as in published models, their bias is not zero, and the embedding is tied.
     """
     from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
@@ -27,6 +27,8 @@ def micro_ernie(tmp_path_factory: pytest.TempPathFactory) -> Path:
         moe_layer_start_index=1, tie_word_embeddings=True,
     )  # fmt: skip
     model = Ernie4_5_MoeForCausalLM(config).to(torch.bfloat16)
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.float()
     for name, parameter in model.named_parameters():
         if name.endswith("e_score_correction_bias"):
             parameter.data.normal_(0, 0.02)
