@@ -87,7 +87,7 @@ def export(state: Mapping[str, Tensor], vocabulary: int, out: Path) -> None:
             used = 0
         shards[-1][name] = tensor
         used += tensor.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, out / file, metadata={"format": "pt"})

@@ -23,15 +23,18 @@ from typing import Any
 
 import torch
 from export_model import config_dict, export
+from fast_ops import Experts, Loss
 from fetch_texts import DATA, DEFAULT_CACHE, SOURCES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Ernie4_5_MoeConfig
 
 SEED = 45
-TOKENS_PER_STEP = 4096
+# (from this fraction of the budget, tokens per step): early on, more steps beat better gradients.
+STEP_TOKENS = ((0.0, 2048), (0.4, 4096))
 # (from this fraction of the budget, window length): short windows first, they are cheaper.
 WINDOWS = ((0.0, 256), (0.3, 512), (0.75, 1024))
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 3e-3, 0.1
+EXPERT_STEP_TOKENS = 4096  # with smaller steps the experts move every second time
 # The routers learn more slowly than anything else: at the other rates the load collapses at once.
 ROUTER_RATE = 3e-4
 HOLD = 0.35  # fraction of the budget at the full rate; linear to zero afterwards
@@ -57,17 +60,20 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": rate})
         self.pool = pool
 
-    def step(self, closure: Any = None) -> None:
-        del closure
+    def update(self, *, spare_experts: bool) -> None:
+        """One step. `spare_experts`: only gather momentum for the stacks, most of the iteration's cost."""
         for group in self.param_groups:
             changed = [p for p in group["params"] if p.grad is not None]
-            list(self.pool.map(self._one, changed, [group["lr"]] * len(changed)))
+            rates = [0.0 if spare_experts and p.ndim == 3 else group["lr"] for p in changed]
+            list(self.pool.map(self._one, changed, rates))
 
     @torch.no_grad()
     def _one(self, p: nn.Parameter, rate: float) -> None:
         assert p.grad is not None
         momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
         momentum.lerp_(p.grad, 0.05)
+        if rate == 0.0:
+            return
         update = p.grad.lerp(momentum, 0.95)
         # gate_up_proj holds two matrices per expert, one above the other.
         halves = 2 if p.ndim == 3 and p.shape[1] == 2 * p.shape[2] else 1
@@ -90,30 +96,13 @@ def orthogonalise(update: Tensor) -> Tensor:
 
 
 def fast_experts(module: Any, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """The stock experts' sum, tokens sorted by expert: [T, H], [T, k], [T, k] -> [T, H].
-
-    One cast and one `unbind` per layer: indexing the stacked weight per expert would make the
-    backward pass fill a whole stack of zeros for every expert.
-    """
-    k = index.shape[1]
-    order = index.reshape(-1).argsort(stable=True)
-    counts = torch.bincount(index.reshape(-1), minlength=module.num_experts).tolist()
-    rows = order // k
-    parts = x.bfloat16()[rows].split(counts)
-    outputs = []
-    for part, first, second in zip(
-        parts,
-        module.gate_up_proj.bfloat16().unbind(0),
-        module.down_proj.bfloat16().unbind(0),
-        strict=True,
-    ):
-        gate, up = nn.functional.linear(part, first).chunk(2, dim=-1)
-        outputs.append(nn.functional.linear(nn.functional.silu(gate) * up, second))
-    scaled = torch.cat(outputs) * weight.reshape(-1)[order].bfloat16().unsqueeze(1)
-    return torch.zeros(x.shape, dtype=torch.float32).index_add(0, rows, scaled.float())
+    """Stands in for the stock experts' forward: [T, H], [T, k], [T, k] -> [T, H]."""
+    gate_up, down = module.gate_up_proj.bfloat16(), module.down_proj.bfloat16()
+    result: Tensor = Experts.apply(x, index, weight, gate_up, down)
+    return result
 
 
-def new_model(vocabulary: int) -> nn.Module:
+def new_model(vocabulary: int) -> Any:
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(
         Ernie4_5_MoeConfig(**config_dict(vocabulary)), dtype=torch.float32
@@ -132,13 +121,15 @@ def streams(cache: Path, tokenizer: Any) -> dict[str, Tensor]:
     }
 
 
-def batches(data: dict[str, Tensor], generator: torch.Generator, length: int) -> Iterator[Tensor]:
-    """Windows [TOKENS_PER_STEP / length, length + 1] at random places of random sources."""
+def batches(
+    data: dict[str, Tensor], generator: torch.Generator, length: int, tokens: int
+) -> Iterator[Tensor]:
+    """Windows [tokens / length, length + 1] at random places of random sources."""
     keys = list(data)
     odds = torch.tensor([float(len(data[k])) ** SAMPLING_POWER for k in keys])
     while True:
         rows = []
-        for choice in torch.multinomial(odds, TOKENS_PER_STEP // length, True, generator=generator):
+        for choice in torch.multinomial(odds, tokens // length, True, generator=generator):
             stream = data[keys[int(choice)]]
             start = int(torch.randint(len(stream) - length - 1, (1,), generator=generator))
             row = stream[start : start + length + 1].clone()
@@ -155,7 +146,7 @@ def rate_factor(fraction: float, step: int) -> float:
 class LoadSteering:
     """Counts the tokens of every expert and moves the selection biases against the load error."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.gates = [layer.mlp.gate for layer in model.model.layers[1:]]
         self.counts = [torch.zeros(g.weight.shape[0]) for g in self.gates]
         self.fresh = [torch.zeros(g.weight.shape[0]) for g in self.gates]
@@ -188,18 +179,18 @@ class LoadSteering:
 
 
 def gradients(
-    model: nn.Module, trained: list[nn.Parameter], batch: Tensor
+    model: Any, trained: list[nn.Parameter], batch: Tensor
 ) -> tuple[float, tuple[Tensor, ...]]:
     """Mean loss of the windows [B, n + 1] and its gradients, without touching shared state."""
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        hidden = model.model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
+    loss = Loss.apply(hidden.flatten(0, 1), model.lm_head.weight, batch[:, 1:].flatten())
     return loss.item(), torch.autograd.grad(loss, trained)
 
 
-def rows_each(length: int) -> int:
-    """Windows per piece of work: pieces of 2048 tokens keep two busy cores equally loaded."""
-    return max(1, 2048 // length)
+def at(schedule: tuple[tuple[float, int], ...], fraction: float) -> int:
+    """Value of the last entry that has begun."""
+    return [value for start, value in schedule if fraction >= start][-1]
 
 
 def train(args: argparse.Namespace) -> None:
@@ -233,17 +224,18 @@ def train(args: argparse.Namespace) -> None:
         progress = Progress(**saved["progress"])
     generator = torch.Generator().manual_seed(SEED + progress.step)
     budget, saved_at, started = args.minutes * 60, progress.seconds, time.monotonic()
-    before, length, source = progress.seconds, 0, iter(())
+    before, length, size = progress.seconds, 0, 0
+    source: Iterator[Tensor] = iter(())
     mean_loss, mean_count = 0.0, 0
     while progress.seconds < budget and progress.step < args.max_steps:
         fraction = progress.seconds / budget
-        wanted = max(n for start, n in WINDOWS if fraction >= start)
-        if wanted != length:
-            length, source = wanted, batches(data, generator, wanted)
+        wanted, tokens = at(WINDOWS, fraction), at(STEP_TOKENS, fraction)
+        if (wanted, tokens) != (length, size):
+            length, size = wanted, tokens
+            source = batches(data, generator, length, size)
         batch = next(source)
-        results = list(
-            pool.map(lambda rows: gradients(model, trained, rows), batch.split(rows_each(length)))
-        )
+        pieces = batch.split(max(1, len(batch) // args.threads))
+        results = list(pool.map(lambda rows: gradients(model, trained, rows), pieces))
         for p, *parts in zip(trained, *(grads for _, grads in results), strict=True):
             p.grad = torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
         loss = sum(value for value, _ in results) / len(results)
@@ -252,7 +244,7 @@ def train(args: argparse.Namespace) -> None:
         for group in adam.param_groups:
             group["lr"] = group["peak"] * factor
         nn.utils.clip_grad_norm_(others, 1.0)
-        muon.step()
+        muon.update(spare_experts=size < EXPERT_STEP_TOKENS and progress.step % 2 == 0)
         adam.step()
         model.zero_grad(set_to_none=True)
         steering.update(fraction)
