@@ -11,13 +11,18 @@ from erniequant.format.headers import QuantizedExperts, is_quantized, require_so
 from erniequant.format.schema import PROJECTIONS, SUFFIXES, layer_key_of
 
 REPORT_FILE = "quantization_report.json"
+_GUARD_CODE = "guard"
 # Entries of the report that say where the weights come from; the rest is about their quality.
 _PROVENANCE = ("bits", "effort", "seed", "calibration", "seconds", "degraded")
 
 
 @dataclass(frozen=True)
 class TensorSummary:
-    """One stored tensor. ``code`` names code and register length of a quantised one, else None."""
+    """One stored tensor.
+
+    ``code`` names code and register length of a quantised one ("cc2/12"), is "guard" for a guard,
+    and None for a tensor that was kept as it is.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -29,7 +34,7 @@ class TensorSummary:
     @property
     def quantized(self) -> bool:
         """Whether it holds part of quantised weights."""
-        return self.code is not None
+        return self.code not in (None, _GUARD_CODE)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def inspect(source: str | Path) -> ModelSummary:
     check = require_sound(checkpoint) if quantized else None
     layers = check.layers if check else ()
     by_key = {layer.key: layer for layer in layers}
-    tensors = tuple(_summary(checkpoint, name, by_key) for name in checkpoint.names())
+    names = sorted(checkpoint.names(), key=_natural)
+    tensors = tuple(_summary(checkpoint, name, by_key) for name in names)
     decoded = sum(3 * la.experts * la.hidden * la.inner for la in layers)
     kept = [name for name in checkpoint.names() if layer_key_of(name) not in by_key]
     kept_weights = {name: checkpoint.headers[name].elements for name in kept}
@@ -129,6 +135,7 @@ def _summary(
     layer = layers.get(layer_key_of(name) or "")
     code = None
     if layer is not None:
+        code = _GUARD_CODE
         for projection in PROJECTIONS:
             if name in {layer.name(projection, suffix) for suffix in SUFFIXES}:
                 spec = layer.spec.projection(projection)
@@ -136,6 +143,11 @@ def _summary(
     return TensorSummary(
         name, header.shape, header.stored_dtype, header.n_bytes, header.shard, code
     )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
 
 
 def _provenance(folder: Path) -> dict[str, Any]:

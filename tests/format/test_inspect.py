@@ -35,7 +35,10 @@ def test_quantised(packed_ernie: Path) -> None:
     assert len(quantized) == 2 * 6
     by_name = {tensor.name: tensor for tensor in found.tensors}
     assert by_name["model.layers.2.mlp.experts.gate_up_proj_scale"].code == "cc3/16"
-    assert by_name["model.layers.2.mlp.experts.down_proj"].code is None
+    assert by_name["model.layers.2.mlp.experts.down_proj"].code == "guard"
+    assert by_name["model.norm.weight"].code is None
+    layers = [t.name.split(".")[2] for t in found.tensors if t.name.startswith("model.layers.")]
+    assert layers == sorted(layers)
     assert by_name["model.layers.2.mlp.gate.weight"].dtype == "F32"
     assert found.provenance == {}
 
