@@ -115,17 +115,16 @@ class ErnieQuantizer(HfQuantizer):
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Replicate packed experts: the stock rules would add up identical outputs of all ranks."""
-        _drop_expert_rules(plan)
+        for rule in [rule for rule in plan if _shards_experts(rule)]:
+            del plan[rule]
 
     def update_tp_plan(self, config: Any) -> Any:
-        """Name of `update_parallel_plan` before its current form."""
-        _drop_expert_rules(getattr(config, "base_model_tp_plan", None))
-        return config
+        """What older versions of transformers call instead of `update_parallel_plan`."""
+        return _without_expert_rules(config, "base_model_tp_plan")
 
     def update_ep_plan(self, config: Any) -> Any:
         """As `update_tp_plan`, for expert parallelism."""
-        _drop_expert_rules(getattr(config, "base_model_ep_plan", None))
-        return config
+        return _without_expert_rules(config, "base_model_ep_plan")
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -165,10 +164,17 @@ class _Keep(ConversionOps):
         return _Keep()
 
 
-def _drop_expert_rules(plan: dict[str, str] | None) -> None:
+def _shards_experts(rule: str) -> bool:
+    return ".experts" in rule and "shared_experts" not in rule
+
+
+def _without_expert_rules(config: Any, attribute: str) -> Any:
+    text = config.get_text_config()
+    plan = getattr(text, attribute, None)
     if plan is not None:
-        for rule in [r for r in plan if ".experts" in r and "shared_experts" not in r]:
-            del plan[rule]
+        # A copy on the instance: the plan belongs to the class, and so to every other model.
+        setattr(text, attribute, {r: how for r, how in plan.items() if not _shards_experts(r)})
+    return config
 
 
 def register() -> None:
