@@ -148,14 +148,14 @@ def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
                             31 - bit % WORD_BITS
                         )
 
-    return search  # type: ignore[no-any-return]
+    return search
 
 
 # Both forward steps take four predecessors at a time: eight or twelve streams fit the vector
 # registers.
 
 
-@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)
 def _spread(old: Float32, spread: Float32) -> None:
     """Repeat the cost of every class for its branches, so that the search reads contiguous
     memory."""
@@ -166,7 +166,7 @@ def _spread(old: Float32, spread: Float32) -> None:
             flat[r, b] = old[r]
 
 
-@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)
 def _forward_single(
     x: Float32, w: Float32, t: int, tables: Float32, old: Float32, new: Float32, spread: Float32
 ) -> None:
@@ -184,7 +184,7 @@ def _forward_single(
             new[r] = min(new[r], min(ab, cd))
 
 
-@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)
 def _forward_pair(
     x: Float32, w: Float32, t: int, tables: Float32, old: Float32, new: Float32, spread: Float32
 ) -> None:

@@ -102,8 +102,11 @@ def read_config(settings: dict[str, Any]) -> Ernie4_5_MoeConfig:
         )
     try:
         config = Ernie4_5_MoeConfig(**settings)
-    except (TypeError, ValueError) as error:
-        raise ErnieQuantError(f"config.json is not a valid {MODEL_TYPE} config: {error}") from error
+    except Exception as error:  # validation has its own types, which vary with the version
+        reason = " ".join(str(error).split())
+        raise ErnieQuantError(
+            f"config.json is not a valid {MODEL_TYPE} config: {reason}"
+        ) from error
     config._attn_implementation = "sdpa"
     return config
 
@@ -116,7 +119,7 @@ def position_embeddings(config: Ernie4_5_MoeConfig, length: int, device: torch.d
 
 def load_layer(
     source: TensorSource, config: Ernie4_5_MoeConfig, index: int, device: torch.device
-) -> nn.Module:
+) -> Any:
     """A decoder layer in float32 without its experts.
 
     Raises:
@@ -140,7 +143,7 @@ def load_layer(
     return layer.eval().requires_grad_(False)
 
 
-def attend(layer: nn.Module, hidden: torch.Tensor, positions: Any) -> torch.Tensor:
+def attend(layer: Any, hidden: torch.Tensor, positions: Any) -> torch.Tensor:
     """Hidden states ``[1, T, H]`` of one text after the layer's attention, causal, without
     padding."""
     attended, _ = layer.self_attn(
@@ -161,7 +164,7 @@ class MoeInput:
     weight: torch.Tensor
 
 
-def route(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, MoeInput]:
+def route(layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, MoeInput]:
     """Split a MoE layer after attention: hidden states ``[1, T, H]`` plus shared experts, and the
     experts' input."""
     x = layer.post_attention_layernorm(hidden)[0]
@@ -171,6 +174,6 @@ def route(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, MoeInpu
     return hidden, MoeInput(x, expert, weight)
 
 
-def dense_mlp(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def dense_mlp(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Hidden states ``[1, T, H]`` after the MLP of a layer without experts."""
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

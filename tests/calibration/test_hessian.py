@@ -1,0 +1,81 @@
+"""Input moments and their factorisation: closed forms, and every way in which data can be bad."""
+
+import torch
+
+from erniequant.calibration.hessian import CHUNK, Moments, factorise, second_moments, shrink
+
+
+def moments_of(total: torch.Tensor, weight: float) -> Moments:
+    return Moments(total, weight, tokens=1, dropped=0)
+
+
+def test_moments_are_the_weighted_sum_of_outer_products() -> None:
+    # One token more than a chunk, so that the last chunk holds a single row.
+    x = torch.randn(CHUNK + 1, 5, dtype=torch.float64)
+    weights = torch.rand(CHUNK + 1, dtype=torch.float64)
+    found = second_moments(x.float(), weights.float())
+    expected = torch.einsum("t,ti,tj->ij", weights, x, x)
+    torch.testing.assert_close(found.total.double(), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.weight, float(weights.sum()), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.mean(), found.total / found.weight)
+
+
+def test_tokens_with_inf_or_nan_are_dropped_and_counted() -> None:
+    x = torch.randn(6, 3)
+    weights = torch.ones(6)
+    clean = second_moments(x[[0, 2, 5]], weights[[0, 2, 5]])
+    x[1, 2], x[3, 0], weights[4] = float("inf"), float("nan"), float("nan")
+    found = second_moments(x, weights)
+    assert (found.tokens, found.dropped) == (3, 3)
+    assert torch.equal(found.total, clean.total)
+
+
+def test_an_expert_without_tokens_gets_the_prior() -> None:
+    prior = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    none = second_moments(torch.zeros(0, 3), torch.zeros(0))
+    torch.testing.assert_close(shrink(none, prior, strength=7.0), prior)
+
+
+def test_without_tokens_and_prior_it_is_the_identity() -> None:
+    none = second_moments(torch.zeros(0, 3), torch.zeros(0))
+    assert torch.equal(shrink(none, torch.zeros(3, 3), 0.0), torch.eye(3))
+    assert torch.equal(shrink(none, torch.full((3, 3), float("nan")), 1.0), torch.eye(3))
+
+
+def test_shrinking_weighs_by_tokens() -> None:
+    own = moments_of(30 * torch.eye(2), weight=10.0)
+    torch.testing.assert_close(shrink(own, torch.eye(2), 10.0), 2 * torch.eye(2))
+
+
+def test_factor_rebuilds_the_damped_hessian() -> None:
+    x = torch.randn(50, 8, dtype=torch.float64)
+    hessian = (x.T @ x / 50).float()
+    factor = factorise(hessian)
+    assert (factor.damping, factor.fallback) == (0.01, None)
+    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(8)
+    unit = factor.feedback.double()
+    assert torch.equal(unit.diagonal(), torch.ones(8, dtype=torch.float64))
+    assert torch.equal(unit, unit.tril())
+    inverse = torch.linalg.inv(unit)
+    diagonal = inverse @ damped @ inverse.T
+    assert (diagonal - diagonal.diagonal().diag()).abs().max() < 1e-5
+
+
+def test_a_rank_deficient_hessian_needs_no_more_damping() -> None:
+    x = torch.randn(2, 40)
+    assert factorise(x.T @ x).damping == 0.01
+
+
+def test_an_indefinite_matrix_is_damped_until_it_is_not() -> None:
+    # Smallest eigenvalue -0.2, mean diagonal 0.8: 0.1 of the mean is too little, 0.3 is enough.
+    hessian = torch.diag(torch.tensor([1.8, -0.2, 0.8]))
+    assert factorise(hessian).damping == 0.3
+
+
+def test_nothing_usable_means_no_feedback_and_a_reason() -> None:
+    for bad in (torch.zeros(3, 3), torch.full((3, 3), float("nan")), -torch.eye(3)):
+        factor = factorise(bad)
+        assert torch.equal(factor.feedback, torch.eye(3))
+        assert factor.fallback is not None
+    hopeless = torch.diag(torch.tensor([100.0, -99.0, 0.5]))
+    assert factorise(hopeless).fallback == "no damping made the Hessian positive definite"

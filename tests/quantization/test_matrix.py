@@ -1,0 +1,147 @@
+"""Error feedback, scales and packing of one matrix, against direct computation."""
+
+import numpy as np
+import pytest
+import torch
+
+from erniequant.calibration.hessian import factorise
+from erniequant.codes import CODE_NAMES, get_code
+from erniequant.codes.reference import decode
+from erniequant.codes.viterbi import encoder
+from erniequant.quantization.ldlq import BLOCK, encode_matrix
+from erniequant.quantization.matrix import (
+    Rotation,
+    bounded_importance,
+    quantize_matrix,
+    refit_scale,
+    relative_error,
+    rotate_moments,
+)
+from erniequant.rotation import random_signs, rotate, unrotate
+
+
+def correlated_hessian(size: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(size, size, generator=generator) * 0.3 + torch.eye(size)
+    x = torch.randn(4 * size, size, generator=generator) @ mix
+    return x.T @ x / (4 * size)
+
+
+def test_feedback_equals_the_plain_recursion() -> None:
+    # Two whole blocks and two rows: within a block and across blocks.
+    rows, outputs, tile = 2 * BLOCK + 2, 64, 32
+    weight = torch.randn(rows, outputs, generator=torch.Generator().manual_seed(1))
+    feedback = factorise(correlated_hessian(rows)).feedback
+    scale = torch.rand(outputs) + 0.5
+    importance = torch.rand(outputs) + 0.5
+    search = encoder(get_code("cc3", 8))
+    found = encode_matrix(weight, feedback, scale, importance, search, tile)
+
+    position_weight = (importance * scale**2).view(-1, tile)
+    position_weight = (position_weight / position_weight.mean(1, keepdim=True)).numpy()
+    error = torch.zeros_like(weight)
+    for k in reversed(range(rows)):
+        target = weight[k] + sum(feedback[j, k] * error[j] for j in range(k + 1, rows))
+        words, labels = search.encode((target / scale).view(-1, tile).numpy(), position_weight)
+        error[k] = weight[k] - torch.from_numpy(labels).view(-1) * scale
+        # Rounding of the sums may move a target across a decision now and then, not often.
+        if k >= rows - 5:
+            np.testing.assert_array_equal(found.words[k], words)
+    loss = error.square().sum()
+    assert abs((weight - found.labels * scale).square().sum() - loss) < 0.02 * loss
+
+
+@pytest.mark.parametrize("name", CODE_NAMES)
+def test_packed_form_decodes_to_the_effective_weights(name: str) -> None:
+    code, generator = get_code(name, 10), torch.Generator().manual_seed(5)
+    weight = torch.randn(96, 48, generator=generator)
+    rotation = Rotation(random_signs(48, generator), 16)
+    found = quantize_matrix(weight, correlated_hessian(48), torch.ones(96), rotation, code, 32)
+    labels = decode(found.packed, code, 32)
+    again = unrotate(labels * found.scale[:, None], rotation.signs, rotation.block)
+    assert torch.equal(again, found.effective)
+    assert torch.equal(found.scale_bits().view(torch.bfloat16)[:, 0].float(), found.scale)
+
+
+def test_feedback_and_rotation_beat_rounding_without_them() -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight, hessian = torch.randn(128, 96, generator=generator), correlated_hessian(96)
+    code = get_code("cc2", 10)
+    rotation = Rotation(random_signs(96, generator), 32)
+    found = quantize_matrix(weight, hessian, torch.ones(128), rotation, code, 64)
+    blind = quantize_matrix(weight, torch.eye(96), torch.ones(128), rotation, code, 64)
+    assert found.error == pytest.approx(relative_error(weight, found.effective, hessian))
+    assert found.error < 0.6 * relative_error(weight, blind.effective, hessian)
+    # Without a Hessian the error is that of the code on Gaussian data, up to short sequences.
+    assert 0.075 < blind.error < 0.095
+
+
+def test_refitted_scale_is_the_minimum() -> None:
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randn(40, 8, generator=generator)
+    labels = rows + 0.3 * torch.randn(40, 8, generator=generator)
+    hessian = correlated_hessian(40)
+    scale = refit_scale(labels, rows, hessian, torch.ones(8))
+
+    def loss(factor: torch.Tensor) -> torch.Tensor:
+        error = rows - labels * factor
+        return ((hessian @ error) * error).sum(0)
+
+    # bfloat16 rounds by up to 2^-9, so compare at 2 %.
+    assert (loss(scale) < loss(scale * 1.02)).all()
+    assert (loss(scale) < loss(scale * 0.98)).all()
+    kept = refit_scale(torch.zeros(40, 8), rows, hessian, torch.full((8,), 0.5))
+    assert torch.equal(kept, torch.full((8,), 0.5))
+
+
+def test_important_outputs_get_less_error() -> None:
+    generator = torch.Generator().manual_seed(8)
+    weight = torch.randn(64, 64, generator=generator)
+    rotation = Rotation(random_signs(64, generator), 64)
+    importance = torch.ones(64)
+    importance[::4] = 30
+    code = get_code("cc2", 12)
+    found = quantize_matrix(weight, torch.eye(64), importance, rotation, code, 64)
+    error = (found.effective - weight).square().mean(1)
+    assert error[::4].mean() < 0.5 * error[1::4].mean()
+    plain = quantize_matrix(weight, torch.eye(64), torch.ones(64), rotation, code, 64)
+    even = (plain.effective - weight).square().mean(1)
+    assert (importance * error).sum() < 0.8 * (importance * even).sum()
+
+
+def test_importance_is_bounded_and_never_degenerate() -> None:
+    scale = torch.ones(8)
+    wild = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1e30])
+    bounded = bounded_importance(wild, scale)
+    assert float(bounded.max() / bounded.min()) <= 1e6 * 1.001
+    for useless in (torch.zeros(8), torch.full((8,), float("nan"))):
+        assert torch.equal(bounded_importance(useless, scale), torch.ones(8))
+
+
+@pytest.mark.parametrize("case", ["zero matrix", "zero output", "huge output", "zero Hessian"])
+def test_odd_matrices_stay_finite(case: str) -> None:
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(9))
+    hessian = torch.zeros(32, 32) if case == "zero Hessian" else torch.eye(32)
+    if case == "zero matrix":
+        weight.zero_()
+    elif case == "zero output":
+        weight[3] = 0
+    elif case == "huge output":
+        weight[3] *= 1e6
+    rotation = Rotation(torch.ones(32), 32)
+    found = quantize_matrix(weight, hessian, torch.ones(64), rotation, get_code("cc4", 10), 32)
+    assert torch.isfinite(found.effective).all()
+    ordinary = [i for i in range(64) if i != 3]
+    error = (found.effective - weight)[ordinary].square().sum()
+    assert error <= 0.02 * weight[ordinary].square().sum() + 1e-12
+    if case == "zero output":
+        assert found.effective[3].abs().max() < 1e-4
+
+
+def test_rotated_moments_are_those_of_rotated_inputs() -> None:
+    generator = torch.Generator().manual_seed(10)
+    x, rotation = torch.randn(200, 48, generator=generator), None
+    rotation = Rotation(random_signs(48, generator), 16)
+    rotated = rotate(x, rotation.signs, rotation.block)
+    expected = rotated.T @ rotated
+    torch.testing.assert_close(rotate_moments(x.T @ x, rotation), expected, rtol=1e-4, atol=1e-3)

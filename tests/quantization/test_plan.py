@@ -1,0 +1,143 @@
+"""The plan accounts for every tensor, and refuses what it does not understand."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from erniequant.checkpoint.reader import open_checkpoint
+from erniequant.errors import ErnieQuantError
+from erniequant.models.ernie45_text import TextMoe, read_config
+from erniequant.quantization.estimate import describe, estimate
+from erniequant.quantization.plan import Plan, QuantizeOptions, layer_spec, make_plan, tile_size
+
+
+def plan_for(folder: Path, **options: object) -> Plan:
+    checkpoint = open_checkpoint(folder)
+    model = TextMoe.from_config(read_config(checkpoint.config))
+    return make_plan(checkpoint, model, QuantizeOptions(**{"bits": 2, **options}))
+
+
+@pytest.fixture
+def edited(micro_ernie: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A function that copies `micro_ernie` in one file after an edit of its tensors."""
+
+    def write(edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+        tensors: dict[str, torch.Tensor] = {}
+        for shard in micro_ernie.glob("*.safetensors"):
+            tensors |= load_file(shard)
+        edit(tensors)
+        folder = tmp_path / "edited"
+        folder.mkdir()
+        shutil.copy(micro_ernie / "config.json", folder)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return write
+
+
+def test_every_tensor_has_one_fate(micro_ernie: Path) -> None:
+    plan = plan_for(micro_ernie)
+    assert sorted(plan.quantized + plan.copied) == sorted(open_checkpoint(micro_ernie).names())
+    assert len(plan.quantized) == 2 * 8 * 3
+    assert plan.expert_weights == 2 * 8 * 3 * 64 * 96
+
+
+def test_mtp_tensors_are_copied(edited: Callable[..., Path]) -> None:
+    folder = edited(lambda t: t.update({"model.mtp_block.0.norm.weight": torch.ones(4)}))
+    assert "model.mtp_block.0.norm.weight" in plan_for(folder).copied
+
+
+MATRIX = "model.layers.2.mlp.experts.5.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(MATRIX), f"tensor {MATRIX} is missing"),
+        (lambda t: t.update({MATRIX: torch.ones(64, 95)}), f"{MATRIX} has shape"),
+        (lambda t: t.update({MATRIX: torch.ones(64, 96, dtype=torch.int8)}), "stored as I8"),
+        (
+            lambda t: t.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.ones(64, 96)}),
+            "experts.8.up_proj.weight is not part of",
+        ),
+        (lambda t: t.update({"model.layers.0.extra": torch.ones(1)}), "layers.0.extra is not part"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    edited: Callable[..., Path],
+    edit: Callable[[dict[str, torch.Tensor]], None],
+    message: str,
+) -> None:
+    with pytest.raises(ErnieQuantError, match=message):
+        plan_for(edited(edit))
+
+
+def model_of(hidden: int, inner: int) -> TextMoe:
+    return TextMoe(hidden, inner, experts=8, top_k=2, layers=2, moe_layers=(1,), vocabulary=9)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "max_tp", "gate_up", "down"),
+    [
+        (2560, 1536, 2, (256, 128), (256, 128)),  # 21B
+        (2560, 1536, 4, (128, 128), (256, 128)),
+        (8192, 3584, 2, (256, 128), (256, 128)),  # 300B
+        (576, 384, 1, (128, 64), (64, 128)),
+        (576, 384, 2, (64, 64), (64, 64)),
+    ],
+)
+def test_tiles_and_blocks_of_known_shapes(
+    hidden: int, inner: int, max_tp: int, gate_up: tuple[int, int], down: tuple[int, int]
+) -> None:
+    spec = layer_spec(model_of(hidden, inner), QuantizeOptions(2, max_tp=max_tp))
+    assert (spec.gate_up_proj.tile, spec.gate_up_proj.rotation_block) == gate_up
+    assert (spec.down_proj.tile, spec.down_proj.rotation_block) == down
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "max_tp", "message"),
+    [
+        (576, 384, 16, "inner size per rank, 24, is not a multiple of 32"),
+        (576, 384, 5, "--max-tp 5 does not divide"),
+        (48, 64, 1, "the hidden size, 48, is not a multiple of 32"),
+    ],
+)
+def test_sizes_without_a_tile_are_refused(
+    hidden: int, inner: int, max_tp: int, message: str
+) -> None:
+    with pytest.raises(ErnieQuantError, match=message):
+        layer_spec(model_of(hidden, inner), QuantizeOptions(2, max_tp=max_tp))
+
+
+def test_tile_is_the_largest_power_of_two_up_to_256() -> None:
+    assert [tile_size(n, "n") for n in (32, 96, 192, 1536, 4096)] == [32, 32, 64, 256, 256]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"bits": 5}, {"bits": 2, "effort": "extreme"}, {"bits": 2, "max_tp": 0}]
+)
+def test_bad_options_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ErnieQuantError):
+        QuantizeOptions(**bad)
+
+
+def test_a_21b_model_on_two_cores_takes_more_than_a_day_at_most_effort(micro_ernie: Path) -> None:
+    small = plan_for(micro_ernie, effort="max")
+    settings = json.loads((micro_ernie / "config.json").read_text())
+    assert settings["num_hidden_layers"] == 3
+    model = TextMoe(2560, 1536, 64, 6, 28, tuple(range(1, 28)), 103424)
+    weights = 27 * 64 * 3 * 2560 * 1536
+    large = Plan(
+        model, small.options, layer_spec(model, small.options), (), (),
+        weights, 21_830_000_000, 43_660_000_000, weights // 4, 2_900_000_000,
+    )  # fmt: skip
+    predicted = estimate(large, 131_072, 2)
+    assert predicted.seconds > 86_400
+    text = describe(large, predicted, 2)
+    assert "more than a day" in text
+    assert estimate(small, 1000, 2).seconds < 60
