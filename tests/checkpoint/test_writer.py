@@ -61,6 +61,7 @@ def test_views_are_written_without_their_base(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "v") as writer:
         big = torch.zeros(1000, 100)
         writer.add("row", big[3])
+        writer.add("next row", big[4])
         writer.add("transposed", torch.arange(6.0).view(2, 3).T)
         writer.finish()
     assert (tmp_path / "v" / "model.safetensors").stat().st_size < 1000
