@@ -64,7 +64,7 @@ def test_views_are_written_without_their_base(tmp_path: Path) -> None:
         writer.add("next row", big[4])
         writer.add("transposed", torch.arange(6.0).view(2, 3).T)
         writer.finish()
-    assert (tmp_path / "v" / "model.safetensors").stat().st_size < 1000
+    assert (tmp_path / "v" / "model.safetensors").stat().st_size < 2000
     write_json(tmp_path / "v" / "config.json", {})
     assert open_checkpoint(tmp_path / "v").tensor("transposed")[2, 1] == 5
 
