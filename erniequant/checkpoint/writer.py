@@ -76,7 +76,7 @@ class CheckpointWriter:
         n_bytes = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + n_bytes > self._max:
             self._flush()
-        # A view would be written with its whole storage, or refused for sharing it with another.
+        # A view would keep all of its base in memory until the shard is written.
         owned = tensor.detach().cpu().contiguous()
         if owned.untyped_storage().nbytes() != n_bytes:
             owned = owned.clone()
