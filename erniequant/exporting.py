@@ -45,7 +45,8 @@ def export(
 ) -> ExportReport:
     """Decode the experts of ``src`` (folder or Hugging Face id) into the new folder ``dst``.
 
-    Args: to: "bf16" or "fp32"; fp32 also widens the tensors that are copied, so that a model
+    Args:
+        to: "bf16" or "fp32"; fp32 also widens the tensors that are copied, so that a model
             computing in float32 is reproduced exactly.
 
     Raises:

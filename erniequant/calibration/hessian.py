@@ -45,10 +45,15 @@ class Factor:
     fallback: str | None
 
 
+def finite_rows(x: torch.Tensor) -> torch.Tensor:
+    """Which rows of ``[T, K]`` hold neither inf nor nan, nor values whose sum overflows."""
+    return torch.isfinite(x.sum(-1))
+
+
 def second_moments(x: torch.Tensor, weights: torch.Tensor) -> Moments:
     """Accumulate the moments of tokens ``x`` ``[T, K]`` with weights ``[T]``; non-finite tokens
     are dropped."""
-    finite = torch.isfinite(x).all(-1) & torch.isfinite(weights)
+    finite = finite_rows(x) & torch.isfinite(weights)
     dropped = int((~finite).sum())
     if dropped:
         x, weights = x[finite], weights[finite]

@@ -153,8 +153,8 @@ def _dataset(source: str, config: CalibrationConfig, tokenizer: Any) -> Iterator
 def render(record: Any, config: CalibrationConfig, tokenizer: Any, where: str) -> str:
     """One document of a record with ``text`` or chat ``messages``.
 
-    Raises: ErnieQuantError: neither field is there, or messages are asked to be rendered without a
-        template.
+    Raises:
+        ErnieQuantError: neither field is there, or there is no template to render messages with.
     """
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return str(record["text"])

@@ -16,8 +16,9 @@ def _label_table(code: ConvolutionalCode, device: torch.device) -> torch.Tensor:
 def registers(words: torch.Tensor, code: ConvolutionalCode) -> torch.Tensor:
     """Register value after each step of tail-biting sequences.
 
-    Args: words: int32 ``[..., tile * bits / 32]``; bit ``i`` of a sequence is bit ``31 - i % 32``
-        of word ``i // 32``.
+    Args:
+        words: int32 ``[..., tile * bits / 32]``; bit ``i`` of a sequence is bit ``31 - i % 32`` of
+            word ``i // 32``.
 
     Returns:
         int64 ``[..., tile / weights_per_step]``, the newest bit least significant.
@@ -37,8 +38,9 @@ def registers(words: torch.Tensor, code: ConvolutionalCode) -> torch.Tensor:
 def decode(packed: torch.Tensor, code: ConvolutionalCode, tile: int) -> torch.Tensor:
     """Labels of a packed matrix, before scale and rotation.
 
-    Args: packed: int32 ``[..., outputs / tile, inputs * words]`` with ``words = tile * bits /
-            32``: for each tile of outputs, one sequence per input row.
+    Args:
+        packed: int32 ``[..., outputs / tile, inputs * words]`` with ``words = tile * bits / 32``:
+            for each tile of outputs, one sequence per input row.
 
     Returns:
         float32 ``[..., outputs, inputs]``.

@@ -45,8 +45,10 @@ class Encoder:
     def encode(self, targets: Float32, weights: Float32) -> tuple[NDArray[np.uint32], Float32]:
         """Encode sequences.
 
-        Args: targets: float32 ``[S, T]`` in units of the labels. weights: float32 ``[S, T]``,
-            positive: how much the squared error of each position counts.
+        Args:
+            targets: float32 ``[S, T]`` in units of the labels.
+            weights: float32 ``[S, T]``, positive: how much the squared error of each position
+                counts.
 
         Returns:
             uint32 words ``[S, T * bits / 32]`` and float32 labels ``[S, T]``.

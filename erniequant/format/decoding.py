@@ -51,10 +51,9 @@ def expert_matrices(
         spec = layer.spec.projection(projection)
         for expert in range(layer.experts):
             weight = decode_weight(packed[expert], scale[expert], signs, spec)
-            prefix = f"{layer.prefix}{expert}."
             if projection == "gate_up_proj":
                 gate, up = weight.chunk(2)
-                yield f"{prefix}gate_proj.weight", gate
-                yield f"{prefix}up_proj.weight", up
+                yield layer.original_name(expert, "gate_proj"), gate
+                yield layer.original_name(expert, "up_proj"), up
             else:
-                yield f"{prefix}down_proj.weight", weight
+                yield layer.original_name(expert, "down_proj"), weight

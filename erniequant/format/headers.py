@@ -40,6 +40,15 @@ class QuantizedExperts:
         """Name of one stored tensor."""
         return f"{self.prefix}{projection}_{suffix}"
 
+    def original_name(self, expert: int, matrix: str) -> str:
+        """Name of a matrix ("gate_proj", "up_proj", "down_proj") in the original checkpoint.
+
+        There, vision-language models number text experts first, then vision experts.
+        """
+        prefix = self.prefix.replace(".text_moe.", ".").replace(".vision_moe.", ".")
+        number = expert + self.experts if self.key.endswith(".vision_moe") else expert
+        return f"{prefix}{number}.{matrix}.weight"
+
 
 @dataclass(frozen=True)
 class HeaderCheck:

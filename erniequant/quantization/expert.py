@@ -1,12 +1,12 @@
 """Quantise one expert: gate and up together for the layer's inputs, then down for what they now
 produce."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import linear, silu
 
-from erniequant.calibration.hessian import Moments, second_moments, shrink
+from erniequant.calibration.hessian import finite_rows, second_moments, shrink
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.quantization.matrix import QuantizedMatrix, Rotation, quantize_matrix
 
@@ -22,15 +22,14 @@ class ExpertWeights:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Tokens that describe an expert's inputs: ``x`` float32 ``[n, H]`` and how much each counts
-    ``[n]``."""
+    """Tokens ``x`` float32 ``[n, H]`` that describe an expert's inputs, and their weights ``[n]``."""
 
     x: torch.Tensor
     weights: torch.Tensor
 
     def finite(self) -> "Evidence":
         """Without tokens that hold an inf or nan."""
-        keep = torch.isfinite(self.x).all(-1) & torch.isfinite(self.weights)
+        keep = finite_rows(self.x) & torch.isfinite(self.weights)
         return self if bool(keep.all()) else Evidence(self.x[keep], self.weights[keep])
 
 
@@ -48,8 +47,8 @@ class ProjectionCodes:
 class LayerContext:
     """What all experts of a layer share.
 
-    ``pooled`` float32 ``[H, H]`` are the mean moments of all routed tokens, ``sample`` a few
-    tokens of the layer that stand in where an expert has seen none.
+    ``pooled`` float32 ``[H, H]`` are the mean moments of all routed tokens, ``sample`` a few tokens
+    of the layer that stand in where an expert has seen none.
     """
 
     codes: ProjectionCodes
@@ -61,21 +60,20 @@ class LayerContext:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedExpert:
-    """Both packed projections of an expert, and how many routed tokens were dropped as
-    non-finite."""
+    """Both packed projections of an expert.
+
+    ``output`` float32 ``[n, H]`` is what it now makes of its routed tokens, before the routing
+    weight; ``dropped`` of them were not finite and did not take part in the calibration.
+    """
 
     gate_up: QuantizedMatrix
     down: QuantizedMatrix
+    output: torch.Tensor
     dropped: int
 
-    @property
-    def inner_size(self) -> int:
-        """Outputs of gate and of up."""
-        return self.gate_up.effective.shape[0] // 2
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Output of the quantised expert for tokens ``[n, H]``, before the routing weight."""
-        return linear(_inner(x, self.gate_up.effective), self.down.effective)
+        """Output for tokens ``[n, H]``, before the routing weight."""
+        return linear(_activate(linear(x, self.gate_up.effective)), self.down.effective)
 
 
 PRIOR_TOKENS = 0.25
@@ -90,10 +88,12 @@ def quantize_expert(
 ) -> QuantizedExpert:
     """Quantise an expert for the tokens routed to it.
 
-    Args: weights: the source matrices. routed: the layer inputs of the expert's tokens, each
-        weighted by its squared routing weight. layer: rotations, codes and the prior.
+    Args:
+        weights: the source matrices.
+        routed: inputs of the expert's tokens, each weighted by its squared routing weight.
+        layer: rotations, codes and the prior.
     """
-    inputs, inner_size = weights.gate.shape[1], weights.gate.shape[0]
+    inner_size, inputs = weights.gate.shape
     clean = routed.finite()
     own = second_moments(clean.x, clean.weights)
     unit = own.weight / own.tokens if own.tokens else 1.0
@@ -101,20 +101,21 @@ def quantize_expert(
     evidence = _with_sample(clean, layer.sample, PRIOR_TOKENS * inner_size * unit)
 
     gate_up_weight = torch.cat([weights.gate, weights.up])
+    gate_and_up = linear(evidence.x, gate_up_weight)
     gate_up = quantize_matrix(
         gate_up_weight,
         input_hessian,
-        inner_importance(weights, evidence),
+        inner_importance(gate_and_up, evidence.weights, weights.down),
         layer.input_rotation,
         layer.codes.gate_up,
         layer.codes.gate_up_tile,
     )
 
-    before = _inner(evidence.x, gate_up_weight)
-    after = _inner(evidence.x, gate_up.effective)
+    before = _activate(gate_and_up)
+    after = _activate(linear(evidence.x, gate_up.effective))
     moments = second_moments(after, evidence.weights)
     inner_hessian = shrink(moments, torch.zeros_like(moments.total), 0.0)
-    target = corrected_target(weights.down, before, after, evidence.weights, moments)
+    target = corrected_target(weights.down, before, after, evidence.weights)
     down = quantize_matrix(
         target,
         inner_hessian,
@@ -123,17 +124,20 @@ def quantize_expert(
         layer.codes.down,
         layer.codes.down_tile,
     )
-    return QuantizedExpert(gate_up, down, routed.x.shape[0] - clean.x.shape[0])
+    dropped = routed.x.shape[0] - clean.x.shape[0]
+    result = QuantizedExpert(gate_up, down, torch.empty(0), dropped)
+    output = result.forward(routed.x) if dropped else linear(after[: own.tokens], down.effective)
+    return replace(result, output=output)
 
 
-def _inner(x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """Inputs of the down projection: ``silu(gate x) * up x`` for ``gate_up`` ``[2I, H]``."""
-    gate, up = linear(x, gate_up).chunk(2, dim=-1)
+def _activate(gate_and_up: torch.Tensor) -> torch.Tensor:
+    """Inputs of the down projection: ``silu(gate) * up`` for ``[n, 2I]``."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
     return silu(gate) * up
 
 
 def _with_sample(routed: Evidence, sample: Evidence, strength: float) -> Evidence:
-    """Routed tokens plus the layer's sample, which counts as ``strength`` in all."""
+    """Routed tokens, followed by the layer's sample, which counts as ``strength`` in all."""
     total = float(sample.weights.sum())
     if total <= 0:
         return routed
@@ -143,43 +147,56 @@ def _with_sample(routed: Evidence, sample: Evidence, strength: float) -> Evidenc
     )
 
 
-def inner_importance(weights: ExpertWeights, evidence: Evidence) -> torch.Tensor:
-    """How much an error of each gate and up output disturbs the expert's output: float32 ``[2I]``.
+def inner_importance(
+    gate_and_up: torch.Tensor, weights: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """How much an error of each gate and up output disturbs the expert's output.
 
-    First order: an error ``d`` of gate unit ``i`` changes the output by ``down[:, i] u_i
-        silu'(g_i) d``, one of up unit
-    ``i`` by ``down[:, i] silu(g_i) d``; squared and averaged over the tokens.
+    First order: an error ``d`` of gate unit ``i`` moves the output by
+    ``down[:, i] u_i silu'(g_i) d``, one of up unit ``i`` by ``down[:, i] silu(g_i) d``; squared and
+    summed over the tokens.
+
+    Args:
+        gate_and_up: outputs of both projections, float32 ``[n, 2I]``.
+        weights: of the tokens, ``[n]``.
+        down: ``[H, I]``.
+
+    Returns:
+        float32 ``[2I]``; without tokens every unit's activation counts the same.
     """
-    gate, up = linear(evidence.x, weights.gate), linear(evidence.x, weights.up)
+    gate, up = gate_and_up.chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
     slope = up * sigmoid * (1 + gate * (1 - sigmoid))
     squares = torch.cat([slope, gate * sigmoid], dim=-1).square()
-    per_unit = evidence.weights @ squares if evidence.x.shape[0] else torch.ones(2 * gate.shape[-1])
-    return per_unit * weights.down.square().sum(0).repeat(2)
+    per_unit = weights @ squares if weights.numel() else torch.ones(gate_and_up.shape[-1])
+    return per_unit * down.square().sum(0).repeat(2)
 
 
 def corrected_target(
-    down: torch.Tensor,
-    before: torch.Tensor,
-    after: torch.Tensor,
-    weights: torch.Tensor,
-    moments: Moments,
+    down: torch.Tensor, before: torch.Tensor, after: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """The down projection that best maps the quantised inner activations to the original outputs.
 
-    Least squares with a ridge towards ``down``: ``W + W (C - H) (H + r I)^-1`` with ``C = sum c
-        before after^T`` and
-    ``H = sum c after after^T``. Args: down ``[H, I]``, before and after ``[n, I]``, weights
-    ``[n]``.
+    Least squares with a ridge towards the original: ``W + W (C - H) (H + r I)^-1`` with
+    ``C = sum_t c_t before_t after_t^T`` and ``H = sum_t c_t after_t after_t^T``.
+
+    Args:
+        down: ``W``, float32 ``[H, I]``.
+        before, after: inner activations of the original and the quantised gate and up, ``[n, I]``.
+        weights: ``c``, of the tokens, ``[n]``.
     """
-    finite = torch.isfinite(before).all(-1) & torch.isfinite(after).all(-1)
-    before, after, weights = before[finite], after[finite], weights[finite]
-    size = after.shape[-1]
-    cross = (before * weights[:, None]).T @ after
-    ridge = CORRECTION_RIDGE * float(moments.total.diagonal().mean())
-    damped = moments.total.double() + ridge * torch.eye(size, dtype=torch.float64)
+    finite = finite_rows(before) & finite_rows(after)
+    if not bool(finite.all()):
+        before, after, weights = before[finite], after[finite], weights[finite]
+    weighted = (after * weights[:, None]).T
+    moments = weighted @ after
+    ridge = CORRECTION_RIDGE * float(moments.diagonal().mean())
+    damped = moments.double()
+    damped.diagonal().add_(ridge)
     lower, info = torch.linalg.cholesky_ex(damped)
     if ridge <= 0 or int(info) != 0:
         return down
-    shift = torch.cholesky_solve((cross - moments.total).double().T, lower).T
+    # (C - H)^T = sum_t c_t after_t (before_t - after_t)^T
+    difference = weighted @ (before - after)
+    shift = torch.cholesky_solve(difference.double(), lower).T
     return down + down @ shift.float()

@@ -68,7 +68,7 @@ def quantize_experts(
         x = inputs.x[positions]
         weight = inputs.weight[positions, slot].float()
         result = quantize_expert(load(expert), Evidence(x, weight.square()), context)
-        output = result.forward(x) * weight[:, None]
+        output = result.output * weight[:, None]
         return ExpertOutcome(expert, result, positions.numel(), positions, output)
 
     with ThreadPoolExecutor(threads) as pool:

@@ -38,11 +38,14 @@ def encode_matrix(
 ) -> EncodedMatrix:
     """Encode a matrix under error feedback.
 
-    Args: weight: float32 ``[K, N]``, rotated, one row per input, in encoding order from the last
-        row to the first. feedback: float32 ``[K, K]``, the unit lower triangular factor ``M`` in
-        the same order. scale: float32 ``[N]``, positive: weight of output ``n`` = ``scale[n] *
-        label``. importance: float32 ``[N]``, positive: how much the squared error of output ``n``
-        counts. encoder: the code. tile: weights per sequence; divides N.
+    Args:
+        weight: float32 ``[K, N]``, rotated, one row per input, in encoding order from the last row
+            to the first.
+        feedback: float32 ``[K, K]``, the unit lower triangular factor ``M`` in the same order.
+        scale: float32 ``[N]``, positive: weight of output ``n`` = ``scale[n] * label``.
+        importance: float32 ``[N]``, positive: how much the squared error of output ``n`` counts.
+        encoder: the code.
+        tile: weights per sequence; divides N.
     """
     rows, outputs = weight.shape
     tiles = outputs // tile

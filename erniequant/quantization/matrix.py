@@ -62,13 +62,14 @@ def quantize_matrix(
     """Quantise ``weight`` float32 ``[N, K]`` for inputs with second moments ``hessian`` float32
     ``[K, K]``.
 
-    Args: importance: float32 ``[N]``, non-negative: how much the squared error of each output
-            counts. Sequences run along the outputs, so the search trades errors between them.
+    Args:
+        importance: float32 ``[N]``, non-negative: how much the squared error of each output counts.
+            Sequences run along the outputs, so the search trades errors between them.
     """
     search = encoder(code)
     rotated = rotate(weight, rotation.signs, rotation.block)
     rotated_hessian = rotate_moments(hessian, rotation)
-    # The last row is encoded first. Rows with most energy first lowers the loss by a few per cent.
+    # The last row is encoded first; most energy first lowers the output error by 1 %.
     order = rotated_hessian.diagonal().argsort(stable=True)
     ordered_hessian = rotated_hessian[order][:, order].contiguous()
     factor = factorise(ordered_hessian)
@@ -137,8 +138,10 @@ def refit_scale(
     """Least-squares scale of each output given its labels: ``(q^T H w) / (q^T H q)``, rounded to
     bfloat16.
 
-    Args: labels, rows: float32 ``[K, N]``; hessian ``[K, K]``; scale ``[N]`` is kept where the fit
-        is not positive.
+    Args:
+        labels, rows: float32 ``[K, N]``.
+        hessian: ``[K, K]``, of the same inputs in the same order.
+        scale: ``[N]``, kept where the fit is not positive.
     """
     projected = hessian @ labels
     numerator = (projected * rows).sum(0)

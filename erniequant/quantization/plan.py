@@ -99,8 +99,9 @@ class Plan:
 def make_plan(checkpoint: Checkpoint, model: TextMoe, options: QuantizeOptions) -> Plan:
     """Decide what happens to every tensor of ``checkpoint``.
 
-    Raises: ErnieQuantError: an expert matrix is missing or has another shape, a tensor is unknown,
-        or no tile fits.
+    Raises:
+        ErnieQuantError: an expert matrix is missing or has another shape, a tensor is unknown, or
+            no tile fits.
     """
     shapes = {
         "gate_proj": (model.inner, model.hidden),
