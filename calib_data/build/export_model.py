@@ -91,6 +91,7 @@ def export(state: Mapping[str, Tensor], vocabulary: int, out: Path) -> None:
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, out / file, metadata={"format": "pt"})
+        (out / file).chmod(0o644)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(t.nbytes for shard in shards for t in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Ernie4_5_MoeConfig
 
 SEED = 45
 # (from this fraction of the budget, tokens per step): early on, more steps beat better gradients.
-STEP_TOKENS = ((0.0, 2048), (0.4, 4096))
+STEP_TOKENS = ((0.0, 2048), (0.2, 4096))
 # (from this fraction of the budget, window length): short windows first, they are cheaper.
-WINDOWS = ((0.0, 256), (0.3, 512), (0.75, 1024))
+WINDOWS = ((0.0, 256), (0.35, 512), (0.8, 1024))
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 3e-3, 0.1
-EXPERT_STEP_TOKENS = 4096  # with smaller steps the experts move every second time
+EXPERT_EVERY = 2  # steps between moves of the experts: their iteration is a third of the cost
 # The routers learn more slowly than anything else: at the other rates the load collapses at once.
 ROUTER_RATE = 3e-4
 HOLD = 0.35  # fraction of the budget at the full rate; linear to zero afterwards
-BIAS_RATE, BIAS_UNTIL = 3e-3, 0.3
+BIAS_RATE, BIAS_UNTIL = 3e-3, 0.22
 # Small sources are seen more often than their size, up to this power of it.
 SAMPLING_POWER = 0.9
 
@@ -61,7 +62,7 @@ class Muon(torch.optim.Optimizer):
         self.pool = pool
 
     def update(self, *, spare_experts: bool) -> None:
-        """One step. `spare_experts`: only gather momentum for the stacks, most of the iteration's cost."""
+        """One step; `spare_experts` only gathers momentum for the stacks, the costly part."""
         for group in self.param_groups:
             changed = [p for p in group["params"] if p.grad is not None]
             rates = [0.0 if spare_experts and p.ndim == 3 else group["lr"] for p in changed]
@@ -179,12 +180,13 @@ class LoadSteering:
 
 
 def gradients(
-    model: Any, trained: list[nn.Parameter], batch: Tensor
+    model: Any, trained: list[nn.Parameter], batch: Tensor, *, pieces: int
 ) -> tuple[float, tuple[Tensor, ...]]:
-    """Mean loss of the windows [B, n + 1] and its gradients, without touching shared state."""
+    """Loss of the windows [B, n + 1] over `pieces`, and its gradients; changes nothing else."""
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         hidden = model.model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
     loss = Loss.apply(hidden.flatten(0, 1), model.lm_head.weight, batch[:, 1:].flatten())
+    loss = loss / pieces
     return loss.item(), torch.autograd.grad(loss, trained)
 
 
@@ -235,16 +237,17 @@ def train(args: argparse.Namespace) -> None:
             source = batches(data, generator, length, size)
         batch = next(source)
         pieces = batch.split(max(1, len(batch) // args.threads))
-        results = list(pool.map(lambda rows: gradients(model, trained, rows), pieces))
+        work = partial(gradients, model, trained, pieces=len(pieces))
+        results = list(pool.map(work, pieces))
         for p, *parts in zip(trained, *(grads for _, grads in results), strict=True):
-            p.grad = torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
-        loss = sum(value for value, _ in results) / len(results)
+            p.grad = sum(parts[1:], start=parts[0])
+        loss = sum(value for value, _ in results)
         factor = rate_factor(fraction, progress.step)
         muon.param_groups[0]["lr"] = MUON_RATE * factor
         for group in adam.param_groups:
             group["lr"] = group["peak"] * factor
         nn.utils.clip_grad_norm_(others, 1.0)
-        muon.update(spare_experts=size < EXPERT_STEP_TOKENS and progress.step % 2 == 0)
+        muon.update(spare_experts=progress.step % EXPERT_EVERY != 0)
         adam.step()
         model.zero_grad(set_to_none=True)
         steering.update(fraction)

@@ -79,10 +79,16 @@ def verify(model_dir: str | Path, reference: str | Path | None = None) -> Verify
         if layer_key_of(name) not in quantized:
             problems += _kept_problems(checkpoint, name, original)
     if original is not None:
+        coded = {
+            layer.original_name(expert, matrix)
+            for layer in check.layers
+            for expert in range(layer.experts)
+            for matrix in ("gate_proj", "up_proj", "down_proj")
+        }
         problems += [
             f"tensor {name} of the reference is missing"
             for name in original.names()
-            if layer_key_of(name) not in quantized and name not in checkpoint.headers
+            if name not in coded and name not in checkpoint.headers
         ]
     # Tensors of another shape cannot be decoded; their layers are named among the problems already.
     decodable = [

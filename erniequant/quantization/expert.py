@@ -22,7 +22,7 @@ class ExpertWeights:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Tokens ``x`` float32 ``[n, H]`` that describe an expert's inputs, and their weights ``[n]``."""
+    """Tokens ``x`` float32 ``[n, H]`` that describe an input, and their weights ``[n]``."""
 
     x: torch.Tensor
     weights: torch.Tensor
