@@ -1,9 +1,9 @@
 """The family of convolutional codes, as data.
 
-A code of rate ``bits`` turns a bit stream into weights: every step shifts ``step_bits`` new bits into
-a register that keeps the last ``register_length`` of them, and a label function of the register
-emits ``weights_per_step`` weights. Members of the family: CCQ (arXiv 2507.07145), QTIP (arXiv
-2406.11235).
+A code of rate ``bits`` turns a bit stream into weights: every step shifts ``step_bits`` new bits
+into a register that keeps the last ``register_length`` of them, and a label function of the
+register emits ``weights_per_step`` weights. Members of the family: CCQ (arXiv 2507.07145), QTIP
+(arXiv 2406.11235).
 """
 
 from collections.abc import Callable
