@@ -1,18 +1,23 @@
-"""Put a demo report between the markers of the README: update_readme.py REPORT README."""
+"""Put generated tables between markers of a page: update_readme.py REPORT README."""
 
 import sys
 from pathlib import Path
 
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+
+def replace_section(page: str, name: str, text: str) -> str:
+    """The page with ``text`` between its markers ``name:begin`` and ``name:end``; exits without."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        sys.exit(f"the page lacks the markers {begin} and {end}")
+    return f"{before}{begin}\n{text.strip()}\n{end}{after}"
 
 
 def main(report: Path, readme: Path) -> None:
-    before, _, rest = readme.read_text("utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        sys.exit(f"{readme} lacks the markers {BEGIN} and {END}")
-    table = report.read_text("utf-8").strip()
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", "utf-8")
+    """Put a demo report into the README."""
+    page = replace_section(readme.read_text("utf-8"), "demo", report.read_text("utf-8"))
+    readme.write_text(page, "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Measure the codes on Gaussian data: error with confidence interval, encoding rate, and a search
-for multipliers.
+"""Measure codes on Gaussian data; makes the tables of docs/codes.md.
 
-``python -m erniequant.codes.study table`` prints the table of docs/codes.md; ``... search``
-repeats the search that chose the multipliers of the registry.
+``python -m erniequant.codes.study table`` measures the registered codes, ``labels`` compares label
+functions, ``weighted`` shows what weights of the outputs buy, ``search`` repeats the search that
+chose the multipliers of the registry.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from erniequant.codes.candidates import CANDIDATES
 from erniequant.codes.registry import CODE_NAMES, code_for_bits, get_code
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.codes.viterbi import encoder
@@ -70,6 +71,45 @@ def table_rows() -> Iterator[str]:
     yield f"| bound | {bounds}|"
 
 
+def label_rows(length: int = 12, multipliers: int = 12) -> Iterator[str]:
+    """Rows comparing label functions: error of the best and the mean of some random multipliers."""
+    yield "| bits | label | MSE, best | mean | issue slots per weight, sm_90 |"
+    yield "|---|---|---|---|---|"
+    rng = np.random.default_rng(9)
+    field = [int(m) | 1 for m in rng.integers(2**30, 2**32, multipliers)]
+    for bits, candidates in CANDIDATES.items():
+        for candidate in candidates:
+            tries = field if candidate.hashed else field[:1]
+            errors = [measure(candidate.code(bits, length, m), 200, seed=21).mse for m in tries]
+            cost = candidate.issue_cost.get(bits)
+            digits = 4 if bits == 2 else 5
+            yield (
+                f"| {bits} | {candidate.name} | {min(errors):.{digits}f} | "
+                f"{sum(errors) / len(errors):.{digits}f} | {f'{cost:.2f}' if cost else ''} |"
+            )
+
+
+def weighted_rows(length: int = 12, sequences: int = 400) -> Iterator[str]:
+    """Rows showing the weighted error of cc2 by the spread of the weights, and the ideal."""
+    yield "| spread of log weights | ignored | used by the search | ideal |"
+    yield "|---|---|---|---|"
+    code = get_code("cc2", length)
+    search = encoder(code)
+    scale = np.float32(search.tables.std() * SCALE_IN_RMS[2])
+    rng = np.random.default_rng(22)
+    data = rng.standard_normal((sequences, TILE), dtype=np.float32)
+    even: float | None = None
+    for spread in (0.0, 0.3, 0.6, 1.0):
+        weights = np.exp(spread * rng.standard_normal(data.shape)).astype(np.float32)
+        found = []
+        for used in (np.ones_like(weights), weights):
+            _, labels = search.encode(data * scale, used)
+            found.append(float((weights * np.square(data - labels / scale)).sum() / weights.sum()))
+        even = even or found[0]
+        ideal = even * float(np.exp(np.log(weights).mean()) / weights.mean())
+        yield f"| {spread} | {found[0]:.4f} | {found[1]:.4f} | {ideal:.4f} |"
+
+
 def search_multiplier(
     bits: int, length: int, candidates: int, seed: int
 ) -> tuple[int, Measurement]:
@@ -94,12 +134,13 @@ def search_multiplier(
 def main() -> None:
     """Command line of the study."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["table", "search"])
+    parser.add_argument("what", choices=["table", "labels", "weighted", "search"])
     parser.add_argument("--candidates", type=int, default=600)
     parser.add_argument("--lengths", type=int, nargs="*", default=list(REGISTER_LENGTHS))
     options = parser.parse_args()
-    if options.what == "table":
-        for row in table_rows():
+    tables = {"table": table_rows, "labels": label_rows, "weighted": weighted_rows}
+    if options.what in tables:
+        for row in tables[options.what]():
             print(row, flush=True)
         return
     for bits in (2, 3, 4):

@@ -1,0 +1,50 @@
+"""Measure the tables of docs/codes.md again and write them between their markers.
+
+Run from the repository root on an idle machine: ``python docs/update_codes.py [NAME ...]``.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from update_readme import replace_section
+
+from erniequant.codes import CODE_NAMES, study
+from erniequant_kernels import static
+
+PAGE = Path(__file__).with_name("codes.md")
+
+
+def machine_rows() -> Iterator[str]:
+    """Rows of machine-code counts of the registered codes."""
+    yield "| arch | code | L | issue slots | all | ALU | multiply | memory | matrix | registers |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for record in static.table(CODE_NAMES, (10, 12, 16), static.ARCHITECTURES):
+        counts = record["per_weight"]
+        pipes = " | ".join(
+            f"{counts[n]:.2f}" for n in ("all", "alu", "multiply", "memory", "matrix")
+        )
+        yield (
+            f"| sm_{record['arch']} | {record['code']} | {record['register_length']} | "
+            f"{record['issue_cost']:.2f} | {pipes} | {record['registers']} |"
+        )
+
+
+SECTIONS = {
+    "labels": study.label_rows,
+    "table": study.table_rows,
+    "weighted": study.weighted_rows,
+    "machine": machine_rows,
+}
+
+
+def main(names: list[str]) -> None:
+    """Write the named tables, all by default."""
+    for name in names or list(SECTIONS):
+        rows = "\n".join(SECTIONS[name]())
+        page = replace_section(PAGE.read_text(encoding="utf-8"), name, rows)
+        PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
