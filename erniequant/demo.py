@@ -31,7 +31,10 @@ BITS = (4, 3, 2)
 RTN_GROUP = 64
 # Figures move by less than their standard error beyond this; a row takes seconds on two cores.
 EVALUATION_TOKENS = 32_768
+CONTEXT = 512
 CALIBRATION_SAMPLES = 64
+# Of the progress bar: one evaluation takes about as long as quantising this many experts.
+EVALUATION_UNITS = 10
 
 
 @dataclass(frozen=True)
@@ -117,16 +120,17 @@ def run_demo(
     original, tokenizer = load(source, device="cpu")
     watch = progress or NULL_PROGRESS
     size = _measure_size(original, tensor_bytes(source))
-    bench = _Bench(original, tokenizer, evaluation_text(), tokens, size, watch)
-    watch.start(1 + 3 * len(bits))
+    bench = _Bench(_Remembering(original), tokenizer, evaluation_text(), tokens, size, watch)
+    experts = sum(p.shape[0] for p in expert_parameters(original).values()) // 2
+    watch.start(EVALUATION_UNITS * (1 + 2 * len(bits)) + experts * len(bits))
     try:
-        base = bench.measure(original, "bf16")
+        base = bench.measure(bench.reference, "bf16")
         rows = [_row("bf16", 16, base, size.row(tensor_bytes(source)), 0.0)]
         for width in bits:
             with _folder(out / f"{width}bit", keep_models) as folder:
                 row = _quantised_row(bench, source, folder, width, calib_samples, threads)
                 rows.append(row)
-        rows += [_rounded_row(bench, width) for width in bits]
+        rows += [_rounded_row(bench, original, width) for width in bits]
     finally:
         watch.finish()
     report = DemoReport(
@@ -148,7 +152,7 @@ def run_demo(
 class _Bench:
     """The original and the text that every row is measured against."""
 
-    original: nn.Module
+    reference: nn.Module
     tokenizer: Any
     text: str
     tokens: int
@@ -161,10 +165,11 @@ class _Bench:
             model,
             self.tokenizer,
             self.text,
-            reference=self.original,
+            reference=self.reference,
+            context=CONTEXT,
             tokens=self.tokens,
         )
-        self.watch.advance(1, f"evaluated {label}")
+        self.watch.advance(EVALUATION_UNITS, f"evaluated {label}")
         return result
 
 
@@ -183,15 +188,14 @@ def _quantised_row(
         progress=step,
     )
     seconds = time.perf_counter() - started
-    bench.watch.advance(1, f"quantised to {bits} bits")
     model, _ = load(folder, device="cpu")
     found = bench.measure(model, f"{bits} bits")
     return _row("erniequant", bits, found, bench.size.row(tensor_bytes(folder)), seconds)
 
 
-def _rounded_row(bench: _Bench, bits: int) -> DemoRow:
+def _rounded_row(bench: _Bench, original: nn.Module, bits: int) -> DemoRow:
     started = time.perf_counter()
-    model, expert_bits = round_experts(bench.original, bits)
+    model, expert_bits = round_experts(original, bits)
     seconds = time.perf_counter() - started
     found = bench.measure(model, f"round-to-nearest at {bits} bits")
     total_bytes = bench.size.other_bytes + expert_bits * bench.size.expert_weights / 8
@@ -261,15 +265,33 @@ def cells(row: DemoRow) -> list[str]:
     ]
 
 
+class _Remembering(nn.Module):
+    """A model that keeps its logits: every row asks the original about the same tokens.
+
+    32 768 tokens of 4 352 words in bf16 are 285 MB, and half of all evaluation time is saved.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self._outputs: dict[bytes, Any] = {}
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        key = input_ids.cpu().numpy().tobytes()
+        if key not in self._outputs:
+            self._outputs[key] = self.model(input_ids=input_ids, use_cache=use_cache)
+        return self._outputs[key]
+
+
 class _Step(NullProgress):
     """Lets one quantisation speak through the demo's own progress."""
 
     def __init__(self, outer: Progress, what: str) -> None:
-        self._outer, self.label = outer, what
+        self._outer, self._what = outer, what
         outer.advance(0, what)
 
     def advance(self, units: int, label: str) -> None:
-        self._outer.advance(0, f"{self.label}: {label}")
+        self._outer.advance(units, f"{self._what}: {label}")
 
 
 @contextmanager
