@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.erniequant-installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo readme test lint format soak clean
+.PHONY: help demo readme test lint format soak gpu clean
 
 help:
 	@echo "make demo    quantise the embedded tiny ERNIE 4.5 MoE at 4, 3 and 2 bits and compare with bf16"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint    ruff and mypy only        make format   let ruff fix what it can"
 	@echo "make readme  run the demo and put its table into the README"
 	@echo "make soak    the suite three times over, in another order each time"
+	@echo "make gpu     on a machine with a GPU: kernel tests on the card, written to gpu-report.json"
 	@echo "TORCH='torch==2.13.0' chooses the torch requirement, PYTHON the interpreter"
 
 # torch goes first and by its own requirement, so that no other package pulls a different build of it.
@@ -48,6 +49,10 @@ format: $(INSTALLED)
 # Hash randomisation and reversed file order expose tests that lean on one another.
 soak: $(INSTALLED)
 	for seed in 1 2 3; do PYTHONHASHSEED=$$seed $(PY) -m pytest --quiet $$(ls -d tests/*/ | shuf --random-source=<(yes $$seed)) || exit 1; done
+
+# Uses the python it is given: a machine with a card has its own CUDA build of torch.
+gpu:
+	$(PYTHON) tests/gpu/run.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache erniequant-demo
