@@ -48,7 +48,7 @@ format: $(INSTALLED)
 
 # Hash randomisation and reversed file order expose tests that lean on one another.
 soak: $(INSTALLED)
-	for seed in 1 2 3; do PYTHONHASHSEED=$$seed $(PY) -m pytest --quiet $$(ls -d tests/*/ | shuf --random-source=<(yes $$seed)) || exit 1; done
+	for seed in 1 2 3; do PYTHONHASHSEED=$$seed $(PY) -m pytest --quiet $$(ls -d tests/*/ tests/test_*.py | shuf --random-source=<(yes $$seed)) || exit 1; done
 
 # Uses the python it is given: a machine with a card has its own CUDA build of torch.
 gpu:
