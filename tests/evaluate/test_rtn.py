@@ -60,3 +60,10 @@ def test_bf16_weights_are_rounded_in_float32():
 def test_refuses_other_bits():
     with pytest.raises(ValueError, match="not 9"):
         round_to_nearest(torch.zeros(1, 8), 9)
+
+
+def test_zero_stays_zero_among_negative_weights():
+    # The scale is rounded to bf16; where it got smaller, the zero point would leave its 8 bits.
+    weight = -torch.rand(200, 64, generator=torch.Generator().manual_seed(3))
+    weight[:, 0] = 0
+    assert (round_to_nearest(weight, 8).weight[:, 0] == 0).all()
