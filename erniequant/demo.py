@@ -199,7 +199,7 @@ def _rounded_row(bench: _Bench, original: nn.Module, bits: int) -> DemoRow:
     seconds = time.perf_counter() - started
     found = bench.measure(model, f"round-to-nearest at {bits} bits")
     total_bytes = bench.size.other_bytes + expert_bits * bench.size.expert_weights / 8
-    return _row(f"RTN, group {RTN_GROUP}", bits, found, bench.size.row(total_bytes), seconds)
+    return _row("RTN", bits, found, bench.size.row(total_bytes), seconds)
 
 
 def round_experts(model: nn.Module, bits: int) -> tuple[nn.Module, float]:
@@ -244,7 +244,8 @@ def to_markdown(report: DemoReport) -> str:
         f"\n{millions} of them in routed experts; {report.tokens} held-out tokens in windows of "
         f"{report.context}; ratio paired with bf16 on the same tokens, ± one standard error "
         "clustered by window; KL(bf16 || model) in nats per token; top-1: how often both models "
-        "find the same token likeliest; seconds to quantise.\n"
+        "find the same token likeliest; seconds to quantise. RTN: round-to-nearest, asymmetric, "
+        f"groups of {RTN_GROUP} inputs, best clip per group.\n"
     )
     return head + body + note
 
@@ -256,7 +257,7 @@ def cells(row: DemoRow) -> list[str]:
         row.method if original else f"{row.method}, {row.bits} bits",
         f"{row.expert_bits_per_weight:.2f}",
         f"{row.total_bits_per_weight:.2f}",
-        f"{row.megabytes:.2f}",
+        f"{row.megabytes:.1f}",
         f"{row.perplexity:.2f}",
         "1" if original else f"{row.ratio:.4f} ± {row.ratio_stderr:.4f}",
         "0" if original else f"{row.kl_mean:.4f}",

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -71,24 +72,26 @@ def print_demo(report: "DemoReport", out: Path) -> None:
     """The demo's one table, and where the report went."""
     from erniequant.demo import cells
 
-    table = Table(title="tiny ERNIE 4.5 MoE, held-out text")
+    # No frame: nine columns have to fit a terminal.
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
     for name in (
-        "bits/weight,\nexperts",
-        "bits/weight,\nall",
+        "bits,\nexperts",
+        "bits,\nall",
         "MB",
-        "perplexity",
+        "perpl.",
         "ratio to bf16",
         "KL",
         "top-1",
-        "seconds",
+        "s",
     ):
         table.add_column(name, justify="right")
     for row, following in zip(report.rows, (*report.rows[1:], None), strict=True):
         last = following is None or following.method != row.method
         table.add_row(*cells(row), end_section=last)
     _console().print(table)
-    print(f"{report.tokens} tokens, {report.seconds:.0f} s in all; reports in {out}")
+    print(f"tiny ERNIE 4.5 MoE, {report.tokens} held-out tokens, {report.seconds:.0f} s in all")
+    print(f"reports in {out}")
 
 
 def print_inspection(found: "ModelSummary") -> None:

@@ -74,7 +74,7 @@ def speaking_ernie(tmp_path_factory):
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
         moe_num_experts=4,
         moe_k=2,
         moe_num_shared_experts=1,
