@@ -83,9 +83,7 @@ def _from_pretrained(checkpoint: Checkpoint, device: torch.device, dtype: torch.
     vision = "vision_config" in checkpoint.config
     auto: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     try:
-        model, info = auto.from_pretrained(
-            checkpoint.folder, dtype=dtype, output_loading_info=True
-        )
+        model, info = auto.from_pretrained(checkpoint.folder, dtype=dtype, output_loading_info=True)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()
         raise ErnieQuantError(

