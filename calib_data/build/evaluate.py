@@ -53,7 +53,7 @@ def expert_loads(model: Any, ids: Tensor, context: int) -> list[Tensor]:
     counts: list[list[Tensor]] = [[] for _ in sparse]
 
     def hook(position: int) -> Any:
-        def count(module: nn.Module, inputs: Any, output: Any) -> None:
+        def count(module: Any, inputs: Any, output: Any) -> None:
             experts = module.weight.shape[0]
             counts[position].append(torch.bincount(output[2].reshape(-1), minlength=experts))
 
