@@ -1,11 +1,17 @@
 """Fixtures shared by all tests: a micro random ERNIE 4.5 MoE made in-process."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter. Its own library is decorated when it is first imported,
+    # by whichever test that is, so this cannot wait for tests/kernels.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
