@@ -9,6 +9,7 @@ import torch
 from erniequant.calibration.hessian import Factor, factorise
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.codes.viterbi import Encoder, encoder
+from erniequant.format.decoding import encode_scale
 from erniequant.quantization.ldlq import encode_matrix
 from erniequant.rotation import rotate, unrotate
 
@@ -44,7 +45,7 @@ class QuantizedMatrix:
 
     def scale_bits(self) -> torch.Tensor:
         """The scale as stored: int16 ``[N, 1]``, bfloat16 bit patterns."""
-        return self.scale.bfloat16().view(torch.int16)[:, None]
+        return encode_scale(self.scale)[:, None]
 
     def stored(self) -> "QuantizedMatrix":
         """Without the float32 weights: what has to be kept until the layer is written."""

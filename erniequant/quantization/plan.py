@@ -6,6 +6,7 @@ others, which are copied. Anything else stops the run: an unknown tensor must no
 copied without anyone noticing.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -135,7 +136,7 @@ def make_plan(checkpoint: Checkpoint, model: TextMoe, options: QuantizeOptions) 
             )
     layer = layer_spec(model, options)
     params = layer_params(model.experts, model.hidden, model.inner, layer)
-    layer_bytes = sum(_n_bytes(shape, dtype.itemsize) for shape, dtype in params.values())
+    layer_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in params.values())
     return Plan(
         model,
         options,
@@ -148,13 +149,6 @@ def make_plan(checkpoint: Checkpoint, model: TextMoe, options: QuantizeOptions) 
         expert_bytes=layer_bytes * len(model.moe_layers),
         copied_bytes=sum(checkpoint.header(name).n_bytes for name in copied),
     )
-
-
-def _n_bytes(shape: tuple[int, ...], itemsize: int) -> int:
-    size = itemsize
-    for length in shape:
-        size *= length
-    return size
 
 
 def layer_spec(model: TextMoe, options: QuantizeOptions) -> LayerSpec:
