@@ -64,6 +64,16 @@ def second_moments(x: torch.Tensor, weights: torch.Tensor) -> Moments:
     return Moments(total, float(weights.double().sum()), x.shape[0], dropped)
 
 
+def cross_moments(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """``sum_t c_t x_t y_t^T`` float32 ``[K, N]`` of finite tokens ``[T, K]``, ``[T, N]`` with
+    weights ``[T]``."""
+    total = torch.zeros(x.shape[-1], y.shape[-1], dtype=torch.float32, device=x.device)
+    for start in range(0, x.shape[0], CHUNK):
+        part = slice(start, start + CHUNK)
+        total += (x[part].float() * weights[part, None].float()).T @ y[part].float()
+    return total
+
+
 def shrink(own: Moments, prior: torch.Tensor, strength: float) -> torch.Tensor:
     """Blend an expert's moments with a prior mean that counts as ``strength`` units of token
     weight.

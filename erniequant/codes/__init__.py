@@ -1,7 +1,22 @@
 """Convolutional codes: the family (spec, labels, registry), the reference decoder and the
 encoders."""
 
-from erniequant.codes.registry import CODE_NAMES, REGISTER_LENGTHS, code_for_bits, get_code
+from erniequant.codes.registry import (
+    CODE_NAMES,
+    EFFORT_LENGTHS,
+    EFFORTS,
+    code_for_bits,
+    get_code,
+    register_length,
+)
 from erniequant.codes.spec import ConvolutionalCode
 
-__all__ = ["CODE_NAMES", "REGISTER_LENGTHS", "ConvolutionalCode", "code_for_bits", "get_code"]
+__all__ = [
+    "CODE_NAMES",
+    "EFFORTS",
+    "EFFORT_LENGTHS",
+    "ConvolutionalCode",
+    "code_for_bits",
+    "get_code",
+    "register_length",
+]

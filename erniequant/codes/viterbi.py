@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from erniequant.codes.spec import WORD_BITS, ConvolutionalCode
 
 SEAM_WEIGHTS = 64
-"""Weights on either side of the seam that the first search sees; 128 lowers the error by less than
-0.1 %."""
+"""Weights on either side of the seam that the first search sees, going round more than once where
+the sequence is shorter than both sides. Going round once costs 1.5 % of error at a tile of 64;
+more than 64 weights gain less than 0.1 %."""
 
 _FAST = {"contract", "nnan", "ninf", "nsz"}
 _UNREACHABLE = np.float32(1e30)
@@ -80,7 +81,7 @@ def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
     @njit
     def trace_back(
         x: Float32,
-        w: Float32,
+        root: Float32,
         tables: Float32,
         best: Float32,
         first: int,
@@ -101,8 +102,8 @@ def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
                 s = j * classes + r
                 cost = best[i, s >> step_bits]
                 for v in range(per_step):
-                    d = tables[v, j, r] - x[t * per_step + v]
-                    cost += w[t * per_step + v] * d * d
+                    d = tables[v, j, r] * root[t * per_step + v] - x[t * per_step + v]
+                    cost += d * d
                 if cost < cheapest:
                     cheapest = cost
                     state = s
@@ -121,23 +122,26 @@ def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
         tile = targets.shape[1]
         steps = tile // per_step
         classes = tables.shape[2]
-        best = np.empty((steps + 1, classes), np.float32)
+        around = SEAM_WEIGHTS // per_step
+        first = steps - around % steps
+        longest = max(steps, 2 * around)
+        best = np.empty((longest + 1, classes), np.float32)
         spread = np.empty((branches, classes), np.float32)
-        states = np.empty(steps, np.int64)
-        around = min(SEAM_WEIGHTS // per_step, steps // 2)
+        states = np.empty(longest, np.int64)
         for q in range(targets.shape[0]):
-            x, w = targets[q], weights[q]
+            # w (label - x)^2 = (label root(w) - x root(w))^2, which is one operation less.
+            root = np.sqrt(weights[q])
+            x = targets[q] * root
             best[0, :] = 0
             for i in range(2 * around):
-                t = (steps - around + i) % steps
-                forward(x, w, t, tables, best[i], best[i + 1], spread)
+                forward(x, root, (first + i) % steps, tables, best[i], best[i + 1], spread)
             free = np.argmin(best[2 * around])
-            seam = trace_back(x, w, tables, best, steps - around, 2 * around, around, free, states)
+            seam = trace_back(x, root, tables, best, first, 2 * around, around, free, states)
             best[0, :] = _UNREACHABLE
             best[0, seam] = 0
             for t in range(steps):
-                forward(x, w, t, tables, best[t], best[t + 1], spread)
-            trace_back(x, w, tables, best, 0, steps, 0, seam, states)
+                forward(x, root, t, tables, best[t], best[t + 1], spread)
+            trace_back(x, root, tables, best, 0, steps, 0, seam, states)
             for t in range(steps):
                 state = states[t]
                 for v in range(per_step):
@@ -170,39 +174,40 @@ def _spread(old: Float32, spread: Float32) -> None:
 
 @numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)
 def _forward_single(
-    x: Float32, w: Float32, t: int, tables: Float32, old: Float32, new: Float32, spread: Float32
+    x: Float32, root: Float32, t: int, tables: Float32, old: Float32, new: Float32, spread: Float32
 ) -> None:
-    """One step of one weight: ``new[r] = min_j old[class of j, r] + w (label[j, r] - x)^2``."""
+    """One step of one weight: ``new[r] = min_j old[class of j, r] + (label[j, r] root - x)^2``."""
     _spread(old, spread)
-    target, weight = x[t], w[t]
+    target, weight = x[t], root[t]
     new[:] = _UNREACHABLE
     for j in range(0, spread.shape[0], 4):
         a, b, c, d = tables[0, j], tables[0, j + 1], tables[0, j + 2], tables[0, j + 3]
         ea, eb, ec, ed = spread[j], spread[j + 1], spread[j + 2], spread[j + 3]
         for r in range(new.shape[0]):
-            da, db, dc, dd = a[r] - target, b[r] - target, c[r] - target, d[r] - target
-            ab = min(ea[r] + weight * da * da, eb[r] + weight * db * db)
-            cd = min(ec[r] + weight * dc * dc, ed[r] + weight * dd * dd)
+            da, db = a[r] * weight - target, b[r] * weight - target
+            dc, dd = c[r] * weight - target, d[r] * weight - target
+            ab = min(ea[r] + da * da, eb[r] + db * db)
+            cd = min(ec[r] + dc * dc, ed[r] + dd * dd)
             new[r] = min(new[r], min(ab, cd))
 
 
 @numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)
 def _forward_pair(
-    x: Float32, w: Float32, t: int, tables: Float32, old: Float32, new: Float32, spread: Float32
+    x: Float32, root: Float32, t: int, tables: Float32, old: Float32, new: Float32, spread: Float32
 ) -> None:
     """One step of two weights, as `_forward_single`."""
     _spread(old, spread)
-    x0, x1, w0, w1 = x[2 * t], x[2 * t + 1], w[2 * t], w[2 * t + 1]
+    x0, x1, w0, w1 = x[2 * t], x[2 * t + 1], root[2 * t], root[2 * t + 1]
     new[:] = _UNREACHABLE
     for j in range(0, spread.shape[0], 4):
         a, b, c, d = tables[0, j], tables[0, j + 1], tables[0, j + 2], tables[0, j + 3]
         f, g, h, k = tables[1, j], tables[1, j + 1], tables[1, j + 2], tables[1, j + 3]
         ea, eb, ec, ed = spread[j], spread[j + 1], spread[j + 2], spread[j + 3]
         for r in range(new.shape[0]):
-            da, db, dc, dd = a[r] - x0, b[r] - x0, c[r] - x0, d[r] - x0
-            df, dg, dh, dk = f[r] - x1, g[r] - x1, h[r] - x1, k[r] - x1
-            ca = ea[r] + w0 * da * da + w1 * df * df
-            cb = eb[r] + w0 * db * db + w1 * dg * dg
-            cc = ec[r] + w0 * dc * dc + w1 * dh * dh
-            cd = ed[r] + w0 * dd * dd + w1 * dk * dk
+            da, db = a[r] * w0 - x0, b[r] * w0 - x0
+            dc, dd = c[r] * w0 - x0, d[r] * w0 - x0
+            df, dg = f[r] * w1 - x1, g[r] * w1 - x1
+            dh, dk = h[r] * w1 - x1, k[r] * w1 - x1
+            ca, cb = ea[r] + da * da + df * df, eb[r] + db * db + dg * dg
+            cc, cd = ec[r] + dc * dc + dh * dh, ed[r] + dd * dd + dk * dk
             new[r] = min(new[r], min(min(ca, cb), min(cc, cd)))

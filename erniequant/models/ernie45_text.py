@@ -163,6 +163,11 @@ class MoeInput:
     expert: torch.Tensor
     weight: torch.Tensor
 
+    def routed_to(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of an expert's tokens, ascending, and their routing weights in float32."""
+        rows, slot = torch.where(self.expert == expert)
+        return rows, self.weight[rows, slot].float()
+
 
 def route(layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, MoeInput]:
     """Split a MoE layer after attention: hidden states ``[1, T, H]`` plus shared experts, and the

@@ -5,12 +5,12 @@ import resource
 import sys
 from dataclasses import dataclass
 
-from erniequant.codes import REGISTER_LENGTHS
+from erniequant.codes import register_length
 from erniequant.quantization.plan import Plan
 
 # Weights per second and core at register length 12, measured on an AVX-512 server core; each
 # register bit more halves the rate.
-_ENCODE_RATE = {2: 550_000, 3: 240_000, 4: 330_000}
+_ENCODE_RATE = {2: 1_200_000, 3: 700_000, 4: 850_000}
 _REFERENCE_LENGTH = 12
 _FLOPS_PER_CORE = 40e9
 _BASE_BYTES = 700_000_000
@@ -28,19 +28,21 @@ def estimate(plan: Plan, tokens: int, threads: int) -> Estimate:
     """Predict a run over ``tokens`` calibration tokens on ``threads`` cores, computing on the
     CPU."""
     model, options = plan.model, plan.options
-    shorter = _REFERENCE_LENGTH - REGISTER_LENGTHS[options.effort]
+    shorter = _REFERENCE_LENGTH - register_length(options.bits, options.effort)
     encode = plan.expert_weights / (_ENCODE_RATE[options.bits] * 2.0**shorter)
     moe_layers = len(model.moe_layers)
     expert_tokens = tokens * model.top_k * moe_layers
     hidden, inner = model.hidden, model.inner
-    # Per routed token: both Hessians and the cross moments, and four passes through gate and up.
-    moments = 2 * expert_tokens * (hidden**2 + 2 * inner**2 + 4 * 2 * inner * hidden)
+    # Per routed token: Hessian and cross moments of both inputs, gate and up in both models, down
+    # in both models and the moments of the drift.
+    moments = 2 * expert_tokens * (2 * hidden**2 + 2 * inner**2 + 7 * inner * hidden)
     feedback = plan.expert_weights * (2 * hidden + 6 * inner)
     others = plan.total_weights - plan.expert_weights
-    arithmetic = (moments + feedback + 2 * tokens * others) / _FLOPS_PER_CORE
+    arithmetic = (moments + feedback + 4 * tokens * others) / _FLOPS_PER_CORE
     per_expert = 4 * (8 * hidden * inner + 6 * max(hidden, inner) ** 2)
-    evidence = 4 * (tokens * model.top_k // model.experts) * (hidden + 8 * inner)
-    resident = 4 * tokens * 3 * hidden + threads * (per_expert + evidence)
+    evidence = 4 * (tokens * model.top_k // model.experts) * (3 * hidden + 10 * inner)
+    # Hidden states and inputs in both models, and the difference of the states.
+    resident = 4 * tokens * 5 * hidden + threads * (per_expert + evidence)
     resident += 4 * (others // max(model.layers, 1)) + plan.expert_bytes // moe_layers
     return Estimate((encode + arithmetic) / threads, _BASE_BYTES + resident)
 

@@ -1,14 +1,13 @@
 """From a checkpoint to a quantised checkpoint: plan, stream layer by layer, write, report.
 
-One stream of hidden states runs through the layers; each MoE layer is quantised on its actual
-inputs and the states go on through the quantised experts. Only one layer's non-expert weights and
-a few experts are in memory.
+Each MoE layer is quantised on the inputs that the quantised layers before it give, aiming at what
+the original would have made of the same text. Only one layer's non-expert weights and a few experts
+are in memory.
 """
 
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from erniequant.checkpoint.writer import CheckpointWriter, copy_companions, writ
 from erniequant.errors import ErnieQuantError
 from erniequant.format.schema import GUARD, PROJECTIONS, LayerSpec, guard_tensor
 from erniequant.models import ernie45_text as text_moe
-from erniequant.models.ernie45_text import MoeInput, TextMoe
+from erniequant.models.ernie45_text import TextMoe
 from erniequant.progress import NULL_PROGRESS, Progress
 from erniequant.quantization.estimate import describe, estimate, peak_memory
 from erniequant.quantization.expert import ExpertWeights, ProjectionCodes
@@ -38,6 +37,7 @@ from erniequant.quantization.report import (
     MatrixReport,
     QuantizationReport,
 )
+from erniequant.quantization.streams import Streams
 from erniequant.rotation import pack_signs, random_signs
 from erniequant.version import PRODUCER
 
@@ -71,7 +71,7 @@ def quantize(
         bits: 2, 3 or 4 bits per expert weight.
         calib, calib_samples, calib_length, chat_template: see `CalibrationConfig`.
         no_calib: use no text; every input direction counts the same.
-        effort: ``fast``, ``standard`` or ``max``: register length 10, 12 or 16.
+        effort: ``fast``, ``standard`` or ``max``: how long the registers of the codes are.
         max_tp: tensor parallelism that the result must split into.
         device: where layers run (``auto``, ``cpu``, ``cuda``); codes are searched on the CPU.
         threads: CPU threads; all cores by default.
@@ -146,34 +146,15 @@ class _Run:
     ) -> Iterator[MatrixReport]:
         """Quantise layer after layer; without windows nothing flows and every Hessian is the
         identity."""
-        hidden = self._embed(windows) if windows else []
+        streams = Streams(self.checkpoint, self.config, windows, self.device, self.threads)
         for index in range(self.plan.model.layers):
-            is_moe = index in self.plan.model.moe_layers
-            if windows:
-                layer = text_moe.load_layer(self.checkpoint, self.config, index, self.device)
-                hidden = self._map(
-                    lambda h, m=layer: text_moe.attend(m, h, self._positions(h)), hidden
-                )
-                if not is_moe:
-                    hidden = self._map(lambda h, m=layer: text_moe.dense_mlp(m, h), hidden)
-                    continue
-                routed = self._map(lambda h, m=layer: text_moe.route(m, h), hidden)
-                del layer
-                lengths = [base.shape[1] for base, _ in routed]
-                states = torch.cat([base[0] for base, _ in routed]).cpu()
-                inputs = _join([inner for _, inner in routed])
-                hidden, routed = [], []
-            elif is_moe:
-                lengths, states, inputs = [], torch.zeros(0), _no_tokens(self.plan.model)
+            if index in self.plan.model.moe_layers:
+                yield from self._moe_layer(index, streams, writer)
             else:
-                continue
-            yield from self._moe_layer(index, inputs, states, writer)
-            hidden = (
-                [part[None].to(self.device) for part in states.split(lengths)] if windows else []
-            )
+                streams.through_dense_layer(index)
 
     def _moe_layer(
-        self, index: int, inputs: MoeInput, states: torch.Tensor, writer: CheckpointWriter
+        self, index: int, streams: Streams, writer: CheckpointWriter
     ) -> Iterator[MatrixReport]:
         model, spec = self.plan.model, self.plan.layer
         rotations = {
@@ -182,6 +163,7 @@ class _Run:
             ),
             "down_proj": self._rotation(index, 1, model.inner, spec.down_proj.rotation_block),
         }
+        inputs = streams.into_experts(index)
         context = layer_context(
             inputs, _codes(spec), rotations["gate_up_proj"], rotations["down_proj"]
         )
@@ -189,9 +171,7 @@ class _Run:
         for outcome in quantize_experts(
             inputs, context, model.experts, lambda e: self._weights(index, e), self.threads
         ):
-            # In the order of experts, so that the sum does not depend on the number of threads.
-            if outcome.positions.numel():
-                states.index_add_(0, outcome.positions, outcome.output)
+            streams.add(outcome)
             result = outcome.result
             packed["gate_up_proj"].append(result.gate_up.stored())
             packed["down_proj"].append(result.down.stored())
@@ -235,44 +215,11 @@ class _Run:
             raise ErnieQuantError(f"{name} holds inf or nan; the source checkpoint is damaged")
         return weight
 
-    def _embed(self, windows: CalibrationWindows) -> list[torch.Tensor]:
-        table = self.checkpoint.tensor("model.embed_tokens.weight")
-        return [table[ids].float()[None].to(self.device) for ids in windows.windows]
-
-    def _positions(self, hidden: torch.Tensor) -> Any:
-        return text_moe.position_embeddings(self.config, hidden.shape[1], self.device)
-
-    def _map(self, function: Any, items: list[Any]) -> list[Any]:
-        if self.device.type != "cpu":
-            return [function(item) for item in items]
-
-        def one(item: Any) -> Any:
-            # Both settings belong to a thread.
-            torch.set_num_threads(1)
-            with torch.no_grad():
-                return function(item)
-
-        with ThreadPoolExecutor(self.threads) as pool:
-            return list(pool.map(one, items))
-
 
 def _codes(spec: LayerSpec) -> ProjectionCodes:
     return ProjectionCodes(
         spec.gate_up_proj.conv(), spec.gate_up_proj.tile, spec.down_proj.conv(), spec.down_proj.tile
     )
-
-
-def _join(parts: list[MoeInput]) -> MoeInput:
-    return MoeInput(
-        torch.cat([p.x for p in parts]).float().cpu(),
-        torch.cat([p.expert for p in parts]).cpu(),
-        torch.cat([p.weight for p in parts]).float().cpu(),
-    )
-
-
-def _no_tokens(model: TextMoe) -> MoeInput:
-    empty = torch.zeros(0, model.top_k)
-    return MoeInput(torch.zeros(0, model.hidden), empty.long(), empty)
 
 
 def _windows(

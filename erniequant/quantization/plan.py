@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from erniequant.checkpoint.reader import Checkpoint
-from erniequant.codes import REGISTER_LENGTHS, code_for_bits
+from erniequant.codes import EFFORTS, code_for_bits, register_length
 from erniequant.errors import ErnieQuantError
 from erniequant.format.schema import (
     LayerSpec,
@@ -50,9 +50,9 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):
             raise ErnieQuantError(f"bits must be 2, 3 or 4, not {self.bits!r}")
-        if self.effort not in REGISTER_LENGTHS:
+        if self.effort not in EFFORTS:
             raise ErnieQuantError(
-                f"effort must be one of {', '.join(REGISTER_LENGTHS)}, not {self.effort!r}"
+                f"effort must be one of {', '.join(EFFORTS)}, not {self.effort!r}"
             )
         if self.max_tp < 1:
             raise ErnieQuantError(f"max-tp must be at least 1, not {self.max_tp}")
@@ -162,7 +162,7 @@ def layer_spec(model: TextMoe, options: QuantizeOptions) -> LayerSpec:
             f"--max-tp {options.max_tp} does not divide the experts' inner size {model.inner}"
         )
     per_rank = model.inner // options.max_tp
-    length = REGISTER_LENGTHS[options.effort]
+    length = register_length(options.bits, options.effort)
     code = code_for_bits(options.bits, length).name
     return LayerSpec(
         MatrixSpec(

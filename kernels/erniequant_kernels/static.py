@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from erniequant.codes import CODE_NAMES, REGISTER_LENGTHS, ConvolutionalCode, get_code
+from erniequant.codes import CODE_NAMES, EFFORT_LENGTHS, ConvolutionalCode, get_code
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels import decode
 from erniequant_kernels.tile import decode_dot_tile
@@ -266,9 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m erniequant_kernels.static", description=main.__doc__
     )
     parser.add_argument("--code", nargs="+", choices=CODE_NAMES, default=list(CODE_NAMES))
-    parser.add_argument(
-        "--register-length", nargs="+", type=int, default=sorted(REGISTER_LENGTHS.values())
-    )
+    parser.add_argument("--register-length", nargs="+", type=int, default=list(EFFORT_LENGTHS))
     parser.add_argument(
         "--arch", nargs="+", type=int, choices=ARCHITECTURES, default=list(ARCHITECTURES)
     )

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from erniequant.codes import CODE_NAMES, REGISTER_LENGTHS, get_code
+from erniequant.codes import CODE_NAMES, EFFORT_LENGTHS, get_code
 from erniequant.codes.reference import decode as reference_decode
 from erniequant_kernels import decode
 from erniequant_kernels.tile import decode_dot_tile
@@ -71,7 +71,7 @@ def random_words(*shape, seed=0):
 
 
 @pytest.mark.parametrize("name", CODE_NAMES)
-@pytest.mark.parametrize("length", sorted(REGISTER_LENGTHS.values()))
+@pytest.mark.parametrize("length", EFFORT_LENGTHS)
 @pytest.mark.parametrize("tile", [32, 64])
 def test_every_weight_is_bit_exact(name, length, tile):
     # 32 weights is the smallest tile: two, three and four words, every one of them at the seam.

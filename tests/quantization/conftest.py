@@ -47,6 +47,11 @@ def micro_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 HIDDEN, INNER = 96, 64
 
 
+def evidence(x: torch.Tensor, weights: torch.Tensor) -> Evidence:
+    """Tokens of a first layer: nothing before it has been quantised."""
+    return Evidence(x, x, torch.zeros_like(x), weights)
+
+
 @pytest.fixture
 def expert_weights() -> ExpertWeights:
     generator = torch.Generator().manual_seed(2)
@@ -63,7 +68,7 @@ def tokens() -> Evidence:
     generator = torch.Generator().manual_seed(3)
     mix = torch.randn(HIDDEN, HIDDEN, generator=generator) * torch.rand(HIDDEN) * 0.3
     x = torch.randn(500, HIDDEN, generator=generator) @ (mix + torch.eye(HIDDEN))
-    return Evidence(x, torch.rand(500, generator=generator))
+    return evidence(x, torch.rand(500, generator=generator))
 
 
 @pytest.fixture
@@ -75,5 +80,6 @@ def layer(tokens: Evidence) -> LayerContext:
         Rotation(random_signs(HIDDEN, generator), 32),
         Rotation(random_signs(INNER, generator), 64),
         tokens.x.T @ tokens.x / 500,
-        Evidence(tokens.x[::10], tokens.weights[::10]),
+        torch.zeros(HIDDEN, HIDDEN),
+        tokens.rows(torch.arange(0, 500, 10)),
     )
