@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
+from erniequant.devices import resolve_device
 from erniequant.errors import ErnieQuantError
 from erniequant.format.headers import is_quantized, require_sound
 
@@ -47,21 +48,6 @@ def load(
     if quantized:
         _keep_decoded(model, target, keep_decoded)
     return model.eval(), _tokenizer(checkpoint.folder)
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device meant by a name. Raises ErnieQuantError if it is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ErnieQuantError(
-            f"no such device {device!r}; use auto, cpu, cuda or cuda:N"
-        ) from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ErnieQuantError(f"device {device}: torch finds no GPU here; use --device cpu")
-    return found
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:

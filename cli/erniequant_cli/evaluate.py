@@ -80,7 +80,8 @@ def perplexity(
 
 def _require_same_tokens(tokenizer: object, other: object, text: str) -> None:
     from erniequant.errors import ErnieQuantError
-    from erniequant.evaluate.perplexity import hash_token_ids, tokenize
+    from erniequant.evaluate.perplexity import tokenize
+    from erniequant.texts import hash_token_ids
 
     if hash_token_ids(tokenize(tokenizer, text)) != hash_token_ids(tokenize(other, text)):
         raise ErnieQuantError(

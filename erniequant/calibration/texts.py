@@ -1,7 +1,6 @@
 """Calibration text: from the built-in collection, a file, JSONL or a data set to windows of token
 ids."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from erniequant.errors import ErnieQuantError
+from erniequant.texts import hash_token_ids, read_text
 
 SURPLUS = 16
 """Reading stops at this many times the tokens asked for; a random choice of windows needs no
@@ -45,8 +45,8 @@ class CalibrationConfig:
 class CalibrationWindows:
     """Windows of token ids, int64 ``[T]`` each, and where they came from.
 
-    ``sha256`` is of all ids as little-endian int64; ``rendered`` shows the start of the first
-    document.
+    ``sha256`` is `hash_token_ids` of all of them; ``rendered`` shows the start of the
+    first document.
     """
 
     windows: tuple[torch.Tensor, ...]
@@ -88,8 +88,7 @@ def calibration_windows(tokenizer: Any, config: CalibrationConfig) -> Calibratio
     generator = torch.Generator().manual_seed(config.seed)
     chosen = torch.randperm(count, generator=generator)[: config.samples].sort().values
     windows = tuple(stream[i * config.length : (i + 1) * config.length] for i in chosen.tolist())
-    digest = hashlib.sha256(torch.cat(windows).numpy().astype("<i8").tobytes()).hexdigest()
-    return CalibrationWindows(windows, digest, rendered)
+    return CalibrationWindows(windows, hash_token_ids(torch.cat(windows)), rendered)
 
 
 def documents(config: CalibrationConfig, tokenizer: Any) -> Iterator[str]:
@@ -104,7 +103,7 @@ def documents(config: CalibrationConfig, tokenizer: Any) -> Iterator[str]:
     elif source.endswith(".jsonl"):
         yield from _jsonl(Path(source), config, tokenizer)
     elif source.endswith(".txt"):
-        yield _read(Path(source))
+        yield read_text(Path(source))
     else:
         raise ErnieQuantError(
             f"calibration source {source!r} is none of builtin, FILE.txt, FILE.jsonl, "
@@ -112,19 +111,8 @@ def documents(config: CalibrationConfig, tokenizer: Any) -> Iterator[str]:
         )
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ErnieQuantError(f"cannot read calibration text {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ErnieQuantError(
-            f"calibration text {path} is not UTF-8 at byte {error.start}; convert it"
-        ) from error
-
-
 def _jsonl(path: Path, config: CalibrationConfig, tokenizer: Any) -> Iterator[str]:
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{path} line {number}"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.windows import Window, cut_windows, group_windows
 from erniequant.progress import NULL_PROGRESS, Progress
+from erniequant.texts import hash_token_ids
 
 DEFAULT_CONTEXT = 2048
 # Rows of logits turned into float32 at once: 256 x 103 424 words is 106 MB a model.
@@ -124,11 +125,6 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Token ids of the whole text, int64 [n], without BOS or any other added token."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
-
-
-def hash_token_ids(token_ids: Tensor) -> str:
-    """SHA-256 of the ids as little-endian 32-bit integers, one after the other."""
-    return hashlib.sha256(token_ids.numpy().astype("<i4").tobytes()).hexdigest()
 
 
 def standard_error(values: np.ndarray, cluster: np.ndarray) -> float:

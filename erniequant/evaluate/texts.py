@@ -4,6 +4,7 @@ text."""
 from pathlib import Path
 
 from erniequant.errors import ErnieQuantError
+from erniequant.texts import read_text
 
 
 def evaluation_text(*, file: Path | None = None, dataset: str | None = None) -> str:
@@ -13,26 +14,12 @@ def evaluation_text(*, file: Path | None = None, dataset: str | None = None) -> 
     Raises ErnieQuantError for what cannot be read or holds no text.
     """
     if file is not None:
-        return _read_file(file)
+        return read_text(file)
     if dataset is not None:
         return _read_dataset(dataset)
     from erniequant_data import heldout_text
 
     return heldout_text()
-
-
-def _read_file(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ErnieQuantError(f"cannot read {file}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise ErnieQuantError(
-            f"{file} is not UTF-8 (byte {error.start}): convert it to UTF-8 text"
-        ) from error
-    if not text.strip():
-        raise ErnieQuantError(f"{file} holds no text: give a file with words in it")
-    return text
 
 
 def _read_dataset(name: str) -> str:

@@ -68,6 +68,7 @@ def describe(plan: Plan, predicted: Estimate, threads: int) -> str:
         f"rotation block {down.rotation_block}",
         f"copy {len(plan.copied)} other tensors unchanged "
         f"({(plan.total_weights - plan.expert_weights) / 1e6:.1f} M weights)",
+        *(f"  {group.line()}" for group in plan.groups),
         f"size {_gigabytes(plan.source_bytes)} -> {_gigabytes(plan.output_bytes)}: "
         f"{plan.expert_bits_per_weight:.3f} bits per expert weight, "
         f"{plan.total_bits_per_weight:.3f} in all",

@@ -21,6 +21,7 @@ from erniequant.calibration.texts import (
 )
 from erniequant.checkpoint.reader import CONFIG_FILE, Checkpoint, open_checkpoint
 from erniequant.checkpoint.writer import CheckpointWriter, copy_companions, write_json
+from erniequant.devices import resolve_device
 from erniequant.errors import ErnieQuantError
 from erniequant.format.schema import GUARD, PROJECTIONS, LayerSpec, guard_tensor
 from erniequant.models import ernie45_text as text_moe
@@ -98,7 +99,7 @@ def quantize(
         return QuantizationReport(plan, plan_text, None, (), 0.0, peak_memory(), {}, dry_run=True)
 
     windows = None if no_calib else _windows(checkpoint, calibration, plan.model, watch)
-    run = _Run(checkpoint, config, plan, _device(device), n_threads, watch)
+    run = _Run(checkpoint, config, plan, resolve_device(device), n_threads, watch)
     with _single_threaded_products(), torch.no_grad(), CheckpointWriter(dst) as writer:
         for name in plan.copied:
             writer.add(name, checkpoint.tensor(name))
@@ -258,16 +259,6 @@ def _calibration_report(
     return CalibrationReport(
         config.source, len(windows.windows), windows.tokens, windows.sha256, windows.rendered
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ErnieQuantError("--device cuda: torch sees no CUDA device; use --device cpu")
-    if name not in ("cpu", "cuda"):
-        raise ErnieQuantError(f"device must be auto, cpu or cuda, not {name!r}")
-    return torch.device(name)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from erniequant.format.schema import (
     layer_params,
 )
 from erniequant.models.ernie45_text import EXPERT_MATRICES, TextMoe, expert_matrix_name
+from erniequant.quantization.inventory import TensorGroup, tensor_groups
 from erniequant.rotation import block_size
 
 MIN_TILE, MAX_TILE = 32, 256
@@ -63,6 +64,7 @@ class Plan:
     """The fate of every tensor, and the size of the result.
 
     ``expert_bytes`` and ``copied_bytes`` are those of the output; ``source_bytes`` of the input.
+    ``groups`` is the same list of tensors for people to read.
     """
 
     model: TextMoe
@@ -75,6 +77,7 @@ class Plan:
     source_bytes: int
     expert_bytes: int
     copied_bytes: int
+    groups: tuple[TensorGroup, ...]
 
     @property
     def output_bytes(self) -> int:
@@ -148,6 +151,7 @@ def make_plan(checkpoint: Checkpoint, model: TextMoe, options: QuantizeOptions) 
         source_bytes=checkpoint.total_bytes,
         expert_bytes=layer_bytes * len(model.moe_layers),
         copied_bytes=sum(checkpoint.header(name).n_bytes for name in copied),
+        groups=tensor_groups(checkpoint, quantized, copied),
     )
 
 

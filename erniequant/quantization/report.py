@@ -91,6 +91,7 @@ class QuantizationReport:
                 "down_proj": asdict(plan.layer.down_proj),
             },
             "tensors": {"quantized": len(plan.quantized), "copied": len(plan.copied)},
+            "tensor_groups": [asdict(group) for group in plan.groups],
             "bits_per_weight": {
                 "experts": plan.expert_bits_per_weight,
                 "total": plan.total_bits_per_weight,

@@ -10,6 +10,7 @@ import torch
 
 from erniequant.calibration.texts import CalibrationConfig, calibration_windows
 from erniequant.errors import ErnieQuantError
+from erniequant.texts import hash_token_ids
 
 
 class Letters:
@@ -39,6 +40,7 @@ def test_a_text_is_cut_into_windows_in_order(tmp_path: Path) -> None:
     # Eleven tokens with the end mark: two windows of four, the rest is dropped.
     assert [text_of((w,)) for w in found.windows] == ["abcd", "efgh"]
     assert found.tokens == 8
+    assert found.sha256 == hash_token_ids(torch.tensor([ord(c) for c in "abcdefgh"]))
 
 
 def test_windows_are_chosen_by_seed(tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_the_built_in_text_has_a_third_chinese() -> None:
         ("a.jsonl", "", "holds no text"),
         ("a.md", "text", "none of builtin"),
         ("a.txt", None, "cannot read"),
-        ("a.txt", b"ab\xff", "not UTF-8 at byte 2"),
+        ("a.txt", b"ab\xff", "not UTF-8 \\(byte 2\\)"),
     ],
 )
 def test_bad_sources_are_named(

@@ -47,6 +47,19 @@ def test_every_tensor_has_one_fate(micro_ernie: Path) -> None:
     assert plan.expert_weights == 2 * 8 * 3 * 64 * 96
 
 
+def test_the_printed_plan_counts_every_tensor_once(micro_ernie: Path) -> None:
+    plan = plan_for(micro_ernie)
+    names = open_checkpoint(micro_ernie).names()
+    assert sum(group.count for group in plan.groups) == len(names)
+    assert sum(group.n_bytes for group in plan.groups) == plan.source_bytes
+    gate = next(g for g in plan.groups if "experts." in g.names and "gate_proj" in g.names)
+    # 8 experts in layers 1 and 2; layer 0 is dense.
+    assert gate.names == "model.layers.{1..2}.mlp.experts.{0..7}.gate_proj.weight"
+    assert (gate.count, gate.shape, gate.fate) == (16, (64, 96), "quantise")
+    text = describe(plan, estimate(plan, 1000, 2), 2)
+    assert all(group.names in text for group in plan.groups)
+
+
 def test_mtp_tensors_are_copied(edited: Callable[..., Path]) -> None:
     folder = edited(lambda t: t.update({"model.mtp_block.0.norm.weight": torch.ones(4)}))
     assert "model.mtp_block.0.norm.weight" in plan_for(folder).copied
@@ -134,7 +147,7 @@ def test_a_21b_model_on_two_cores_takes_more_than_a_day_at_most_effort(micro_ern
     weights = 27 * 64 * 3 * 2560 * 1536
     large = Plan(
         model, small.options, layer_spec(model, small.options), (), (),
-        weights, 21_830_000_000, 43_660_000_000, weights // 4, 2_900_000_000,
+        weights, 21_830_000_000, 43_660_000_000, weights // 4, 2_900_000_000, (),
     )  # fmt: skip
     predicted = estimate(large, 131_072, 2)
     assert predicted.seconds > 86_400
