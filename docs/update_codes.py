@@ -9,7 +9,7 @@ from pathlib import Path
 
 from update_readme import replace_section
 
-from erniequant.codes import CODE_NAMES, study
+from erniequant.codes import CODE_NAMES, EFFORT_LENGTHS, study
 from erniequant_kernels import static
 
 PAGE = Path(__file__).with_name("codes.md")
@@ -19,7 +19,7 @@ def machine_rows() -> Iterator[str]:
     """Rows of machine-code counts of the registered codes."""
     yield "| arch | code | L | issue slots | all | ALU | multiply | memory | matrix | registers |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
-    for record in static.table(CODE_NAMES, (10, 12, 16), static.ARCHITECTURES):
+    for record in static.table(CODE_NAMES, EFFORT_LENGTHS, static.ARCHITECTURES):
         counts = record["per_weight"]
         pipes = " | ".join(
             f"{counts[n]:.2f}" for n in ("all", "alu", "multiply", "memory", "matrix")

@@ -33,20 +33,26 @@ def manifest() -> dict[str, Any]:
     return content
 
 
-def calibration_text() -> str:
-    """The default calibration text; its sources take turns, so any long part is a fair mixture."""
-    return _mixture("calibration")
+def calibration_text(language: str | None = None) -> str:
+    """The default calibration text; its sources take turns, so any long part is a fair mixture.
+
+    `language`: "en" or "zh" for that part alone.
+    """
+    return _mixture("calibration", language)
 
 
-def heldout_text() -> str:
+def heldout_text(language: str | None = None) -> str:
     """Text of the same kinds that neither training nor calibration has seen, mixed likewise."""
-    return _mixture("heldout")
+    return _mixture("heldout", language)
 
 
-def _mixture(folder: str) -> str:
-    """All files of the folder, cut at line ends, every file spread evenly over the result."""
+def _mixture(folder: str, language: str | None) -> str:
+    """The files of the folder, cut at line ends, every file spread evenly over the result."""
+    languages = {entry["file"]: entry["language"] for entry in manifest()["texts"]}
     placed: list[tuple[float, str, str]] = []
     for path in sorted((_root() / folder).glob("*.txt")):
+        if language not in (None, languages[f"{folder}/{path.name}"]):
+            continue
         pieces = _pieces(path.read_text("utf-8").rstrip("\n"))
         for position, piece in enumerate(pieces):
             placed.append(((position + 0.5) / len(pieces), path.name, piece))

@@ -45,23 +45,28 @@ class Streams:
 
     def through_dense_layer(self, index: int) -> None:
         """Advance both streams through a layer without experts."""
-        if self._lengths:
-            layer, attended = self._attend(index)
-            self._split(
-                [text[0] for text in self._map(_through(text_moe.dense_mlp, layer), attended)]
-            )
+        if not self._lengths:
+            return
+        layer = text_moe.load_layer(self._checkpoint, self._config, index, self._device)
+
+        def step(text: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return text_moe.dense_mlp(layer, self._attend(layer, text)), None
+
+        self._advance(self._quantized, step)
+        self._advance(self._original, step)
 
     def into_experts(self, index: int) -> LayerInput:
         """Advance both streams through a layer up to its experts, whose outputs `add` adds."""
         if not self._lengths:
             return _no_tokens(TextMoe.from_config(self._config))
-        layer, attended = self._attend(index)
-        routed = self._map(_through(text_moe.route, layer), attended)
-        self._split([states[0] for states, _ in routed])
-        inputs = [moe_input for _, moe_input in routed]
-        half = len(self._lengths)
-        drift = self._original - self._quantized
-        return LayerInput(_join(inputs[:half]), _join(inputs[half:]), drift)
+        layer = text_moe.load_layer(self._checkpoint, self._config, index, self._device)
+
+        def step(text: torch.Tensor) -> tuple[torch.Tensor, MoeInput]:
+            return text_moe.route(layer, self._attend(layer, text))
+
+        quantized = _join(self._advance(self._quantized, step))
+        original = _join(self._advance(self._original, step))
+        return LayerInput(quantized, original, self._original - self._quantized)
 
     def add(self, outcome: ExpertOutcome) -> None:
         """Add an expert's outputs; in the order of experts, so that sums do not depend on
@@ -69,21 +74,25 @@ class Streams:
         outcome.quantized.add_to(self._quantized)
         outcome.original.add_to(self._original)
 
-    def _attend(self, index: int) -> tuple[Any, list[torch.Tensor]]:
-        """A layer, and the windows of both streams, quantised first, after its attention."""
-        layer = text_moe.load_layer(self._checkpoint, self._config, index, self._device)
-        texts = [*self._quantized.split(self._lengths), *self._original.split(self._lengths)]
+    def _attend(self, layer: Any, text: torch.Tensor) -> torch.Tensor:
+        positions = text_moe.position_embeddings(self._config, text.shape[1], self._device)
+        return text_moe.attend(layer, text, positions)
 
-        def attend(text: torch.Tensor) -> torch.Tensor:
-            positions = text_moe.position_embeddings(self._config, len(text), self._device)
-            return text_moe.attend(layer, text[None].to(self._device), positions)
+    def _advance(
+        self, states: torch.Tensor, step: Callable[[torch.Tensor], tuple[torch.Tensor, Result]]
+    ) -> list[Result]:
+        """Replace every window of ``states`` by what a step ``[1, n, H]`` makes of it.
 
-        return layer, self._map(attend, texts)
+        In place, window by window: all windows twice would be gigabytes. Returns what else the
+        steps gave.
+        """
 
-    def _split(self, texts: list[torch.Tensor]) -> None:
-        half = len(self._lengths)
-        self._quantized = torch.cat(texts[:half]).cpu()
-        self._original = torch.cat(texts[half:]).cpu()
+        def one(window: torch.Tensor) -> Result:
+            moved, result = step(window[None].to(self._device))
+            window.copy_(moved[0])
+            return result
+
+        return self._map(one, list(states.split(self._lengths)))
 
     def _map(self, function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
         if self._device.type != "cpu":
@@ -97,12 +106,6 @@ class Streams:
 
         with ThreadPoolExecutor(self._threads) as pool:
             return list(pool.map(one, items))
-
-
-def _through(
-    step: Callable[[Any, torch.Tensor], Result], layer: Any
-) -> Callable[[torch.Tensor], Result]:
-    return lambda text: step(layer, text)
 
 
 def _join(parts: list[MoeInput]) -> MoeInput:

@@ -97,3 +97,12 @@ def test_heldout_and_calibration_share_no_long_run() -> None:
     assert not runs(calibration, 60) & runs(heldout, 60)
     common = runs(calibration, 14) & runs(heldout, 14)
     assert [run for run in common if len(CHINESE.findall(run)) > 10] == []
+
+
+def test_texts_can_be_had_by_language() -> None:
+    whole, english, chinese = (
+        erniequant_data.calibration_text(which) for which in (None, "en", "zh")
+    )
+    assert "Emma" in english and not CHINESE.search(english)
+    assert "Emma" not in chinese and CHINESE.search(chinese)
+    assert abs(len(english) + len(chinese) - len(whole)) < 10
