@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?=
+ROUNDS ?= 3
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.erniequant-installed
@@ -17,7 +18,7 @@ help:
 	@echo "make test    lint, type check and the whole test suite"
 	@echo "make lint    ruff and mypy only        make format   let ruff fix what it can"
 	@echo "make readme  run the demo and put its table into the README"
-	@echo "make soak    the suite three times over, in another order each time"
+	@echo "make soak    the suite ROUNDS (3) times over, in another order each time; writes docs/soak.log"
 	@echo "make gpu     on a machine with a GPU: kernel tests on the card, written to gpu-report.json"
 	@echo "TORCH='torch==2.13.0' chooses the torch requirement, PYTHON the interpreter"
 
@@ -48,7 +49,12 @@ format: $(INSTALLED)
 
 # Hash randomisation and reversed file order expose tests that lean on one another.
 soak: $(INSTALLED)
-	for seed in 1 2 3; do PYTHONHASHSEED=$$seed $(PY) -m pytest --quiet $$(ls -d tests/*/ tests/test_*.py | shuf --random-source=<(yes $$seed)) || exit 1; done
+	@set -o pipefail; echo "commit $$(git rev-parse --short HEAD), $(ROUNDS) rounds" | tee docs/soak.log; \
+	for seed in $$(seq $(ROUNDS)); do \
+	  PYTHONHASHSEED=$$seed $(PY) -m pytest --quiet --durations=0 --durations-min=600 \
+	    $$(ls -d tests/*/ tests/test_*.py | shuf --random-source=<(yes $$seed)) \
+	    | grep -E 'FAILED|ERROR|passed|failed' | sed "s/^/order $$seed: /" | tee -a docs/soak.log || exit 1; \
+	done
 
 # Uses the python it is given: a machine with a card has its own CUDA build of torch.
 gpu:
