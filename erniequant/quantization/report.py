@@ -13,7 +13,7 @@ REPORT_FILE = "quantization_report.json"
 @dataclass(frozen=True)
 class MatrixReport:
     """One projection of one expert. ``error`` is ``tr(E H E^T) / tr(W H W^T)`` on the calibration
-    tokens."""
+    tokens, with ``E`` the difference from what the matrix aimed at (`quantization.targets`)."""
 
     layer: int
     expert: int
