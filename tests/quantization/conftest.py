@@ -66,7 +66,11 @@ def expert_weights() -> ExpertWeights:
 def tokens() -> Evidence:
     """500 tokens with correlated channels of uneven size."""
     generator = torch.Generator().manual_seed(3)
-    mix = torch.randn(HIDDEN, HIDDEN, generator=generator) * torch.rand(HIDDEN) * 0.3
+    mix = (
+        torch.randn(HIDDEN, HIDDEN, generator=generator)
+        * torch.rand(HIDDEN, generator=generator)
+        * 0.3
+    )
     x = torch.randn(500, HIDDEN, generator=generator) @ (mix + torch.eye(HIDDEN))
     return evidence(x, torch.rand(500, generator=generator))
 

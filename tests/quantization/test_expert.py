@@ -118,3 +118,46 @@ def test_an_expert_makes_up_for_what_earlier_layers_lost(
 
     unaware = quantize_expert(expert_weights, tokens, layer)
     assert error(found.output) < 0.5 * error(unaware.output)
+
+
+def test_gate_and_up_aim_at_their_outputs_for_the_original_inputs(
+    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
+) -> None:
+    code = get_code("cc4", 10)
+    layer = replace(layer, codes=ProjectionCodes(code, 32, code, 32))
+    source = torch.cat([expert_weights.gate, expert_weights.up])
+
+    def size(evidence: Evidence) -> float:
+        made = quantize_expert(expert_weights, evidence, layer).gate_up.effective
+        return float((made * source).sum() / source.square().sum())
+
+    # Inputs that have shrunk to nine tenths ask for weights of 1.11; the ridge takes a part back.
+    assert 1.05 < size(replace(tokens, x=0.9 * tokens.original)) < 1.12
+    assert abs(size(tokens) - 1) < 0.01
+
+
+def test_tokens_whose_output_cannot_suffer_do_not_shape_gate_and_up(
+    expert_weights: ExpertWeights, layer: LayerContext, monkeypatch: object
+) -> None:
+    from erniequant.quantization import expert as module
+
+    # Half of the tokens live in the first 48 channels, half in the others; there, one channel
+    # closes every gate, so that no error of gate or up reaches the output.
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(800, 96, generator=generator)
+    x[:400, 48:] = 0
+    x[400:, :48] = 0
+    x[400:, 48] = 4
+    gate = expert_weights.gate.clone()
+    gate[:, 48] = -8
+    weights = replace(expert_weights, gate=gate)
+    evidence, true = tokens_of(x), output(weights, x)
+    blank = replace(layer, pooled=torch.zeros(96, 96), sample=evidence.rows(torch.arange(0)))
+
+    def error() -> float:
+        found = quantize_expert(weights, evidence, blank).output
+        return float((found - true).square().sum() / true.square().sum())
+
+    emphasised = error()
+    monkeypatch.setattr(module, "token_emphasis", lambda _, weights: weights)  # type: ignore[attr-defined]
+    assert emphasised < 0.97 * error()

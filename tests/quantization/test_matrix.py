@@ -30,10 +30,11 @@ def correlated_hessian(size: int, seed: int = 0) -> torch.Tensor:
 def test_feedback_equals_the_plain_recursion() -> None:
     # Two whole blocks and two rows: within a block and across blocks.
     rows, outputs, tile = 2 * BLOCK + 2, 64, 32
-    weight = torch.randn(rows, outputs, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(rows, outputs, generator=generator)
     feedback = factorise(correlated_hessian(rows)).feedback
-    scale = torch.rand(outputs) + 0.5
-    importance = torch.rand(outputs) + 0.5
+    scale = torch.rand(outputs, generator=generator) + 0.5
+    importance = torch.rand(outputs, generator=generator) + 0.5
     search = encoder(get_code("cc3", 8))
     found = encode_matrix(weight, feedback, scale, importance, search, tile)
 
