@@ -79,7 +79,8 @@ def layer_context(
     stride = max(counts.numel() // SAMPLE_TOKENS, 1)
     rows = torch.arange(0, counts.numel(), stride)
     sample = inputs.evidence(rows, counts[rows]).finite()
-    everything = inputs.evidence(torch.arange(counts.numel()), counts).finite()
+    # Not by rows, which would copy gigabytes.
+    everything = Evidence(inputs.quantized.x, inputs.original.x, inputs.drift, counts).finite()
     pooled = second_moments(everything.x, everything.weights)
     missing = cross_moments(
         everything.x, everything.original - everything.x, everything.weights
