@@ -9,23 +9,25 @@ from pathlib import Path
 
 from update_readme import replace_section
 
-from erniequant.codes import CODE_NAMES, EFFORT_LENGTHS, study
+from erniequant.codes import study
 from erniequant_kernels import static
 
 PAGE = Path(__file__).with_name("codes.md")
 
 
 def machine_rows() -> Iterator[str]:
-    """Rows of machine-code counts of the registered codes."""
-    yield "| arch | code | L | issue slots | all | ALU | multiply | memory | matrix | registers |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
-    for record in static.table(CODE_NAMES, EFFORT_LENGTHS, static.ARCHITECTURES):
+    """Rows of machine-code counts of the kernels that decode."""
+    yield "| arch | kernel | issue slots | all | ALU | multiply | memory | matrix | registers |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for record in static.records():
         counts = record["per_weight"]
+        if not counts:
+            continue
         pipes = " | ".join(
             f"{counts[n]:.2f}" for n in ("all", "alu", "multiply", "memory", "matrix")
         )
         yield (
-            f"| sm_{record['arch']} | {record['code']} | {record['register_length']} | "
+            f"| sm_{record['arch']} | {record['kernel']} | "
             f"{record['issue_cost']:.2f} | {pipes} | {record['registers']} |"
         )
 

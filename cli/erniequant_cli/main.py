@@ -2,7 +2,7 @@
 
 import typer
 
-from erniequant_cli import demo, evaluate, export, generate, inspect, quantize, verify
+from erniequant_cli import bench, demo, evaluate, export, generate, inspect, quantize, verify
 from erniequant_cli.errors import GuardedCommand
 
 app = typer.Typer(
@@ -15,9 +15,12 @@ app = typer.Typer(
 )
 eval_app = typer.Typer(help="Measure how good a model is.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
+bench_app = typer.Typer(help="Measure what the kernels cost.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 app.command("quantize", cls=GuardedCommand)(quantize.quantize)
 eval_app.command("perplexity", cls=GuardedCommand)(evaluate.perplexity)
+bench_app.command("static", cls=GuardedCommand)(bench.static)
 app.command("generate", cls=GuardedCommand)(generate.generate)
 app.command("inspect", cls=GuardedCommand)(inspect.inspect)
 app.command("verify", cls=GuardedCommand)(verify.verify)

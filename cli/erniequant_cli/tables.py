@@ -1,8 +1,9 @@
 """How results look on a terminal. Nothing here computes."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -139,6 +140,22 @@ def print_verification(found: "VerifyReport") -> None:
     console.print(
         f"{found.tensors} tensors, {found.decoded_matrices} expert matrices decoded, "
         f"{intact} of {len(found.checksums)} checksums agree"
+    )
+
+
+def print_kernel_cost(record: Mapping[str, Any], first: bool) -> None:
+    """One line per kernel, as soon as it is compiled; the first under a heading."""
+    pipes = ("all", "alu", "multiply", "memory", "matrix")
+    if first:
+        names = "".join(name.rjust(9) for name in ("cost", *pipes))
+        print(f"{'kernel':32}{names}    regs  spill  shared  matrix instruction")
+    costs = record["per_weight"]
+    numbers = [record["issue_cost"], *(costs.get(name) for name in pipes)]
+    cells = "".join(("" if n is None else f"{n:.2f}").rjust(9) for n in numbers)
+    name = f"sm_{record['arch']} {record['kernel']}"
+    print(
+        f"{name:32}{cells}{record['registers']:8}{record['spill_bytes']:7}"
+        f"{record['shared_bytes']:8}  {record['matrix_opcode']}"
     )
 
 

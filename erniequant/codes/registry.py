@@ -64,6 +64,9 @@ _MEMBERS = {"cc2": (2, 2, "pair"), "cc3": (3, 1, "half_sum"), "cc4": (4, 1, "hal
 
 CODE_NAMES = tuple(_MEMBERS)
 
+REGISTERED = tuple((name, length) for name in _MEMBERS for length in _MULTIPLIERS[name])
+"""Name and register length of every code that a file may name."""
+
 
 def register_length(bits: int, effort: str) -> int:
     """Register length that codes of ``bits`` bits have at an effort of `EFFORTS`."""

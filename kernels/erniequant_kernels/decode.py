@@ -1,9 +1,18 @@
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
-"""Decode helpers for Triton kernels: windows of the bit stream, registers to bfloat16 labels.
+"""Decode helpers for Triton kernels: words of the bit stream, products of registers, labels.
 
-A kernel tile holds *groups* of stream bits, one per row, and decodes step ``i`` of every group at
-once with constant shifts; weights then stay in the registers that the matrix instruction reads. A
-group is one 32-bit word where the step divides 32, three bytes (eight steps) for 3-bit steps.
+A kernel handles *groups* of stream bits: one 32-bit word where the step divides 32, three bytes for
+3-bit steps; eight steps either way. Every step of all groups of a tile is decoded at once with
+constant shifts, so a weight stays in the lane that loaded its word.
+
+What makes it cheap (counts: `erniequant bench static`):
+
+* Groups are loaded in runs of neighbours, two words or three with four 3-byte groups: all but the
+  first find the bits before them in their neighbour, and shifts of the run are constants.
+* Registers that lie 16 bits apart (15 for 3-bit steps) are cut out together. With ``v = low +
+  (high << 16)`` and the multiplier ``m``, ``low * m = v * m - high * (m << 16)`` modulo 2^32: a
+  multiplication in place of a shift and a mask, on the pipe that is idle.
+* The masked product is an operand of the matrix instruction as it stands, see `operand`.
 """
 
 import torch
@@ -12,32 +21,41 @@ import triton.language as tl
 
 from erniequant.codes import labels
 from erniequant.codes.spec import WORD_BITS, ConvolutionalCode
+from erniequant_kernels.bfloat16 import MATRIX_TYPE
 
 TOGGLE_BITS = tl.constexpr(labels.TOGGLE_BITS)
-
-# Operands of tl.dot go through `.to(MATRIX_TYPE)`: the interpreter computes with the bit patterns
-# of bfloat16 as if they were integers, so there the same values are multiplied as float32.
-MATRIX_TYPE = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
+STEPS = 8
+"""Steps of one group, whatever the code."""
 
 
 def group_bits(code: ConvolutionalCode) -> int:
-    """Stream bits of one group: a whole number of steps and of bytes, at most one word."""
-    return WORD_BITS if WORD_BITS % code.step_bits == 0 else 24
+    """Stream bits of one group."""
+    return STEPS * code.step_bits
+
+
+def run_length(step_bits: int) -> int:
+    """Groups of a run, the neighbours that are loaded together."""
+    return 2 if step_bits == 4 else 4
+
+
+def group_weights(code: ConvolutionalCode) -> int:
+    """Weights of one group: consecutive outputs of one input row."""
+    return STEPS * code.weights_per_step
+
+
+def code_constants(code: ConvolutionalCode) -> dict[str, int]:
+    """The constexpr arguments by which every kernel is told the code."""
+    return {
+        "STEP_BITS": code.step_bits,
+        "WEIGHTS_PER_STEP": code.weights_per_step,
+        "LENGTH": code.register_length,
+        "MULTIPLIER": code.multiplier,
+    }
 
 
 def constants(device: torch.device | str) -> torch.Tensor:
-    """What kernels load instead of computing (see `load_keep_bits`): int32 ``[5]``.
-
-    The label mask, then the shift of each 24-bit group in a cycle of four (three words).
-    """
-    keep_bits = labels.KEEP_BITS - (1 << WORD_BITS)
-    return torch.tensor([keep_bits, 8, 16, 24, 0], dtype=torch.int32, device=device)
-
-
-@triton.jit
-def last_word(group, GROUP_BITS: tl.constexpr):
-    """Index of the word that holds the last bit of a group."""
-    return ((group + 1) * GROUP_BITS - 1) // 32
+    """What kernels load instead of computing (see `load_keep_bits`): int32 ``[1]``."""
+    return torch.tensor([labels.KEEP_BITS - (1 << WORD_BITS)], dtype=torch.int32, device=device)
 
 
 @triton.jit
@@ -45,74 +63,151 @@ def load_keep_bits(constants_ptr):
     """The label mask as a ``[1, 1]`` tile; call it inside the loop.
 
     The masking instruction takes one immediate. A second constant is rebuilt by a move for every
-    label (sm_90) or splits the instruction in two (sm_80); a loaded one stays in a register: 3.6
-    instead of 4.6 issue slots per 2-bit weight on sm_80. It must be a tile: Triton decodes in the
-    layout of the matrix operand only what follows from loaded tiles by elementwise operations.
+    label (sm_90) or splits the instruction in two (sm_80); a loaded one stays in a register. It
+    must be a tile: Triton decodes in the layout of the matrix operand only what follows from loaded
+    tiles by elementwise operations, joins and reshapes.
     """
     zero = tl.arange(0, 1)
     return tl.load(constants_ptr + zero[:, None] + zero[None, :]).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def load_shifts(constants_ptr, group):
-    """Bits of the last word that come after each 24-bit group: uint32 ``[groups, 1]``."""
-    return tl.load(constants_ptr + 1 + group[:, None] % 4).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def align_group(previous, last, shifts):
-    """The 32 bits that end with each 24-bit group, and the bits before those.
-
-    ``previous`` and ``last`` are uint32 words, cyclically adjacent. The second result has at least
-    8 valid bits; 16-bit registers reach back 5. 32-bit groups are ``last`` and ``previous`` as is.
-    """
-    joined = (previous.to(tl.uint64) << 32) | last.to(tl.uint64)
-    return (joined >> shifts.to(tl.uint64)).to(tl.uint32), previous >> shifts
-
-
-@triton.jit
-def register(before, newest, DISTANCE: tl.constexpr, LENGTH: tl.constexpr):
-    """The register whose newest bit lies ``DISTANCE`` bits before the end of the group.
-
-    16-bit registers at multiples of 4 bits are byte extracts of two words (as they are, and shifted
-    by 4 once per group), most of them one permute; shorter ones cost a shift and a mask.
-    """
-    mask: tl.constexpr = (1 << LENGTH) - 1
-    if LENGTH == 16 and DISTANCE % 8 == 4:
-        if DISTANCE == 28:
-            bits = (((before >> 4) & 0xFF) << 8) | (_funnel(before, newest, 4) >> 24)
-        else:
-            bits = (_funnel(before, newest, 4) >> (DISTANCE - 4)) & mask
-    elif LENGTH == 16 and DISTANCE == 24:
-        bits = ((before & 0xFF) << 8) | (newest >> 24)
-    elif DISTANCE + LENGTH <= 32:
-        bits = (newest >> DISTANCE) & mask
-    else:
-        bits = _funnel(before, newest, DISTANCE) & mask
-    return bits
-
-
-@triton.jit
 def _funnel(before, newest, DISTANCE: tl.constexpr):
+    """Bits ``DISTANCE .. DISTANCE + 31`` of the 64 bits ``before:newest``, counted from the end."""
     return (((before.to(tl.uint64) << 32) | newest.to(tl.uint64)) >> DISTANCE).to(tl.uint32)
 
 
 @triton.jit
-def _bfloat16(pattern):
-    return pattern.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+def load_groups(
+    packed_ptr, run, row, INPUTS: tl.constexpr, TILE_WORDS: tl.constexpr, STEP_BITS: tl.constexpr
+):
+    """The groups of every run and input row.
+
+    Args:
+        packed_ptr: the words of one expert, ``[tiles, INPUTS * TILE_WORDS]``.
+        run: int32 ``[R]``, index of each run along the outputs; ``row``: int32 ``[K]``.
+
+    Returns:
+        Two tuples of uint32 ``[R, K]``, one entry per group of a run: the 32 bits that end with the
+        group, and the bits before those, of which at least 8 are valid (a register needs 5).
+    """
+    RUN_WORDS: tl.constexpr = 2 if STEP_BITS == 4 else 3
+    RUNS: tl.constexpr = TILE_WORDS // RUN_WORDS  # of one tile
+    base = (run // RUNS) * (INPUTS * TILE_WORDS)
+    first = run % RUNS * RUN_WORDS
+    words = packed_ptr + base[:, None] + row[None, :] * TILE_WORDS
+    last = (first + TILE_WORDS - 1) % TILE_WORDS
+    before = tl.load(words + last[:, None]).to(tl.uint32, bitcast=True)
+    if STEP_BITS == 4:
+        two = tl.arange(0, 2)
+        start = packed_ptr + base[:, None, None] + row[None, :, None] * TILE_WORDS
+        both = tl.load(start + first[:, None, None] + two[None, None, :])
+        even, odd = tl.split(both.to(tl.uint32, bitcast=True))
+        return (even, odd), (before, even)
+    else:  # Triton 3.6 compiles what follows a branch that returns, so this is one
+        a = tl.load(words + first[:, None]).to(tl.uint32, bitcast=True)
+        b = tl.load(words + (first + 1)[:, None]).to(tl.uint32, bitcast=True)
+        c = tl.load(words + (first + 2)[:, None]).to(tl.uint32, bitcast=True)
+        # Four groups of three bytes end 24, 48, 72 and 96 bits into the run.
+        newest = (_funnel(before, a, 8), _funnel(a, b, 16), _funnel(b, c, 24), c)
+        return newest, (before >> 8, a >> 16, b >> 24, b)
 
 
 @triton.jit
-def pair(register_bits, keep_bits, MULTIPLIER: tl.constexpr):
-    """Label ``pair``: uint32 registers to the two bfloat16 weights of a step, in order."""
+def product(
+    before, newest, STEP: tl.constexpr, STEP_BITS: tl.constexpr, LENGTH: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+):  # fmt: skip
+    """Register after step ``STEP`` (0 to 7) of a group, times the multiplier, modulo 2^32.
+
+    Terms that two steps share are written twice and computed once.
+    """
+    # One constexpr assignment each: a constexpr cannot be assigned twice in Triton.
+    OFFSET: tl.constexpr = 16 if STEP_BITS == 4 else 15
+    PAIRED: tl.constexpr = LENGTH <= OFFSET
+    DISTANCE: tl.constexpr = (7 - STEP) * STEP_BITS  # stream bits of the group after this step
+    IS_HIGH: tl.constexpr = PAIRED and DISTANCE >= OFFSET
+    IS_LOW: tl.constexpr = PAIRED and DISTANCE + OFFSET <= 7 * STEP_BITS
+    START: tl.constexpr = DISTANCE - OFFSET if IS_HIGH else DISTANCE
+    MASK: tl.constexpr = (1 << LENGTH) - 1
+    FIELDS: tl.constexpr = (MASK | (MASK << OFFSET)) if IS_HIGH or IS_LOW else MASK
     multiplier = tl.full((), MULTIPLIER, tl.uint32)
-    halves = ((register_bits * multiplier) & keep_bits) ^ TOGGLE_BITS
-    return _bfloat16(halves & 0xFFFF), _bfloat16(halves >> 16)
+    bits = newest if START == 0 else _funnel(before, newest, START)
+    if FIELDS != 0xFFFFFFFF:
+        bits = bits & FIELDS
+    if IS_HIGH:
+        return (bits >> OFFSET) * multiplier
+    elif IS_LOW:
+        REMOVE: tl.constexpr = (-(MULTIPLIER << OFFSET)) & 0xFFFFFFFF
+        return bits * multiplier + (bits >> OFFSET) * tl.full((), REMOVE, tl.uint32)
+    else:
+        return bits * multiplier
+
+
+@triton.constexpr_function
+def step_at(turn, step_bits):
+    """The step to decode at turn 0 to 7: steps that share a window directly after one another.
+
+    In plain order the shared window would stay in a register for four turns; with 128 accumulators
+    that spills.
+    """
+    apart = 4 if step_bits == 4 else 5
+    return turn // 2 + turn % 2 * apart if turn // 2 + apart < STEPS else turn - 3
 
 
 @triton.jit
-def half_sum(register_bits, keep_bits, MULTIPLIER: tl.constexpr):
-    """Label ``half_sum``: uint32 registers to the one bfloat16 weight of a step."""
-    low, high = pair(register_bits, keep_bits, MULTIPLIER)
-    # Exact, and compiled to packed bfloat16 additions; see MATRIX_TYPE for why it is written so.
+def halves(products, keep_bits):
+    """The two bfloat16 numbers in a product, low half first; label ``pair`` emits them as they are.
+
+    Label ``half_sum`` emits their sum: `half_sum`, or a matrix product with each input twice.
+    """
+    masked = (products & keep_bits) ^ TOGGLE_BITS
+    low = (masked & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    high = (masked >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def half_sum(products, keep_bits):
+    """Label ``half_sum``: products to bfloat16 weights."""
+    low, high = halves(products, keep_bits)
+    # Exact. Written in float32 because the interpreter would add the bit patterns.
     return (low.to(tl.float32) + high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def operand(products, keep_bits, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Products of all groups of a run, ``[ROWS / groups, BLOCK_K]`` each, as a matrix operand.
+
+    The result is bfloat16 ``[ROWS, 2 * BLOCK_K]``: both halves of each product side by side, as
+    they lie in its register, so nothing is moved to build the operand. The other operand does the
+    rest: with each input twice the product sums the halves, with zeros in between it takes one
+    (`erniequant_kernels.rotation` writes the inputs so).
+
+    Groups of a run lie eight rows apart (`operand_group`), because lane ``l`` of the matrix
+    instruction holds rows ``l // 4`` and ``l // 4 + 8``: it loads whole runs.
+    """
+    RUN: tl.constexpr = len(products)
+    if RUN == 2:
+        both = tl.join(_halves_tile(products[0], keep_bits), _halves_tile(products[1], keep_bits))
+        both = tl.reshape(both, (ROWS // 16, 8, BLOCK_K, 2, 2))
+        rows = tl.permute(both, (0, 4, 1, 2, 3))
+    else:
+        front = tl.join(_halves_tile(products[0], keep_bits), _halves_tile(products[1], keep_bits))
+        back = tl.join(_halves_tile(products[2], keep_bits), _halves_tile(products[3], keep_bits))
+        four = tl.reshape(tl.join(front, back), (ROWS // 32, 8, BLOCK_K, 2, 2, 2))
+        rows = tl.permute(four, (0, 5, 4, 1, 2, 3))
+    return tl.reshape(rows, (ROWS, 2 * BLOCK_K)).to(MATRIX_TYPE)
+
+
+@triton.jit
+def _halves_tile(products, keep_bits):
+    low, high = halves(products, keep_bits)
+    return tl.join(low, high)
+
+
+@triton.jit
+def operand_group(ROWS: tl.constexpr, RUN: tl.constexpr):
+    """Which group, counted from the first of the tile, each row of `operand` holds: ``[ROWS]``."""
+    row = tl.arange(0, ROWS)
+    return row // (8 * RUN) * (8 * RUN) + row % 8 * RUN + row // 8 % RUN

@@ -1,282 +1,251 @@
-"""Count the machine code of a Triton kernel without a GPU.
+"""What every kernel costs in machine code, as the shipped tuning tables run it on 21B shapes.
 
 Small-batch decoding on fast-memory cards is bound by instruction issue, so instructions per decoded
-weight are the cost to watch. Triton compiles for sm_80 and sm_90 on any machine and ships the
-disassembler; the innermost loop that holds matrix instructions is counted per execution pipe.
+weight are the cost to watch. `check` compares them with the recorded budget (budget.json).
 """
 
-import argparse
 import json
-import re
-import subprocess
-import tempfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from erniequant.codes import CODE_NAMES, EFFORT_LENGTHS, ConvolutionalCode, get_code
+from erniequant.codes import CODE_NAMES, EFFORTS, code_for_bits, register_length
+from erniequant.codes.spec import ConvolutionalCode
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels import decode
-from erniequant_kernels.tile import decode_dot_tile
+from erniequant_kernels.combine import BLOCK_N, combine_kernel
+from erniequant_kernels.dense_gemm import dense_gemm_kernel
+from erniequant_kernels.expand import BLOCK_K, RUNS_PER_PROGRAM, WARPS, expand_kernel
+from erniequant_kernels.machine_code import ARCHITECTURES, KernelCost, compile_kernel, measure
+from erniequant_kernels.packed_gemm import groups_per_warp, packed_gemm_kernel
+from erniequant_kernels.rotation import ELEMENTS, Form, form_of, rotate_kernel, swiglu_rotate_kernel
+from erniequant_kernels.routing import BLOCK, row_tiles_kernel
+from erniequant_kernels.tuning import PackedRow, packed_warps, tables
 
-WARP = 32
-ARCHITECTURES = (80, 90)
+# ERNIE-4.5-21B-A3B: the shape that every figure on paper refers to.
+HIDDEN, INNER, EXPERTS, TOP_K = 2560, 1536, 64, 6
+TILE, ROTATION_BLOCK = 256, 128
+DEFAULT_TOLERANCE = 0.02
 
-# Half-rate integer pipe (64 lanes per clock and SM): logic, shifts, permutes, adds, compares.
-# fmt: off
-_ALU = {
-    "SHF", "LOP3", "PRMT", "IADD3", "VIADD", "LEA", "ISETP", "SEL", "SGXT", "IMNMX", "VIMNMX",
-    "IABS", "PLOP3", "BMSK", "LOP", "SHL", "SHR", "IADD", "FMNMX", "FSEL", "FSETP", "HMNMX2",
-    "HSETP2", "P2R", "R2P", "VABSDIFF", "VOTE",
-}
-# Half-rate multiply pipe. Packed 16-bit arithmetic runs there on sm_80 and at full rate on sm_90.
-_MULTIPLY = {"IMAD", "IDP"}
-_PACKED_FLOAT = {"HFMA2", "HADD2", "HMUL2"}
-_MEMORY = {
-    "LDG", "LDS", "LDSM", "LDGSTS", "STS", "STG", "STSM", "LD", "ST", "LDL", "STL", "RED", "SHFL",
-    "LDC",
-}
-# fmt: on
-_MATRIX = {"HMMA", "HGMMA", "IMMA", "IGMMA"}
-
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
+_POINTER_TYPES = {"bf16": "*bf16", "fp32": "*fp32", "i32": "*i32", "i16": "*i16", "i64": "*i64"}
 
 
 @dataclass(frozen=True)
-class LoopCost:
-    """Instructions of the main loop of one kernel; counts are per lane and loop iteration."""
+class Case:
+    """One kernel in one configuration.
 
-    arch: int
-    instructions: int
-    alu: int
-    multiply: int
-    memory: int
-    matrix: int
-    matrix_opcode: str
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    weights_per_lane: float
-    opcodes: Mapping[str, int]
-
-    @property
-    def per_weight(self) -> dict[str, float]:
-        """Instructions per decoded weight: all, and per pipe."""
-        counts = {
-            "all": self.instructions, "alu": self.alu, "multiply": self.multiply,
-            "memory": self.memory, "matrix": self.matrix,
-        }  # fmt: skip
-        return {name: count / self.weights_per_lane for name, count in counts.items()}
-
-    @property
-    def issue_cost(self) -> float:
-        """Issue slots of a lane per weight: the busiest of all issue and the half-rate pipes."""
-        cost = self.per_weight
-        return max(cost["all"], 2 * cost["alu"], 2 * cost["multiply"])
-
-
-def _tool(name: str) -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not path.exists():
-        raise ErnieQuantError(
-            f"{name} is missing from the installed Triton; install a wheel with the NVIDIA backend"
-        )
-    return str(path)
-
-
-def compile_kernel(
-    kernel: Any,
-    signature: Mapping[str, str],
-    constants: Mapping[str, Any],
-    arch: int,
-    *,
-    num_warps: int,
-    num_stages: int,
-) -> Any:
-    """Compile a ``@triton.jit`` function for ``sm_<arch>``; pointers are taken as 16-byte aligned.
-
-    Args:
-        signature: type of each runtime argument, in order (``"*bf16"``, ``"i32"``).
-        constants: values of the constexpr arguments.
+    Attributes:
+        label: unique among the cases, such as ``packed_gemm cc2 L12 M16``.
+        arguments: run-time arguments by name: ``bf16`` for a pointer to bfloat16, ``int`` for a
+            number.
+        constants: constexpr arguments by name.
+        weights: distinct weights that a program decodes in a turn of its main loop (in all, if it
+            has none).
     """
-    signature = {**signature, **dict.fromkeys(constants, "constexpr")}
-    names = list(signature)
-    aligned: dict[Any, Any] = {
-        (names.index(n),): [["tt.divisibility", 16]]
-        for n, t in signature.items()
-        if t.startswith("*") or t == "i32"
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=options)
+
+    label: str
+    kernel: Any
+    arguments: Mapping[str, str]
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+    weights: int = 0
+
+    def compile(self, arch: int) -> KernelCost:
+        """Compile and count for ``sm_<arch>``."""
+        signature = {n: _POINTER_TYPES.get(t, "i32") for n, t in self.arguments.items()}
+        compiled = compile_kernel(
+            self.kernel, signature, self.constants, arch,
+            num_warps=self.warps, num_stages=self.stages,
+        )  # fmt: skip
+        return measure(compiled, arch, weights_per_iteration=self.weights, num_warps=self.warps)
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """SASS listing and resource usage of a cubin."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-
-        def dump(option: str) -> str:
-            command = [_tool("cuobjdump"), option, str(path)]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-        return dump("-sass"), dump("--dump-resource-usage")
+_TILES = {f"{name}_ptr": "i32" for name in ("order", "tile_expert", "tile_first", "tile_end")}
 
 
-def _main_loop(listing: str) -> list[str]:
-    """Opcodes of the innermost backward-branch range with the most matrix instructions."""
-    code = [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(listing)]
-    best: list[str] = []
-    best_key = (0, 0)
-    for address, opcode, rest in code:
-        target = re.search(r"0x([0-9a-f]+)\s*$", rest)
-        if opcode.split(".")[0] != "BRA" or target is None or int(target[1], 16) >= address:
-            continue
-        body = [op for a, op, _ in code if int(target[1], 16) <= a <= address]
-        key = (sum(op.split(".")[0] in _MATRIX for op in body), -len(body))
-        if key > best_key:
-            best, best_key = body, key
-    if not best:
-        raise ErnieQuantError(
-            "no loop with matrix instructions in the machine code; it needs tl.dot in a loop"
+def packed_case(code: ConvolutionalCode, row: PackedRow) -> Case:
+    """Gate and up of a fused layer."""
+    warps = packed_warps(code, row)
+    groups = warps * groups_per_warp(code)
+    return Case(
+        f"packed_gemm {code.name} L{code.register_length} M{row.block_m}",
+        packed_gemm_kernel,
+        {"x_ptr": "bf16", "packed_ptr": "i32", "constants_ptr": "i32"}
+        | _TILES
+        | {"out_ptr": "fp32", "assignments": "int"},
+        {
+            "TOP_K": TOP_K,
+            "INPUTS": HIDDEN,
+            "OUTPUTS": 2 * INNER,
+            "TILE_WORDS": code.words_per_sequence(TILE),
+            "BLOCK_M": row.block_m,
+            "BLOCK_K": row.block_k,
+            "GROUPS": groups,
+            "SPLITS": 2,
+        }
+        | decode.code_constants(code),
+        warps,
+        row.stages,
+        groups * row.block_k * decode.group_weights(code),
+    )
+
+
+def _expand_case(code: ConvolutionalCode) -> Case:
+    constants = {
+        "INPUTS": HIDDEN, "OUTPUTS": 2 * INNER, "TILE_WORDS": code.words_per_sequence(TILE),
+        "RUNS": RUNS_PER_PROGRAM, "BLOCK_K": BLOCK_K,
+    }  # fmt: skip
+    return Case(
+        f"expand {code.name} L{code.register_length}",
+        expand_kernel,
+        {"packed_ptr": "i32", "constants_ptr": "i32", "out_ptr": "bf16"},
+        constants | decode.code_constants(code),
+        WARPS,
+        3,
+        RUNS_PER_PROGRAM * decode.run_length(code.step_bits) * BLOCK_K * decode.group_weights(code),
+    )
+
+
+def _rotation_cases() -> Iterator[Case]:
+    for code in (code_for_bits(bits, 12) for bits in (2, 4)):
+        form = form_of(code)
+        block = {
+            "BLOCK": ROTATION_BLOCK, "ROOT": ROTATION_BLOCK.bit_length() - 1,
+            "NORM": ROTATION_BLOCK**-0.5, "FORM": int(form), "ROWS": ELEMENTS // ROTATION_BLOCK,
+        }  # fmt: skip
+        yield Case(
+            f"rotate {Form(form).name.lower()}",
+            rotate_kernel,
+            {"x_ptr": "bf16", "signs_ptr": "i32", "out_ptr": "bf16", "blocks": "int"},
+            {"INPUTS": HIDDEN} | block,
+            4,
+            3,
         )
-    return best
+        pointers = {
+            "partial_ptr": "fp32", "scale_ptr": "i16", "expert_index_ptr": "i64",
+            "signs_ptr": "i32", "out_ptr": "bf16", "rows": "int",
+        }  # fmt: skip
+        yield Case(
+            f"swiglu_rotate {Form(form).name.lower()}",
+            swiglu_rotate_kernel,
+            pointers,
+            {"EXPERTS": EXPERTS, "INNER": INNER, "SPLITS": 4} | block,
+            4,
+            3,
+        )
 
 
-def measure(compiled: Any, arch: int, *, weights_per_iteration: int, num_warps: int) -> LoopCost:
-    """Count the main loop of a compiled kernel.
+def _other_cases(arch: int) -> Iterator[Case]:
+    dense = tables()[f"sm_{arch}"].dense
+    yield Case(
+        f"dense_gemm M{dense.block_m} N{dense.block_n}",
+        dense_gemm_kernel,
+        {"x_ptr": "bf16", "weights_ptr": "bf16"}
+        | _TILES
+        | {"starts_ptr": "i32", "out_ptr": "bf16", "first_expert": "int", "end_expert": "int"},
+        {
+            "TOP_K": TOP_K, "INPUTS": HIDDEN, "OUTPUTS": 2 * INNER, "BLOCK_M": dense.block_m,
+            "BLOCK_N": dense.block_n, "BLOCK_K": dense.block_k,
+        },
+        dense.warps,
+        dense.stages,
+    )  # fmt: skip
+    yield Case(
+        "combine",
+        combine_kernel,
+        {
+            "partial_ptr": "fp32", "scale_ptr": "i16", "expert_index_ptr": "i64",
+            "routing_ptr": "bf16", "out_ptr": "bf16", "assignments": "int",
+        },
+        {"EXPERTS": EXPERTS, "OUTPUTS": HIDDEN, "TOP_K": TOP_K, "SPLITS": 4, "BLOCK_N": BLOCK_N},
+        4,
+        3,
+    )  # fmt: skip
+    yield Case(
+        "row_tiles",
+        row_tiles_kernel,
+        {
+            "index_ptr": "i64", "order_ptr": "i32", "expert_ptr": "i32", "first_ptr": "i32",
+            "end_ptr": "i32", "starts_ptr": "i32", "assignments": "int", "tiles": "int",
+        },
+        {"EXPERTS": EXPERTS, "EXPERTS_PADDED": 64, "BLOCK_M": 8, "BLOCK": min(BLOCK, 256)},
+        4,
+        3,
+    )  # fmt: skip
 
-    Args:
-        weights_per_iteration: distinct weights that one CTA decodes per loop iteration.
+
+def cases(arch: int, names: Sequence[str] = CODE_NAMES) -> Iterator[Case]:
+    """Every kernel, the decoding ones for each code and register length that an effort uses."""
+    for name in names:
+        bits = int(name[2:])
+        lengths = dict.fromkeys(register_length(bits, effort) for effort in EFFORTS)
+        for length in lengths:
+            code = code_for_bits(bits, length)
+            for row in tables()[f"sm_{arch}"].packed:
+                yield packed_case(code, row)
+            yield _expand_case(code)
+    yield from _rotation_cases()
+    yield from _other_cases(arch)
+
+
+def records(
+    archs: Sequence[int] = ARCHITECTURES, names: Sequence[str] = CODE_NAMES
+) -> Iterator[dict[str, Any]]:
+    """Compile and count case by case.
 
     Raises:
-        ErnieQuantError: the machine code has no loop with matrix instructions.
+        ErnieQuantError: Triton's interpreter is on, so nothing can be compiled.
     """
-    listing, usage = disassemble(compiled.asm["cubin"])
-    body = [op for op in _main_loop(listing) if op != "NOP"]
-    roots = Counter(op.split(".")[0] for op in body)
-
-    def total(names: set[str]) -> int:
-        return sum(roots[n] for n in names)
-
-    multiply = total(_MULTIPLY) + (total(_PACKED_FLOAT) if arch < 90 else 0)
-    matrix_names = Counter(op for op in body if op.split(".")[0] in _MATRIX)
-    registers = re.search(r"REG:(\d+)", usage)
-    stack = re.search(r"LOCAL:(\d+)", usage)
-    frame = re.search(r"STACK:(\d+)", usage)
-    spill = max(int(m[1]) if m else 0 for m in (stack, frame))
-    return LoopCost(
-        arch=arch,
-        instructions=len(body),
-        alu=total(_ALU),
-        multiply=multiply,
-        memory=total(_MEMORY),
-        matrix=total(_MATRIX),
-        matrix_opcode=matrix_names.most_common(1)[0][0],
-        registers=int(registers[1]) if registers else 0,
-        spill_bytes=spill,
-        shared_bytes=compiled.metadata.shared,
-        weights_per_lane=weights_per_iteration / (WARP * num_warps),
-        opcodes=dict(Counter(".".join(op.split(".")[:2]) for op in body).most_common()),
-    )
-
-
-def measure_code(
-    code: ConvolutionalCode, arch: int, *, rows: int = 32, tokens: int = 16
-) -> LoopCost:
-    """Count `decode_dot_tile` for a code: one warp, 16 groups, ``rows`` inputs an iteration."""
-    groups = 16
-    group_bits = decode.group_bits(code)
-    constants = {
-        "STEP_BITS": code.step_bits,
-        "WEIGHTS_PER_STEP": code.weights_per_step,
-        "LENGTH": code.register_length,
-        "MULTIPLIER": code.multiplier,
-        "GROUP_BITS": group_bits,
-        "GROUPS": groups,
-        "BLOCK_K": rows,
-        "BLOCK_M": tokens,
-    }
-    signature = {
-        "x_ptr": "*bf16",
-        "packed_ptr": "*i32",
-        "constants_ptr": "*i32",
-        "out_ptr": "*fp32",
-        "inputs": "i32",
-    }
-    compiled = compile_kernel(
-        decode_dot_tile, signature, constants, arch, num_warps=1, num_stages=3
-    )
-    weights = groups * rows * group_bits // code.bits
-    return measure(compiled, arch, weights_per_iteration=weights, num_warps=1)
-
-
-def table(
-    names: Sequence[str], lengths: Sequence[int], archs: Sequence[int]
-) -> list[dict[str, Any]]:
-    """One record per code, register length and architecture."""
-    records = []
+    if triton.knobs.runtime.interpret or not isinstance(packed_gemm_kernel, triton.JITFunction):
+        raise ErnieQuantError("machine code needs Triton's compiler; unset TRITON_INTERPRET")
     for arch in archs:
-        for name in names:
-            for length in lengths:
-                cost = measure_code(get_code(name, length), arch)
-                records.append(
-                    {"code": name, "register_length": length, "issue_cost": cost.issue_cost}
-                    | {"per_weight": cost.per_weight}
-                    | asdict(cost)
-                )
-    return records
+        for case in cases(arch, names):
+            cost = case.compile(arch)
+            counted = {"issue_cost": cost.issue_cost, "per_weight": cost.per_weight}
+            yield {"kernel": case.label, "triton": triton.__version__} | counted | asdict(cost)
 
 
-def render(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records of `table` as aligned text."""
-    head = (
-        "arch",
-        "code",
-        "L",
-        "cost",
-        "all",
-        "alu",
-        "multiply",
-        "memory",
-        "matrix",
-        "regs",
-        "spill",
-    )
-    rows = [head]
-    for r in records:
-        counts = (f"{r['per_weight'][name]:.2f}" for name in head[4:9])
-        first = (f"sm_{r['arch']}", r["code"], str(r["register_length"]), f"{r['issue_cost']:.2f}")
-        rows.append((*first, *counts, str(r["registers"]), str(r["spill_bytes"])))
-    lines = ["Issue slots of a lane per weight to decode and multiply, 16 tokens"]
-    lines += ["  ".join(cell.rjust(8) for cell in row) for row in rows]
-    return "\n".join(lines)
+def budget() -> dict[str, Any]:
+    """Recorded costs: ``{"triton": version, "tolerance": t, "sm_90": {label: issue cost}}``."""
+    text = resources.files("erniequant_kernels").joinpath("budget.json").read_text()
+    return dict(json.loads(text))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table of the codes that a file may name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m erniequant_kernels.static", description=main.__doc__
-    )
-    parser.add_argument("--code", nargs="+", choices=CODE_NAMES, default=list(CODE_NAMES))
-    parser.add_argument("--register-length", nargs="+", type=int, default=list(EFFORT_LENGTHS))
-    parser.add_argument(
-        "--arch", nargs="+", type=int, choices=ARCHITECTURES, default=list(ARCHITECTURES)
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write the records")
-    options = parser.parse_args(arguments)
-    records = table(options.code, options.register_length, options.arch)
-    print(render(records))
-    if options.json:
-        Path(options.json).write_text(json.dumps(records, indent=1) + "\n")
+def new_budget(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A budget from `records`."""
+    result: dict[str, Any] = {"triton": triton.__version__, "tolerance": DEFAULT_TOLERANCE}
+    for record in measured:
+        if record["issue_cost"] is not None:
+            costs = result.setdefault(f"sm_{record['arch']}", {})
+            costs[record["kernel"]] = round(record["issue_cost"], 2)
+    return result
 
 
-if __name__ == "__main__":
-    main()
+def check(measured: Sequence[Mapping[str, Any]], allowed: Mapping[str, Any]) -> list[str]:
+    """What is wrong, one line each: spills, no matrix instruction, more than the budget.
+
+    Costs belong to one compiler: with another minor version of Triton only spills and matrix
+    instructions are checked.
+    """
+    problems = []
+    same_compiler = triton.__version__.split(".")[:2] == str(allowed["triton"]).split(".")[:2]
+    for record in measured:
+        name = f"sm_{record['arch']} {record['kernel']}"
+        if record["spill_bytes"]:
+            problems.append(f"{name}: {record['spill_bytes']} bytes of registers are spilled")
+        if "gemm" in record["kernel"] and "MMA" not in record["matrix_opcode"]:
+            problems.append(f"{name}: no matrix instruction in its main loop")
+        if record["issue_cost"] is None or not same_compiler:
+            continue
+        limit = allowed.get(f"sm_{record['arch']}", {}).get(record["kernel"])
+        if limit is None:
+            problems.append(f"{name}: no budget recorded; add it to budget.json")
+        elif record["issue_cost"] > limit + allowed["tolerance"]:
+            problems.append(
+                f"{name}: {record['issue_cost']:.2f} issue slots per weight, budget {limit:.2f}"
+            )
+    return problems

@@ -1,30 +1,111 @@
-"""Machine-code counts, in a fresh process: nothing compiles where the interpreter is on."""
+"""Machine code of every kernel, in a fresh process: nothing compiles where the interpreter is on."""
 
 import json
 import os
 import subprocess
 import sys
 
+import pytest
 
-def test_two_bit_tile_uses_matrix_instructions_and_does_not_spill(tmp_path):
-    report = tmp_path / "static.json"
+from erniequant_kernels import static
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """`erniequant bench static --check` as a user runs it; it must find nothing."""
+    folder = tmp_path_factory.mktemp("static")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    command = [sys.executable, "-m", "erniequant_kernels.static", "--json", str(report)]
-    command += ["--code", "cc2", "--register-length", "16", "--arch", "90"]
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    command = [sys.executable, "-c", "from erniequant_cli.main import main; main()"]
+    command += ["bench", "static", "--check", "--quiet", "--json", str(folder / "static.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (record,) = json.loads(report.read_text())
-    assert "MMA" in record["matrix_opcode"]
-    assert record["spill_bytes"] == 0
-    # Two matrix instructions (8 tokens each) per 256 weights of a warp. Fewer would mean that two
-    # registers are extracted from the same place and the compiler merged their weights.
-    assert record["per_weight"]["matrix"] == 0.25
-    # 3.46 with Triton 3.9, 4.17 with 3.6. A tile whose weights cross lanes on the way to the matrix
-    # instruction has shared stores and took 6.9.
-    assert record["issue_cost"] < 4.5
-    assert not any(name.startswith("STS") for name in record["opcodes"])
-    # The window, the multiplication and the masking of two weights: nothing can be below one each.
-    assert record["per_weight"]["multiply"] >= 0.5
-    assert record["per_weight"]["alu"] >= 1.0
+    return json.loads((folder / "static.json").read_text())["records"]
+
+
+def only(records, arch, text):
+    found = [r for r in records if r["arch"] == arch and text in r["kernel"]]
+    assert found, text
+    return found
+
+
+def test_both_architectures_and_every_kernel_are_counted(records):
+    kinds = {"packed_gemm", "expand", "dense_gemm", "rotate", "swiglu_rotate", "combine"}
+    for arch in (80, 90):
+        names = {r["kernel"].split()[0] for r in records if r["arch"] == arch}
+        assert names == kinds | {"row_tiles"}
+
+
+@pytest.mark.parametrize("code, bar", [("cc2", 4.0), ("cc4", 5.0)])
+def test_products_stay_below_what_memory_takes(records, code, bar):
+    # Sixteen tokens on sm_90: beyond these, two and four bits wait for instructions, not memory.
+    for record in only(records, 90, f"packed_gemm {code}"):
+        assert record["issue_cost"] <= bar
+        assert record["spill_bytes"] == 0
+        assert "MMA" in record["matrix_opcode"]
+
+
+def test_no_weight_crosses_lanes_or_memory(records):
+    # What goes to shared memory are words and inputs, by asynchronous copies; a store in the loop
+    # would be a weight that changes lanes.
+    for record in records:
+        if record["kernel"].startswith("packed_gemm"):
+            assert not any(name.startswith(("STS", "STSM")) for name in record["opcodes"])
+
+
+def test_counts_are_those_of_all_weights(records):
+    # One matrix instruction (16 rows, 8 columns) multiplies 32 lanes x 4 products. Fewer a weight
+    # would mean that two steps were cut from the same bits and the compiler merged them.
+    for code, tokens, expected in (("cc2", 8, 0.25), ("cc2", 16, 0.5), ("cc4", 8, 0.25)):
+        for record in only(records, 90, f"packed_gemm {code} L12 M{tokens}" if code == "cc2"
+                           else f"packed_gemm {code} L13 M{tokens}"):  # fmt: skip
+            assert record["per_weight"]["matrix"] == expected
+            # A product takes a multiplication, a mask and the cutting of its window at the least.
+            assert record["per_weight"]["all"] >= (1.5 if code == "cc2" else 3)
+
+
+def record(**changes):
+    base = {
+        "arch": 90, "kernel": "packed_gemm cc2 L12 M16", "issue_cost": 3.0, "spill_bytes": 0,
+        "matrix_opcode": "HMMA",
+    }  # fmt: skip
+    return base | changes
+
+
+def allowed(version=None):
+    import triton
+
+    costs = {"packed_gemm cc2 L12 M16": 3.0}
+    return {"triton": version or triton.__version__, "tolerance": 0.02, "sm_90": costs}
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"issue_cost": 3.03}, "budget 3.00"),
+        ({"spill_bytes": 8}, "8 bytes of registers"),
+        ({"matrix_opcode": ""}, "no matrix instruction"),
+        ({"kernel": "packed_gemm cc9"}, "no budget recorded"),
+    ],
+)
+def test_check_names_what_is_wrong(changes, complaint):
+    (problem,) = static.check([record(**changes)], allowed())
+    assert complaint in problem and "sm_90" in problem
+
+
+def test_check_accepts_the_budget_and_ignores_the_costs_of_another_compiler():
+    assert static.check([record()], allowed()) == []
+    assert static.check([record(issue_cost=9.0)], allowed("1.0.0")) == []
+    assert static.check([record(issue_cost=9.0, spill_bytes=4)], allowed("1.0.0")) != []
+
+
+def test_nothing_is_counted_in_the_interpreter():
+    import triton
+
+    from erniequant.errors import ErnieQuantError
+
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("a GPU is there, so the interpreter is off")
+    with pytest.raises(ErnieQuantError, match="TRITON_INTERPRET"):
+        next(static.records())

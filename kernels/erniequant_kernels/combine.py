@@ -1,0 +1,77 @@
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False, disable-error-code=assignment
+"""Sum the outputs of a token's experts by routing weight, always in the same order."""
+
+import torch
+import triton
+import triton.language as tl
+
+from erniequant.format.decoding import decode_scale
+from erniequant_kernels.bfloat16 import from_pattern, rounded
+
+BLOCK_N = 512
+
+
+def combine_reference(
+    partial: torch.Tensor, scale: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
+) -> torch.Tensor:
+    """`combine` in plain torch; float32 ``[T, H]``."""
+    tokens, top_k = expert_index.shape
+    valid = (expert_index >= 0) & (expert_index < scale.shape[0])
+    scales = decode_scale(scale)[torch.where(valid, expert_index, 0)]
+    y = partial.float().sum(0).view(tokens, top_k, -1) * scales * routing.float()[..., None]
+    return torch.where(valid[..., None], y, 0.0).sum(1)
+
+
+@triton.jit
+def combine_kernel(
+    partial_ptr,
+    scale_ptr,
+    expert_index_ptr,
+    routing_ptr,
+    out_ptr,
+    assignments,
+    EXPERTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program (token, n): BLOCK_N outputs of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for slot in tl.static_range(TOP_K):
+        assignment = token * TOP_K + slot
+        expert = tl.load(expert_index_ptr + assignment).to(tl.int64)
+        # What belongs to no expert may be anything in memory: masked, not multiplied by zero.
+        valid = output < tl.where((expert >= 0) & (expert < EXPERTS), OUTPUTS, 0)
+        weight = tl.load(routing_ptr + assignment).to(tl.float32)
+        y = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        for split in tl.static_range(SPLITS):
+            row = split * assignments + assignment
+            y += tl.load(partial_ptr + row * OUTPUTS + output, mask=valid, other=0).to(tl.float32)
+        scale = from_pattern(tl.load(scale_ptr + expert * OUTPUTS + output, mask=valid, other=0))
+        total += tl.where(valid, y * scale * weight, 0.0)
+    place = out_ptr + token * OUTPUTS + output
+    tl.store(place, rounded(total, out_ptr.dtype.element_ty), mask=output < OUTPUTS)
+
+
+def combine(
+    partial: torch.Tensor, scale: torch.Tensor, expert_index: torch.Tensor,
+    routing: torch.Tensor, out: torch.Tensor,
+) -> None:  # fmt: skip
+    """Weighted sums of expert outputs.
+
+    Args:
+        partial: ``[splits, T * k, H]``, contiguous: summands of each assignment's output, unscaled.
+        scale: int16 ``[E, H]``; expert_index: integer ``[T, k]``, no expert when out of range.
+        routing: ``[T, k]`` of any float type, contiguous.
+        out: ``[T, H]`` of any float type, contiguous; receives the result.
+    """
+    splits, assignments, outputs = partial.shape
+    tokens, top_k = expert_index.shape
+    combine_kernel[(tokens, triton.cdiv(outputs, BLOCK_N))](
+        partial, scale, expert_index, routing, out, assignments,
+        EXPERTS=scale.shape[0], OUTPUTS=outputs, TOP_K=top_k, SPLITS=splits, BLOCK_N=BLOCK_N,
+        num_warps=4,
+    )  # fmt: skip

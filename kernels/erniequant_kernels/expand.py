@@ -1,0 +1,99 @@
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False, disable-error-code=assignment
+"""Decode whole experts to bfloat16 labels, once, for matrix products with many rows.
+
+The scale of an output is left to whoever consumes the product, so that labels stay exact.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from erniequant.codes.reference import decode as reference_decode
+from erniequant.codes.spec import ConvolutionalCode
+from erniequant_kernels import decode
+
+RUNS_PER_PROGRAM = 8
+BLOCK_K = 64
+WARPS = 1
+"""More would exchange each label through shared memory before it is stored: twice the cost."""
+
+
+def expand_reference(packed: torch.Tensor, code: ConvolutionalCode, tile: int) -> torch.Tensor:
+    """Labels of packed experts in plain torch: as `expand`, exact in bfloat16."""
+    return reference_decode(packed, code, tile).to(torch.bfloat16)
+
+
+@triton.jit
+def expand_kernel(
+    packed_ptr,
+    constants_ptr,
+    out_ptr,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    TILE_WORDS: tl.constexpr,
+    STEP_BITS: tl.constexpr,
+    WEIGHTS_PER_STEP: tl.constexpr,
+    LENGTH: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    RUNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Program (k, n, e): RUNS runs of groups and BLOCK_K inputs of one expert."""
+    PER_GROUP: tl.constexpr = 8 * WEIGHTS_PER_STEP
+    RUN: tl.constexpr = 2 if STEP_BITS == 4 else 4
+    RUN_COUNT: tl.constexpr = OUTPUTS // PER_GROUP // RUN
+    expert = tl.program_id(2).to(tl.int64)
+    packed_ptr += expert * (OUTPUTS // PER_GROUP * STEP_BITS // 4 * INPUTS)
+    out_ptr += expert * OUTPUTS * INPUTS
+    run = tl.program_id(1) * RUNS + tl.arange(0, RUNS)
+    row = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (run < RUN_COUNT)[:, None] & (row < INPUTS)[None, :]
+    # Out of range means: compute the last one again and do not store it.
+    safe_run = tl.minimum(run, RUN_COUNT - 1)
+    safe_row = tl.minimum(row, INPUTS - 1)
+    newest, before = decode.load_groups(
+        packed_ptr, safe_run, safe_row, INPUTS, TILE_WORDS, STEP_BITS
+    )
+    keep = decode.load_keep_bits(constants_ptr)
+    for i in tl.static_range(RUN):
+        for step in tl.static_range(8):
+            products = decode.product(before[i], newest[i], step, STEP_BITS, LENGTH, MULTIPLIER)
+            output = (RUN * run + i) * PER_GROUP + step * WEIGHTS_PER_STEP
+            place = out_ptr + output[:, None] * INPUTS + row[None, :]
+            if WEIGHTS_PER_STEP == 2:
+                low, high = decode.halves(products, keep)
+                tl.store(place, low, mask=inside)
+                tl.store(place + INPUTS, high, mask=inside)
+            else:
+                tl.store(place, decode.half_sum(products, keep), mask=inside)
+
+
+def expand(
+    packed: torch.Tensor,
+    constants: torch.Tensor,
+    code: ConvolutionalCode,
+    tile: int,
+    out: torch.Tensor,
+    *,
+    block_k: int = BLOCK_K,
+) -> None:
+    """Decode experts.
+
+    Args:
+        packed: int32 ``[E, N / tile, K * words]``, contiguous.
+        constants: from `decode.constants`, on the same device.
+        out: bfloat16 ``[E, N, K]``, contiguous; receives the labels.
+        block_k: inputs of one program, a power of two.
+    """
+    experts, outputs, inputs = out.shape
+    runs = outputs // decode.group_weights(code) // decode.run_length(code.step_bits)
+    grid = (
+        triton.cdiv(inputs, block_k),
+        triton.cdiv(runs, RUNS_PER_PROGRAM),
+        experts,
+    )
+    expand_kernel[grid](
+        packed, constants, out,
+        INPUTS=inputs, OUTPUTS=outputs, TILE_WORDS=code.words_per_sequence(tile),
+        RUNS=RUNS_PER_PROGRAM, BLOCK_K=block_k, num_warps=WARPS, **decode.code_constants(code),
+    )  # fmt: skip

@@ -1,0 +1,191 @@
+"""Count the machine code of a Triton kernel without a GPU.
+
+Triton compiles for sm_80 and sm_90 on any machine and ships the disassembler; the innermost loop
+that holds matrix instructions is counted per execution pipe, or the whole kernel if it has none.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from erniequant.errors import ErnieQuantError
+
+WARP = 32
+ARCHITECTURES = (80, 90)
+
+# Half-rate integer pipe (64 lanes per clock and SM): logic, shifts, permutes, adds, compares.
+# fmt: off
+_ALU = {
+    "SHF", "LOP3", "PRMT", "IADD3", "VIADD", "LEA", "ISETP", "SEL", "SGXT", "IMNMX", "VIMNMX",
+    "IABS", "PLOP3", "BMSK", "LOP", "SHL", "SHR", "IADD", "FMNMX", "FSEL", "FSETP", "HMNMX2",
+    "HSETP2", "P2R", "R2P", "VABSDIFF", "VOTE",
+}
+# Half-rate multiply pipe. Packed 16-bit arithmetic runs there on sm_80 and at full rate on sm_90.
+_MULTIPLY = {"IMAD", "IDP"}
+_PACKED_FLOAT = {"HFMA2", "HADD2", "HMUL2"}
+_MEMORY = {
+    "LDG", "LDS", "LDSM", "LDGSTS", "STS", "STG", "STSM", "LD", "ST", "LDL", "STL", "RED", "SHFL",
+    "LDC",
+}
+# fmt: on
+_MATRIX = {"HMMA", "HGMMA", "IMMA", "IGMMA"}
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """Machine code of one kernel.
+
+    Counts are per lane, of one turn of the main loop, or of the whole kernel where no loop holds
+    matrix instructions (``looped`` is false).
+
+    Attributes:
+        weights_per_lane: distinct weights decoded by a program in that code, over its lanes; 0 for
+            a kernel that decodes none.
+    """
+
+    arch: int
+    looped: bool
+    instructions: int
+    alu: int
+    multiply: int
+    memory: int
+    matrix: int
+    matrix_opcode: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    weights_per_lane: float
+    opcodes: Mapping[str, int]
+
+    @property
+    def per_weight(self) -> dict[str, float]:
+        """Instructions per decoded weight: all, and per pipe; empty if none is decoded."""
+        if not self.weights_per_lane:
+            return {}
+        counts = {
+            "all": self.instructions, "alu": self.alu, "multiply": self.multiply,
+            "memory": self.memory, "matrix": self.matrix,
+        }  # fmt: skip
+        return {name: count / self.weights_per_lane for name, count in counts.items()}
+
+    @property
+    def issue_cost(self) -> float | None:
+        """Issue slots of a lane per weight: the busiest of all issue and the half-rate pipes."""
+        cost = self.per_weight
+        if not cost:
+            return None
+        return max(cost["all"], 2 * cost["alu"], 2 * cost["multiply"])
+
+
+def _tool(name: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise ErnieQuantError(
+            f"{name} is missing from the installed Triton; install a wheel with the NVIDIA backend"
+        )
+    return str(path)
+
+
+def compile_kernel(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    arch: int,
+    *,
+    num_warps: int,
+    num_stages: int,
+) -> Any:
+    """Compile a ``@triton.jit`` function for ``sm_<arch>``; pointers are taken as 16-byte aligned.
+
+    Args:
+        signature: type of each runtime argument, in order (``"*bf16"``, ``"i32"``).
+        constants: values of the constexpr arguments.
+    """
+    signature = {**signature, **dict.fromkeys(constants, "constexpr")}
+    names = list(signature)
+    aligned: dict[Any, Any] = {
+        (names.index(n),): [["tt.divisibility", 16]]
+        for n, t in signature.items()
+        if t.startswith("*") or t == "i32"
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=options)
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """SASS listing and resource usage of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+
+        def dump(option: str) -> str:
+            command = [_tool("cuobjdump"), option, str(path)]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        return dump("-sass"), dump("--dump-resource-usage")
+
+
+def _main_loop(listing: str) -> tuple[list[str], bool]:
+    """Opcodes of the innermost backward-branch range with the most matrix instructions, or all."""
+    code = [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(listing)]
+    best: list[str] = []
+    best_key = (0, 0)
+    for address, opcode, rest in code:
+        target = re.search(r"0x([0-9a-f]+)\s*$", rest)
+        if opcode.split(".")[0] != "BRA" or target is None or int(target[1], 16) >= address:
+            continue
+        body = [op for a, op, _ in code if int(target[1], 16) <= a <= address]
+        key = (sum(op.split(".")[0] in _MATRIX for op in body), -len(body))
+        if key > best_key:
+            best, best_key = body, key
+    return (best, True) if best else ([op for _, op, _ in code], False)
+
+
+def measure(compiled: Any, arch: int, *, weights_per_iteration: int, num_warps: int) -> KernelCost:
+    """Count a compiled kernel.
+
+    Args:
+        weights_per_iteration: distinct weights that one program decodes in a turn of the main loop,
+            or in all where there is none.
+    """
+    listing, usage = disassemble(compiled.asm["cubin"])
+    found, looped = _main_loop(listing)
+    body = [op for op in found if op != "NOP"]
+    roots = Counter(op.split(".")[0] for op in body)
+
+    def total(names: set[str]) -> int:
+        return sum(roots[n] for n in names)
+
+    multiply = total(_MULTIPLY) + (total(_PACKED_FLOAT) if arch < 90 else 0)
+    matrix_names = Counter(op for op in body if op.split(".")[0] in _MATRIX)
+    registers = re.search(r"REG:(\d+)", usage)
+    stack = re.search(r"LOCAL:(\d+)", usage)
+    frame = re.search(r"STACK:(\d+)", usage)
+    spill = max(int(m[1]) if m else 0 for m in (stack, frame))
+    return KernelCost(
+        arch=arch,
+        looped=looped,
+        instructions=len(body),
+        alu=total(_ALU),
+        multiply=multiply,
+        memory=total(_MEMORY),
+        matrix=total(_MATRIX),
+        matrix_opcode=matrix_names.most_common(1)[0][0] if matrix_names else "",
+        registers=int(registers[1]) if registers else 0,
+        spill_bytes=spill,
+        shared_bytes=compiled.metadata.shared,
+        weights_per_lane=weights_per_iteration / (WARP * num_warps),
+        opcodes=dict(Counter(".".join(op.split(".")[:2]) for op in body).most_common()),
+    )

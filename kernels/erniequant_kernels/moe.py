@@ -1,0 +1,190 @@
+"""The experts of a layer on packed weights: which kernels run, in which order, in which memory.
+
+Every launch has a shape that follows from the sizes of its arguments, and nothing waits for the
+device, so the whole can be captured in a CUDA graph.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from erniequant.codes.spec import ConvolutionalCode
+from erniequant_kernels import decode
+from erniequant_kernels.combine import combine
+from erniequant_kernels.dense_gemm import dense_gemm
+from erniequant_kernels.expand import expand
+from erniequant_kernels.packed_gemm import PackedGemmConfig, packed_gemm
+from erniequant_kernels.rotation import Form, form_of, form_shape, rotate, swiglu_rotate
+from erniequant_kernels.routing import RowTiles, most_row_tiles, row_tiles
+from erniequant_kernels.tuning import Tuning
+
+
+@dataclass(frozen=True)
+class PackedMatrices:
+    """One projection of all experts, as stored (docs/format.md).
+
+    Attributes:
+        packed: int32 ``[E, N / tile, K * words]``, contiguous.
+        scale: int16 ``[E, N, 1]``.
+        signs: int32 ``[ceil(K / 32)]``.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    signs: torch.Tensor
+    code: ConvolutionalCode
+    tile: int
+    rotation_block: int
+
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return self.packed.shape[0]
+
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return self.packed.shape[1] * self.tile
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return self.packed.shape[2] // self.code.words_per_sequence(self.tile)
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """How one projection is computed.
+
+    Attributes:
+        config: of the packed product, or None: decode ``chunk`` experts at a time, then multiply.
+        partial: shape and dtype of the unscaled products.
+        rotated: shape of the rotated inputs, bfloat16.
+        expanded: shape of decoded experts, bfloat16; empty for the packed product.
+    """
+
+    config: PackedGemmConfig | None
+    form: Form
+    partial: tuple[tuple[int, int, int], torch.dtype]
+    rotated: tuple[int, ...]
+    expanded: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch is computed; `workspace_bytes` is all the memory it takes beside its output."""
+
+    block_m: int
+    row_tiles: int
+    gate_up: MatrixPlan
+    down: MatrixPlan
+    assignments: int
+    experts: int
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes allocated beside arguments and result, were nothing freed in between."""
+        total = 4 * (self.assignments + 3 * self.row_tiles + self.experts + 1)
+        for matrix in (self.gate_up, self.down):
+            shape, dtype = matrix.partial
+            total += torch.Size(shape).numel() * dtype.itemsize
+            total += 2 * torch.Size(matrix.rotated).numel()
+            total += 2 * torch.Size(matrix.expanded).numel()
+        return total
+
+
+def plan(
+    tokens: int, top_k: int, gate_up: PackedMatrices, down: PackedMatrices, tuning: Tuning
+) -> Plan:
+    """Choose kernels and tile sizes for a batch of ``tokens``."""
+    experts, assignments = gate_up.experts, tokens * top_k
+    row = tuning.packed_row(assignments / experts)
+
+    def matrix_plan(matrix: PackedMatrices, rows: int) -> MatrixPlan:
+        inputs, outputs = matrix.inputs, matrix.outputs
+        if row is None:
+            expert_bytes = 2 * outputs * inputs
+            chunk = min(experts, max(1, tuning.expanded_bytes // expert_bytes))
+            partial = ((1, assignments, outputs), torch.bfloat16)
+            return MatrixPlan(None, Form.PLAIN, partial, form_shape(rows, inputs, Form.PLAIN),
+                              (chunk, outputs, inputs))  # fmt: skip
+        config = tuning.packed_config(row, matrix.code, outputs, inputs, assignments, experts)
+        form = form_of(matrix.code)
+        partial = ((config.splits, assignments, outputs), torch.float32)
+        return MatrixPlan(config, form, partial, form_shape(rows, inputs, form), (0, 0, 0))
+
+    block_m = tuning.dense.block_m if row is None else row.block_m
+    return Plan(
+        block_m, most_row_tiles(assignments, experts, block_m),
+        matrix_plan(gate_up, tokens), matrix_plan(down, assignments), assignments, experts,
+    )  # fmt: skip
+
+
+@cache
+def _constants(device: torch.device) -> torch.Tensor:
+    return decode.constants(device)
+
+
+def _multiply(
+    x: torch.Tensor, matrix: PackedMatrices, how: MatrixPlan, tiles: RowTiles, top_k: int,
+    tuning: Tuning,
+) -> torch.Tensor:  # fmt: skip
+    """Unscaled products of all assignments: ``[splits, A, N]``."""
+    shape, dtype = how.partial
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    constants = _constants(x.device)
+    if how.config is not None:
+        packed_gemm(
+            x, matrix.packed, constants, matrix.code, matrix.tile, tiles, top_k, out, how.config
+        )
+        return out
+    expanded = torch.empty(how.expanded, dtype=torch.bfloat16, device=x.device)
+    chunk = how.expanded[0]
+    for first in range(0, matrix.experts, chunk):
+        some = matrix.packed[first : first + chunk]
+        labels = expanded[: some.shape[0]]
+        expand(some, constants, matrix.code, matrix.tile, labels)
+        dense_gemm(x, labels, tiles, top_k, out[0], tuning.dense, first_expert=first)
+    return out
+
+
+def moe_experts(
+    x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor, gate_up: PackedMatrices,
+    down: PackedMatrices, tuning: Tuning,
+) -> torch.Tensor:  # fmt: skip
+    """Weighted sum of ``down(silu(gate(x)) * up(x))`` over the chosen experts of each token.
+
+    Rotated activations are bfloat16, sums float32 (bfloat16 between the projections where experts
+    are decoded once).
+
+    Args:
+        x: ``[T, H]`` of any float type, contiguous.
+        expert_index: integer ``[T, k]``; an index outside ``[0, E)`` contributes nothing.
+        routing: float ``[T, k]``.
+
+    Returns:
+        ``[T, H]`` in the dtype of ``x``. The same bits for the same arguments, whatever the order
+        in which programs run.
+    """
+    out = torch.empty_like(x)
+    tokens, top_k = expert_index.shape
+    if tokens == 0 or top_k == 0:
+        return out.zero_()
+    expert_index, routing = expert_index.contiguous(), routing.contiguous()
+    how = plan(tokens, top_k, gate_up, down, tuning)
+    tiles = row_tiles(expert_index, gate_up.experts, how.block_m)
+
+    def rotated(matrix: MatrixPlan) -> torch.Tensor:
+        return torch.empty(matrix.rotated, dtype=torch.bfloat16, device=x.device)
+
+    hidden = rotated(how.gate_up)
+    rotate(x, gate_up.signs, gate_up.rotation_block, how.gate_up.form, hidden)
+    partial = _multiply(hidden, gate_up, how.gate_up, tiles, top_k, tuning)
+    inner = rotated(how.down)
+    swiglu_rotate(
+        partial, gate_up.scale, expert_index, down.signs, down.rotation_block, how.down.form, inner
+    )
+    partial = _multiply(inner, down, how.down, tiles, 1, tuning)
+    combine(partial, down.scale, expert_index, routing, out)
+    return out

@@ -1,0 +1,180 @@
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False, disable-error-code=assignment
+"""Multiply tokens with the packed weights of their experts, decoding as it goes.
+
+Weights are the first operand of the matrix instruction (groups of outputs by inputs) and tokens the
+second, so a handful of tokens fills an instruction that is 16 by 8. Each of the eight steps of a
+group has accumulators of its own: no weight ever crosses a lane, and none goes through memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from erniequant.codes.reference import decode as reference_decode
+from erniequant.codes.spec import ConvolutionalCode
+from erniequant_kernels import decode
+from erniequant_kernels.bfloat16 import MATRIX_TYPE
+from erniequant_kernels.routing import RowTiles
+
+
+@dataclass(frozen=True)
+class PackedGemmConfig:
+    """How a packed product is cut up.
+
+    Attributes:
+        block_m: tokens of a row tile, a power of two from 8.
+        block_k: inputs of one turn of the loop, a power of two; must divide the inputs.
+        splits: parts into which the inputs are cut, summed by the consumer in a fixed order.
+        warps: warps of a program, each with 16 groups (32 of three bytes).
+        stages: turns whose loads are under way at once.
+    """
+
+    block_m: int
+    block_k: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def groups_per_warp(code: ConvolutionalCode) -> int:
+    """Eight runs: the rows of one matrix instruction, or two for runs of four."""
+    return 8 * decode.run_length(code.step_bits)
+
+
+def packed_gemm_reference(
+    x: torch.Tensor, packed: torch.Tensor, code: ConvolutionalCode, tile: int,
+    expert_index: torch.Tensor, top_k: int,
+) -> torch.Tensor:  # fmt: skip
+    """The product in plain torch, float32 ``[A, N]``: ``labels[expert] @ x[row]``.
+
+    Args:
+        x: rotated inputs ``[rows, K]``; assignment ``a`` reads row ``a // top_k``.
+        packed: int32 ``[E, N / tile, K * words]``.
+        expert_index: integer ``[A]``; assignments to no expert stay zero.
+    """
+    out = torch.zeros(expert_index.numel(), packed.shape[1] * tile, device=x.device)
+    for expert in range(packed.shape[0]):
+        mine = torch.where(expert_index == expert)[0]
+        out[mine] = x[mine // top_k].float() @ reference_decode(packed[expert], code, tile).T
+    return out
+
+
+@triton.jit
+def packed_gemm_kernel(
+    x_ptr,
+    packed_ptr,
+    constants_ptr,
+    order_ptr,
+    tile_expert_ptr,
+    tile_first_ptr,
+    tile_end_ptr,
+    out_ptr,
+    assignments,
+    TOP_K: tl.constexpr,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    TILE_WORDS: tl.constexpr,
+    STEP_BITS: tl.constexpr,
+    WEIGHTS_PER_STEP: tl.constexpr,
+    LENGTH: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Program (row tile and group block, split): GROUPS groups of outputs for one row tile.
+
+    ``x`` is bf16 ``[rows, WEIGHTS_PER_STEP, 2 * INPUTS]``, ``out`` float32 ``[SPLITS, assignments,
+    OUTPUTS]``.
+    """
+    PER_GROUP: tl.constexpr = 8 * WEIGHTS_PER_STEP
+    GROUP_COUNT: tl.constexpr = OUTPUTS // PER_GROUP
+    BLOCKS: tl.constexpr = (GROUP_COUNT + GROUPS - 1) // GROUPS
+    RUN: tl.constexpr = 2 if STEP_BITS == 4 else 4
+    COLUMNS: tl.constexpr = WEIGHTS_PER_STEP * BLOCK_M
+    TURNS: tl.constexpr = INPUTS // BLOCK_K // SPLITS
+    row_tile = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    split = tl.program_id(1)
+    expert = tl.load(tile_expert_ptr + row_tile).to(tl.int64)
+    if expert < 0:
+        return
+
+    # Column c of the product is token c % BLOCK_M, in its form number c // BLOCK_M.
+    column = tl.arange(0, COLUMNS)
+    position = tl.load(tile_first_ptr + row_tile) + column % BLOCK_M
+    inside = position < tl.load(tile_end_ptr + row_tile)
+    # Columns beyond the tile compute some token again and are not stored.
+    assignment = tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64)
+    x_row = assignment // TOP_K * WEIGHTS_PER_STEP + column // BLOCK_M
+    x_ptrs = (x_ptr + x_row * (2 * INPUTS))[None, :]
+
+    packed_ptr += expert * (GROUP_COUNT * STEP_BITS // 4 * INPUTS)
+    run = block * (GROUPS // RUN) + tl.arange(0, GROUPS // RUN)
+    run = tl.minimum(run, GROUP_COUNT // RUN - 1)
+    sums = ()
+    for _ in tl.static_range(8):
+        sums = sums + (tl.zeros((GROUPS, COLUMNS), dtype=tl.float32),)
+    for turn in range(0, TURNS):
+        first = (split * TURNS + turn) * BLOCK_K
+        row = first + tl.arange(0, BLOCK_K)
+        newest, before = decode.load_groups(packed_ptr, run, row, INPUTS, TILE_WORDS, STEP_BITS)
+        half = 2 * first + tl.arange(0, 2 * BLOCK_K)
+        x = tl.load(x_ptrs + half[:, None]).to(MATRIX_TYPE)
+        keep = decode.load_keep_bits(constants_ptr)
+        updated = ()
+        for i in tl.static_range(8):
+            products = ()
+            for g in tl.static_range(RUN):
+                products = products + (
+                    decode.product(
+                        before[g], newest[g], decode.step_at(i, STEP_BITS), STEP_BITS, LENGTH,
+                        MULTIPLIER,
+                    ),
+                )  # fmt: skip
+            weights = decode.operand(products, keep, GROUPS, BLOCK_K)
+            updated = updated + (tl.dot(weights, x, sums[i]),)
+        sums = updated
+
+    # Loaded again rather than kept in registers through the loop.
+    position = tl.load(tile_first_ptr + row_tile) + column % BLOCK_M
+    inside = position < tl.load(tile_end_ptr + row_tile)
+    assignment = tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64)
+    group = block * GROUPS + decode.operand_group(GROUPS, RUN)
+    out_row = split.to(tl.int64) * assignments + assignment
+    mask = (group < GROUP_COUNT)[:, None] & inside[None, :]
+    output = group[:, None] * PER_GROUP + (column // BLOCK_M)[None, :]
+    place = out_ptr + out_row[None, :] * OUTPUTS + output
+    for i in tl.static_range(8):
+        shift = decode.step_at(i, STEP_BITS) * WEIGHTS_PER_STEP
+        tl.store(place + shift, sums[i], mask=mask)
+
+
+def packed_gemm(
+    x: torch.Tensor, packed: torch.Tensor, constants: torch.Tensor, code: ConvolutionalCode,
+    tile: int, tiles: RowTiles, top_k: int, out: torch.Tensor, config: PackedGemmConfig,
+) -> None:  # fmt: skip
+    """Products of all assignments with their experts' labels; scales are left to the consumer.
+
+    Args:
+        x: rotated inputs in the form of the code (`rotation.form_of`); assignment ``a`` reads row
+            ``a // top_k``.
+        packed: int32 ``[E, N / tile, K * words]``, contiguous.
+        constants: from `decode.constants`.
+        tiles: row tiles of ``config.block_m``.
+        out: float32 ``[config.splits, A, N]``, contiguous; rows of assignments to no expert are
+            left as they are.
+    """
+    groups = config.warps * groups_per_warp(code)
+    outputs = out.shape[-1]
+    blocks = triton.cdiv(outputs // decode.group_weights(code), groups)
+    packed_gemm_kernel[(tiles.expert.numel() * blocks, config.splits)](
+        x, packed, constants, tiles.order, tiles.expert, tiles.first, tiles.end, out, out.shape[1],
+        TOP_K=top_k, INPUTS=x.shape[-1] // 2, OUTPUTS=outputs,
+        TILE_WORDS=code.words_per_sequence(tile),
+        BLOCK_M=config.block_m, BLOCK_K=config.block_k, GROUPS=groups, SPLITS=config.splits,
+        num_warps=config.warps, num_stages=config.stages, **decode.code_constants(code),
+    )  # fmt: skip

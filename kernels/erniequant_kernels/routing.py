@@ -1,0 +1,150 @@
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False, disable-error-code=assignment
+"""Sort the chosen (token, expert) assignments by expert, without leaving the device.
+
+Matrix products over experts run in *row tiles*: up to ``block_m`` assignments of one expert. How
+many there are depends on the routing; their largest possible number does not, so the launch has a
+fixed shape and needs no answer from the device (CUDA graphs).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """Assignments in order of their experts, cut into row tiles.
+
+    Attributes:
+        order: int32 ``[A]``, assignment (``token * top_k + slot``) by position, sorted by expert
+            and, within one, by assignment. Assignments to no expert are left out at the end.
+        expert: int32 ``[tiles]``, expert of each row tile, -1 beyond the last.
+        first, end: int32 ``[tiles]``, range of positions of each row tile.
+        starts: int32 ``[E + 1]``, the first row tile of each expert, then their number.
+        block_m: most assignments in a row tile.
+    """
+
+    order: torch.Tensor
+    expert: torch.Tensor
+    first: torch.Tensor
+    end: torch.Tensor
+    starts: torch.Tensor
+    block_m: int
+
+
+def most_row_tiles(assignments: int, experts: int, block_m: int) -> int:
+    """Row tiles that any routing can need: every expert may have one that is not full."""
+    return min(assignments, assignments // block_m + experts)
+
+
+def row_tiles_reference(expert_index: torch.Tensor, experts: int, block_m: int) -> RowTiles:
+    """`row_tiles` in plain torch; an index outside ``[0, experts)`` means no expert."""
+    chosen = expert_index.flatten()
+    assignments = chosen.numel()
+    tiles = most_row_tiles(assignments, experts, block_m)
+    order = torch.zeros(assignments, dtype=torch.int32)
+    expert = torch.full((tiles,), -1, dtype=torch.int32)
+    first, end = torch.zeros_like(expert), torch.zeros_like(expert)
+    starts = torch.zeros(experts + 1, dtype=torch.int32)
+    position = tile = 0
+    for e in range(experts):
+        starts[e] = tile
+        mine = torch.where(chosen == e)[0]
+        order[position : position + mine.numel()] = mine
+        for offset in range(0, mine.numel(), block_m):
+            expert[tile] = e
+            first[tile] = position + offset
+            end[tile] = position + min(offset + block_m, mine.numel())
+            tile += 1
+        position += mine.numel()
+    starts[experts] = tile
+    return RowTiles(order, expert, first, end, starts, block_m)
+
+
+@triton.jit
+def row_tiles_kernel(
+    index_ptr,
+    order_ptr,
+    expert_ptr,
+    first_ptr,
+    end_ptr,
+    starts_ptr,
+    assignments,
+    tiles,
+    EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per expert: it counts all experts, then lists its own assignments and tiles."""
+    mine = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS_PADDED)
+    lane = tl.arange(0, BLOCK)
+    counts = tl.zeros((EXPERTS_PADDED,), dtype=tl.int32)
+    start = 0
+    while start < assignments:
+        chosen = tl.load(index_ptr + start + lane, mask=start + lane < assignments, other=-1)
+        counts += tl.sum((chosen[:, None] == expert[None, :]).to(tl.int32), axis=0)
+        start += BLOCK
+    expert_tiles = (counts + BLOCK_M - 1) // BLOCK_M
+    position = tl.sum(tl.where(expert < mine, counts, 0), axis=0)
+    count = tl.sum(tl.where(expert == mine, counts, 0), axis=0)
+    tile = tl.sum(tl.where(expert < mine, expert_tiles, 0), axis=0)
+    used = tl.sum(tl.where(expert < EXPERTS, expert_tiles, 0), axis=0)
+    tl.store(starts_ptr + mine, tile)
+    if mine == 0:
+        tl.store(starts_ptr + EXPERTS, used)
+        start = used
+        while start < tiles:
+            tl.store(expert_ptr + start + lane, -1, mask=start + lane < tiles)
+            start += BLOCK
+
+    start = 0
+    while start < (count + BLOCK_M - 1) // BLOCK_M:
+        offset = (start + lane) * BLOCK_M
+        inside = offset < count
+        tl.store(expert_ptr + tile + start + lane, mine, mask=inside)
+        tl.store(first_ptr + tile + start + lane, position + offset, mask=inside)
+        end = position + tl.minimum(offset + BLOCK_M, count)
+        tl.store(end_ptr + tile + start + lane, end, mask=inside)
+        start += BLOCK
+
+    start = 0
+    while start < assignments:
+        chosen = tl.load(index_ptr + start + lane, mask=start + lane < assignments, other=-1)
+        is_mine = (chosen == mine).to(tl.int32)
+        place = position + tl.cumsum(is_mine, axis=0) - 1
+        tl.store(order_ptr + place, start + lane, mask=is_mine == 1)
+        position += tl.sum(is_mine, axis=0)
+        start += BLOCK
+
+
+def row_tiles(expert_index: torch.Tensor, experts: int, block_m: int) -> RowTiles:
+    """Row tiles of a routing.
+
+    Args:
+        expert_index: int64 or int32 ``[T, k]``, contiguous; other values than ``0 .. experts - 1``
+            mean no expert.
+    """
+    assignments = expert_index.numel()
+    tiles = most_row_tiles(assignments, experts, block_m)
+
+    def empty(size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int32, device=expert_index.device)
+
+    result = RowTiles(
+        empty(assignments), empty(tiles), empty(tiles), empty(tiles), empty(experts + 1), block_m
+    )
+    padded = triton.next_power_of_2(experts)
+    row_tiles_kernel[(experts,)](
+        expert_index, result.order, result.expert, result.first, result.end, result.starts,
+        assignments, tiles,
+        EXPERTS=experts, EXPERTS_PADDED=padded, BLOCK_M=block_m,
+        # The comparison of a block with all experts stays in registers.
+        BLOCK=max(32, min(BLOCK, 2**14 // padded)), num_warps=4,
+    )  # fmt: skip
+    return result

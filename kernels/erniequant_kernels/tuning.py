@@ -1,0 +1,107 @@
+"""Which kernel runs with which tile sizes: read from tuning.json, one table per architecture.
+
+A choice depends on sizes and architecture alone, never on a measurement at run time, so the same
+model gives the same numbers on every card of a kind.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+from erniequant.codes.spec import ConvolutionalCode
+from erniequant.errors import ErnieQuantError
+from erniequant_kernels import decode
+from erniequant_kernels.dense_gemm import DenseGemmConfig
+from erniequant_kernels.packed_gemm import PackedGemmConfig, groups_per_warp
+from erniequant_kernels.routing import most_row_tiles
+
+DEFAULT = "default"
+MAX_SPLITS = 16
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Tile sizes of the packed product up to some average number of assignments per expert."""
+
+    rows_per_expert: float
+    block_m: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def packed_warps(code: ConvolutionalCode, row: PackedRow) -> int:
+    """Warps of a program. Runs of four groups must not be shared out over warps."""
+    return row.warps if decode.run_length(code.step_bits) == 2 else 1
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The table of one architecture.
+
+    Attributes:
+        warps_wanted: the inputs are split until this many warps have work.
+        packed: rows in ascending order of ``rows_per_expert``; beyond the last, experts are decoded
+            once and multiplied by ``dense``.
+        expanded_bytes: memory for decoded experts, below the level-2 cache where there is a large
+            one; one expert is decoded at a time if a single one is larger.
+    """
+
+    warps_wanted: int
+    packed: tuple[PackedRow, ...]
+    dense: DenseGemmConfig
+    expanded_bytes: int
+
+    def packed_row(self, rows_per_expert: float) -> PackedRow | None:
+        """The row for a load, or None where decoding once is better."""
+        return next((row for row in self.packed if rows_per_expert <= row.rows_per_expert), None)
+
+    def packed_config(
+        self, row: PackedRow, code: ConvolutionalCode, outputs: int, inputs: int,
+        assignments: int, experts: int,
+    ) -> PackedGemmConfig:  # fmt: skip
+        """Tile sizes for a matrix of ``outputs`` by ``inputs``.
+
+        Raises:
+            ErnieQuantError: the inputs are not a multiple of 16.
+        """
+        block_k = row.block_k
+        while inputs % block_k:
+            block_k //= 2
+        if block_k < 16:
+            raise ErnieQuantError(f"{inputs} inputs: the kernels need a multiple of 16")
+        turns = inputs // block_k
+        per_program = packed_warps(code, row)
+        groups = outputs // decode.group_weights(code)
+        blocks = -(-groups // (per_program * groups_per_warp(code)))
+        warps = blocks * per_program * most_row_tiles(assignments, experts, row.block_m)
+        divisors = [d for d in range(1, MAX_SPLITS + 1) if turns % d == 0]
+        enough = (d for d in divisors if warps * d >= self.warps_wanted)
+        splits = next(enough, divisors[-1])
+        return PackedGemmConfig(row.block_m, block_k, splits, per_program, row.stages)
+
+
+def parse(settings: dict[str, Any]) -> Tuning:
+    """One entry of tuning.json."""
+    rows = tuple(PackedRow(**row) for row in settings["packed"])
+    dense = DenseGemmConfig(**settings["dense"])
+    return Tuning(settings["warps_wanted"], rows, dense, settings["expanded_bytes"])
+
+
+@cache
+def tables() -> dict[str, Tuning]:
+    """Every table, by architecture (``sm_90``) or ``default``."""
+    text = resources.files("erniequant_kernels").joinpath("tuning.json").read_text()
+    return {name: parse(settings) for name, settings in json.loads(text).items()}
+
+
+def tuning_for(device: torch.device) -> Tuning:
+    """The table of a device, or the default one."""
+    if device.type != "cuda":
+        return tables()[DEFAULT]
+    major, minor = torch.cuda.get_device_capability(device)
+    return tables().get(f"sm_{major}{minor}", tables()[DEFAULT])
