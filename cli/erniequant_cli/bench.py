@@ -1,6 +1,6 @@
 """`erniequant bench`: what the kernels cost, in machine code anywhere, in time on a GPU."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +48,7 @@ def static(
     if unknown:
         known = ", ".join(map(str, ARCHITECTURES))
         raise typer.BadParameter(f"no tile sizes for sm_{unknown[0]}; choose from {known}")
-    found = []
+    found: list[dict[str, Any]] = []
     for record in counting.records(archs):
         if not quiet:
             from erniequant_cli.tables import print_kernel_cost

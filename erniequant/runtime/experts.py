@@ -1,8 +1,8 @@
 """The experts of one layer, kept packed: a drop-in for the experts modules of transformers.
 
-`experts_forward` is the whole computation in plain torch: decode an expert's two matrices to the
-activation dtype, apply them to its tokens, accumulate in float32. Decoded weights equal those of an
-export, so both give the same logits up to the order of summation.
+On a GPU they run on packed weights (`erniequant.runtime.ops`). Elsewhere, and for what the kernels
+do not take, an expert's two matrices are decoded to the activation dtype as they are needed; decoded
+weights equal those of an export, so both give the same logits up to the order of summation.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
-from transformers.activations import ACT2FN
 
 from erniequant.format.decoding import decode_weight
 from erniequant.format.schema import LayerSpec, layer_params
+from erniequant.runtime.ops import experts_forward, moe_experts, spec_text
 
 
 class PackedExperts(nn.Module):
@@ -34,7 +33,8 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim = experts, hidden, inner
         self.spec = spec
-        self.act_fn: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[activation]
+        self.activation = activation
+        self._spec_text = spec_text(spec)
         self._stored = layer_params(experts, hidden, inner, spec, where)
         for name, (shape, dtype) in self._stored.items():
             parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
@@ -88,7 +88,20 @@ class PackedExperts(nn.Module):
         hidden_states ``[T, H]``, top_k_index int64 ``[T, k]``, top_k_weights ``[T, k]``; returns
         ``[T, H]`` in the dtype of hidden_states. T may be 0; indices beyond the experts do nothing.
         """
-        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        # The operator has no gradient; decoded weights are kept for speed, which it cannot use.
+        needs_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
+        if needs_gradient or (self._keep_decoded and not torch.compiler.is_compiling()):
+            return experts_forward(
+                hidden_states, top_k_index, top_k_weights, self.num_experts,
+                lambda projection, e: self.weight(projection, e, hidden_states.dtype),
+                self.activation,
+            )  # fmt: skip
+        return moe_experts(
+            hidden_states, top_k_index, top_k_weights,
+            self.gate_up_proj_packed, self.gate_up_proj_scale, self.gate_up_proj_signs[0, 0],
+            self.down_proj_packed, self.down_proj_scale, self.down_proj_signs[0, 0],
+            self._spec_text, self.activation,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Sizes and codes, for printing a model."""
@@ -96,20 +109,3 @@ class PackedExperts(nn.Module):
             f"experts={self.num_experts}, hidden={self.hidden_dim}, inner={self.intermediate_dim}, "
             f"{self.spec}"
         )
-
-
-def experts_forward(
-    experts: PackedExperts, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
-) -> torch.Tensor:
-    """Forward pass in plain torch, one expert at a time; shapes as in `PackedExperts.forward`."""
-    out = torch.zeros_like(x, dtype=torch.float32)
-    for expert in torch.unique(expert_index).tolist():
-        if expert >= experts.num_experts:
-            continue
-        token, slot = torch.where(expert_index == expert)
-        gate_up = functional.linear(x[token], experts.weight("gate_up_proj", expert, x.dtype))
-        gate, up = gate_up.chunk(2, dim=-1)
-        inner = experts.act_fn(gate) * up
-        y = functional.linear(inner, experts.weight("down_proj", expert, x.dtype))
-        out.index_add_(0, token, y.float() * routing[token, slot, None].float())
-    return out.to(x.dtype)

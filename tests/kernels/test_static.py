@@ -1,4 +1,4 @@
-"""Machine code of every kernel, in a fresh process: nothing compiles where the interpreter is on."""
+"""Machine code of every kernel, in a fresh process: the interpreter compiles nothing."""
 
 import json
 import os
