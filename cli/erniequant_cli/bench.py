@@ -1,11 +1,13 @@
 """`erniequant bench`: what the kernels cost, in machine code anywhere, in time on a GPU."""
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from erniequant_cli.errors import FAILED, complain
-from erniequant_cli.options import JsonFile, Quiet, write_json
+from erniequant_cli.options import JsonFile, Quiet, writable, write_json
 
 
 def _numbers(text: str) -> list[int]:
@@ -57,6 +59,83 @@ def static(
         found.append(record)
     write_json(json, {"records": found})
     problems = counting.check(found, counting.budget()) if check else []
+    for problem in problems:
+        complain(problem)
+    if problems:
+        raise typer.Exit(FAILED)
+
+
+def kernels(
+    shape: Annotated[
+        str, typer.Option(metavar="21b|300b|vl|tiny", help="Layers to measure, comma-separated.")
+    ] = "21b",
+    tokens: Annotated[
+        str, typer.Option(metavar="N,…", help="Tokens of a batch.")
+    ] = "1,4,16,64,256,1024",
+    bits: Annotated[str, typer.Option(metavar="2,3,4", help="Bits per weight.")] = "2,3,4",
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.svg", callback=writable, help="Also draw it (matplotlib)."),
+    ] = None,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time a layer's experts on the GPU, packed and in bfloat16, and say which is faster.
+
+    Rivals: torch's grouped product, the implementations of transformers, our own kernels on
+    bfloat16 weights. Medians of single calls with a cold cache, in CUDA graphs where possible.
+    Random weights, tokens spread evenly over experts. Every result is checked.
+
+    [bold]Examples[/bold]
+
+      erniequant bench kernels
+
+      erniequant bench kernels --shape 21b,vl --tokens 1,16,2048 --bits 2,4 --plot speed.svg
+    """
+    shapes = shape.split(",")
+    widths = _numbers(bits)
+    counts = _numbers(tokens)
+    if not set(widths) <= {2, 3, 4}:
+        raise typer.BadParameter(f"--bits {bits}: choose from 2, 3 and 4")
+
+    import torch
+
+    from erniequant.errors import ErnieQuantError
+    from erniequant_kernels.bench.problem import SHAPES
+
+    unknown = [name for name in shapes if name not in SHAPES]
+    if unknown:
+        known = ", ".join(SHAPES)
+        raise typer.BadParameter(f"--shape {unknown[0]}: choose from {known}")
+    if not torch.cuda.is_available():
+        raise ErnieQuantError(
+            "bench kernels measures time on an NVIDIA GPU and there is none; "
+            "`erniequant bench static` counts machine code without one"
+        )
+    from erniequant_cli.tables import print_bench_row, print_verdicts
+    from erniequant_kernels.bench import run as bench
+    from erniequant_kernels.bench.machine import machine
+    from erniequant_kernels.bench.timing import copy_bandwidth, cuda_timer
+
+    bandwidth = copy_bandwidth()
+    facts = machine()
+    rows: list[bench.Row] = []
+    measured = bench.measure(shapes, counts, widths, torch.device("cuda"), cuda_timer, bandwidth)
+    for row in measured:
+        if not quiet:
+            print_bench_row(row, first=not rows)
+        rows.append(row)
+    found = bench.verdicts(rows)
+    if not quiet:
+        print_verdicts(found, str(facts["card"]), bandwidth)
+    result = {"machine": facts, "copy_gb_per_s": bandwidth / 1e9}
+    result |= {"rows": [row.to_dict() for row in rows], "verdicts": [asdict(v) for v in found]}
+    write_json(json, result)
+    if plot is not None:
+        from erniequant_kernels.bench.plot import save_plot
+
+        save_plot(rows, str(facts["card"]), plot)
+    problems = bench.wrong(rows)
     for problem in problems:
         complain(problem)
     if problems:

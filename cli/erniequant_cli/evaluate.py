@@ -1,4 +1,4 @@
-"""`erniequant eval perplexity`: perplexity and the distance to a reference."""
+"""`erniequant eval`: perplexity and the distance to a reference, and speed."""
 
 from pathlib import Path
 from typing import Annotated
@@ -76,6 +76,47 @@ def perplexity(
         from erniequant_cli.tables import print_perplexity
 
         print_perplexity(result)
+
+
+def speed(
+    model: Annotated[str, typer.Argument(help="Folder of a quantised or a plain checkpoint.")],
+    reference: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Also measure this model, after the first.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    new: Annotated[int, typer.Option(min=1, help="Tokens to generate, one by one.")] = 64,
+    repetitions: Annotated[int, typer.Option(min=1, help="Times, after one to warm up.")] = 3,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Tokens per second for a prompt and for new tokens, and memory, one sequence at a time.
+
+    [bold]Examples[/bold]
+
+      erniequant eval speed ernie-2bit --reference ./ernie
+
+      erniequant eval speed ernie-2bit --prompt 2048 --new 128 --json speed.json
+    """
+    from erniequant.evaluate.speed import speed as measure
+    from erniequant_cli.loading import load_model
+
+    found = []
+    for source in [model] if reference is None else [model, reference]:
+        subject, _ = load_model(source, device, dtype)
+        found.append(
+            measure(subject, prompt_tokens=prompt, new_tokens=new, repetitions=repetitions)
+        )
+        del subject  # two models may not fit side by side
+    result = found[0].to_dict()
+    if reference is not None:
+        result["reference"] = found[1].to_dict()
+    write_json(json, result)
+    if not quiet:
+        from erniequant_cli.tables import print_speed
+
+        print_speed(found)
 
 
 def _require_same_tokens(tokenizer: object, other: object, text: str) -> None:

@@ -13,13 +13,15 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-eval_app = typer.Typer(help="Measure how good a model is.", no_args_is_help=True)
+eval_app = typer.Typer(help="Measure how good and how fast a model is.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 bench_app = typer.Typer(help="Measure what the kernels cost.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 app.command("quantize", cls=GuardedCommand)(quantize.quantize)
 eval_app.command("perplexity", cls=GuardedCommand)(evaluate.perplexity)
+eval_app.command("speed", cls=GuardedCommand)(evaluate.speed)
+bench_app.command("kernels", cls=GuardedCommand)(bench.kernels)
 bench_app.command("static", cls=GuardedCommand)(bench.static)
 app.command("generate", cls=GuardedCommand)(generate.generate)
 app.command("inspect", cls=GuardedCommand)(inspect.inspect)

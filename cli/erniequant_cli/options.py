@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 
-def _writable(path: Path | None) -> Path | None:
+def writable(path: Path | None) -> Path | None:
     """Refuse a target that cannot be written now, not after hours of work."""
     if path is not None and not path.expanduser().resolve().parent.is_dir():
         raise typer.BadParameter(f"the folder of {path} does not exist")
@@ -19,7 +19,7 @@ def _writable(path: Path | None) -> Path | None:
 JsonFile = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", callback=_writable, help="Also write the result to FILE as JSON."
+        "--json", metavar="FILE", callback=writable, help="Also write the result to FILE as JSON."
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]

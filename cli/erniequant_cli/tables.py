@@ -1,7 +1,7 @@
 """How results look on a terminal. Nothing here computes."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,11 @@ from rich.table import Table
 if TYPE_CHECKING:
     from erniequant.demo import DemoReport
     from erniequant.evaluate import PerplexityResult
+    from erniequant.evaluate.speed import SpeedResult
     from erniequant.format.inspect import ModelSummary
     from erniequant.format.verify import VerifyReport
     from erniequant.quantization.report import QuantizationReport
+    from erniequant_kernels.bench.run import Row, Verdict
 
 FALLBACKS_SHOWN = 5
 WORST_SHOWN = 5
@@ -157,6 +159,57 @@ def print_kernel_cost(record: Mapping[str, Any], first: bool) -> None:
         f"{name:32}{cells}{record['registers']:8}{record['spill_bytes']:7}"
         f"{record['shared_bytes']:8}  {record['matrix_opcode']}"
     )
+
+
+def print_bench_row(row: "Row", first: bool) -> None:
+    """One line per measurement, as soon as it is taken; the first under a heading."""
+    if first:
+        print(
+            f"{'shape':6}{'tokens':>7}  {'method':30}{'us':>10}{'from':>10}{'to':>10}"
+            f"{'GB/s':>8}{'of limit':>10}"
+        )
+    start = f"{row.shape:6}{row.tokens:7}  {row.method:30}"
+    if row.microseconds is None:
+        print(f"{start}  did not run: {row.reason}")
+        return
+    print(
+        f"{start}{row.microseconds:10.1f}{row.low:10.1f}{row.high:10.1f}"
+        f"{row.gigabytes_per_second:8.0f}{row.memory_limit_percent:8.0f} %"
+    )
+
+
+def print_verdicts(verdicts: "Sequence[Verdict]", card: str, bandwidth: float) -> None:
+    """Ours against the fastest bfloat16 method, whoever wins."""
+    table = Table(box=None, title=f"{card}, copies {bandwidth / 1e9:.0f} GB/s")
+    for name in ("shape", "tokens", "bits", "speed-up", "", "fastest bf16"):
+        table.add_column(name)
+    for v in verdicts:
+        winner = "packed is faster" if v.speedup >= 1 else "bf16 is faster"
+        row = (v.shape, str(v.tokens), str(v.bits), f"{v.speedup:.2f}", winner, v.best_bf16)
+        table.add_row(*row)
+    _console().print(table)
+
+
+def print_speed(results: "Sequence[SpeedResult]") -> None:
+    """The model, and the reference beside it."""
+    table = Table.grid(padding=(0, 2))
+    if len(results) > 1:
+        table.add_row("", "model", "reference", "ratio")
+
+    def add(label: str, name: str, digits: int, unit: float = 1.0) -> None:
+        values = [getattr(result, name) for result in results]
+        if None in values:
+            return
+        ratio = [f"{values[0] / values[1]:.2f}"] if len(values) > 1 else []
+        table.add_row(label, *(f"{value / unit:.{digits}f}" for value in values), *ratio)
+
+    first = results[0]
+    add(f"prefill, tokens/s ({first.prompt_tokens} tokens)", "prefill_tokens_per_second", 1)
+    add(f"decode, tokens/s ({first.new_tokens} tokens)", "decode_tokens_per_second", 1)
+    add("weights, GB", "weight_bytes", 3, 1e9)
+    add("peak on the GPU, GB", "peak_bytes", 3, 1e9)
+    table.add_row("device, type", f"{first.device}, {first.dtype}")
+    _console().print(table)
 
 
 def _console() -> Console:

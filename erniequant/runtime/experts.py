@@ -1,8 +1,8 @@
 """The experts of one layer, kept packed: a drop-in for the experts modules of transformers.
 
 On a GPU they run on packed weights (`erniequant.runtime.ops`). Elsewhere, and for what the kernels
-do not take, an expert's two matrices are decoded to the activation dtype as they are needed; decoded
-weights equal those of an export, so both give the same logits up to the order of summation.
+do not take, an expert's two matrices are decoded to the activation dtype as they are needed.
+Decoded weights equal those of an export: the same logits up to the order of summation.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from erniequant.format.decoding import decode_weight
-from erniequant.format.schema import LayerSpec, layer_params
+from erniequant.format.schema import SUFFIXES, LayerSpec, layer_params
 from erniequant.runtime.ops import experts_forward, moe_experts, spec_text
 
 
@@ -97,11 +97,13 @@ class PackedExperts(nn.Module):
                 self.activation,
             )  # fmt: skip
         return moe_experts(
-            hidden_states, top_k_index, top_k_weights,
-            self.gate_up_proj_packed, self.gate_up_proj_scale, self.gate_up_proj_signs[0, 0],
-            self.down_proj_packed, self.down_proj_scale, self.down_proj_signs[0, 0],
-            self._spec_text, self.activation,
+            hidden_states, top_k_index, top_k_weights, *self._tensors("gate_up_proj"),
+            *self._tensors("down_proj"), self._spec_text, self.activation,
         )  # fmt: skip
+
+    def _tensors(self, projection: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        packed, scale, signs = (getattr(self, f"{projection}_{suffix}") for suffix in SUFFIXES)
+        return packed, scale, signs[0, 0]
 
     def extra_repr(self) -> str:
         """Sizes and codes, for printing a model."""

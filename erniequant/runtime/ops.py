@@ -116,7 +116,8 @@ def run_kernels(
     from erniequant_kernels.tuning import tuning_for
 
     def matrices(tensors: tuple[torch.Tensor, ...], how: MatrixSpec) -> PackedMatrices:
-        return PackedMatrices(*tensors, how.conv(), how.tile, how.rotation_block)
+        packed, scale, signs = tensors
+        return PackedMatrices(packed, scale, signs, how.conv(), how.tile, how.rotation_block)
 
     return moe_experts(
         x.contiguous(), expert_index, routing, matrices(gate_up, spec.gate_up_proj),

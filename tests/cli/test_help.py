@@ -9,6 +9,9 @@ import pytest
 COMMANDS = [
     ("quantize",),
     ("eval", "perplexity"),
+    ("eval", "speed"),
+    ("bench", "kernels"),
+    ("bench", "static"),
     ("generate",),
     ("inspect",),
     ("verify",),
@@ -16,7 +19,16 @@ COMMANDS = [
     ("demo",),
 ]
 # Any of these costs more than the second that help may take.
-HEAVY = ("torch", "transformers", "numpy", "numba", "datasets", "triton", "safetensors")
+HEAVY = (
+    "torch",
+    "transformers",
+    "numpy",
+    "numba",
+    "datasets",
+    "triton",
+    "safetensors",
+    "matplotlib",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -28,10 +40,11 @@ def test_help_shows_examples_and_the_shared_options(run, command):
 
 
 def test_every_command_is_in_this_list(run):
-    from erniequant_cli.main import app, eval_app
+    from erniequant_cli.main import app, bench_app, eval_app
 
     found = {(c.name,) for c in app.registered_commands}
     found |= {("eval", c.name) for c in eval_app.registered_commands}
+    found |= {("bench", c.name) for c in bench_app.registered_commands}
     assert found == set(COMMANDS)
 
 
@@ -63,6 +76,11 @@ def test_help_imports_nothing_heavy():
         ("generate", "a"),
         ("export", "a", "b"),
         ("export", "a", "b", "--to", "gguf"),
+        ("bench", "kernels", "--shape", "7b"),
+        ("bench", "kernels", "--tokens", "1,x"),
+        ("bench", "kernels", "--bits", "5"),
+        ("bench", "static", "--arch", "75"),
+        ("eval", "speed", "a", "--new", "0"),
         ("demo", "--json", "no-such-folder/report.json"),
     ],
     ids=" ".join,

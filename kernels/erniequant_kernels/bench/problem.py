@@ -1,0 +1,118 @@
+"""What is measured: a layer of experts of a published model, a batch of tokens, a routing."""
+
+from dataclasses import dataclass
+
+import torch
+
+from erniequant.codes import code_for_bits, register_length
+from erniequant.format.decoding import decode_weight
+from erniequant.format.schema import MatrixSpec
+from erniequant.rotation import block_size, pack_signs, random_signs
+from erniequant_kernels.moe import PackedMatrices
+
+BFLOAT16_BITS = 16
+SCALE = 2**-5
+TILE = 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The experts of one layer: hidden size, inner size of an expert, experts, experts a token."""
+
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+
+    @property
+    def weights_per_expert(self) -> int:
+        """Weights of gate, up and down of one expert."""
+        return 3 * self.hidden * self.inner
+
+
+SHAPES = {
+    "21b": Shape(2560, 1536, 64, 6),
+    "vl": Shape(2560, 512, 64, 6),  # vision experts; the text experts are as in 21b
+    "300b": Shape(8192, 3584, 64, 8),
+    "tiny": Shape(128, 64, 4, 2),  # for Triton's interpreter
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of the experts: ``x`` bf16 ``[T, H]``, indices int64 and weights bf16 ``[T, k]``."""
+
+    x: torch.Tensor
+    expert_index: torch.Tensor
+    routing: torch.Tensor
+
+    @property
+    def active_experts(self) -> int:
+        """Experts with at least one token, whose weights have to be read."""
+        return int(torch.unique(self.expert_index).numel())
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Weights of a layer in both forms; both give the same outputs up to rounding."""
+
+    gate_up: PackedMatrices
+    down: PackedMatrices
+    gate_up_bf16: torch.Tensor
+    down_bf16: torch.Tensor
+
+
+def make_batch(shape: Shape, tokens: int, device: torch.device) -> Batch:
+    """Random tokens; each chooses its experts uniformly, which touches the most weights."""
+    generator = torch.Generator().manual_seed(tokens)
+    scores = torch.rand(tokens, shape.experts, generator=generator)
+    routing, index = scores.topk(shape.top_k, dim=-1)
+    routing = routing / routing.sum(-1, keepdim=True)
+    x = torch.randn(tokens, shape.hidden, generator=generator)
+    return Batch(x.to(device).bfloat16(), index.to(device), routing.to(device).bfloat16())
+
+
+def make_experts(shape: Shape, bits: int, device: torch.device) -> Experts:
+    """Random words (any words decode) and their decoded weights, expert by expert."""
+    spec = {
+        inputs: MatrixSpec(
+            f"cc{bits}", register_length(bits, "standard"), _tile(shape), block_size(inputs)
+        )
+        for inputs in (shape.hidden, shape.inner)
+    }
+
+    def matrices(outputs: int, inputs: int) -> tuple[PackedMatrices, torch.Tensor]:
+        how = spec[inputs]
+        code = code_for_bits(bits, how.register_length)
+        words = inputs * code.words_per_sequence(how.tile)
+        packed = torch.randint(
+            -(2**31), 2**31, (shape.experts, outputs // how.tile, words), dtype=torch.int32,
+            device=device,
+        )  # fmt: skip
+        scale = torch.full((shape.experts, outputs, 1), SCALE, device=device).bfloat16()
+        signs = pack_signs(random_signs(inputs, torch.Generator().manual_seed(inputs))).to(device)
+        scale_bits = scale.view(torch.int16)
+        dense = torch.empty(shape.experts, outputs, inputs, dtype=torch.bfloat16, device=device)
+        for expert in range(shape.experts):
+            dense[expert] = decode_weight(packed[expert], scale_bits[expert], signs, how)
+        found = PackedMatrices(packed, scale_bits, signs, code, how.tile, how.rotation_block)
+        return found, dense
+
+    gate_up, gate_up_bf16 = matrices(2 * shape.inner, shape.hidden)
+    down, down_bf16 = matrices(shape.hidden, shape.inner)
+    return Experts(gate_up, down, gate_up_bf16, down_bf16)
+
+
+def _tile(shape: Shape) -> int:
+    tile = TILE
+    while shape.hidden % tile or shape.inner % tile:
+        tile //= 2
+    return tile
+
+
+def bytes_read(shape: Shape, batch: Batch, bits: int) -> int:
+    """What no method can avoid: active experts' weights and scales, inputs, outputs."""
+    weights = batch.active_experts * shape.weights_per_expert * bits // 8
+    scales = 0 if bits == BFLOAT16_BITS else batch.active_experts * 2 * (2 * shape.inner)
+    scales += 0 if bits == BFLOAT16_BITS else batch.active_experts * 2 * shape.hidden
+    return weights + scales + 2 * batch.x.nbytes

@@ -1,0 +1,97 @@
+"""`bench` and `eval speed`: what reaches a user, with and without a GPU."""
+
+import functools
+import json
+
+import pytest
+import torch
+
+from erniequant_cli import tables
+from erniequant_kernels.bench.run import Row, Verdict
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without a GPU")
+def test_kernels_refuses_without_a_gpu_and_says_what_to_do(run):
+    result = run("bench", "kernels")
+    assert result.exit_code == 1
+    assert "bench static" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_static_refuses_in_the_interpreter(run):
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("a GPU is there, so the interpreter is off")
+    result = run("bench", "static")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "TRITON_INTERPRET" in result.stderr
+
+
+def test_the_table_says_where_bfloat16_wins(capsys):
+    won = Verdict("21b", 1, 2, "bf16 Triton", 3.25)
+    lost = Verdict("21b", 2048, 2, "bf16 torch grouped_mm", 0.8)
+    tables.print_verdicts([won, lost], "a card", 3.2e12)
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "3.25" in first and "packed is faster" in first
+    assert "0.80" in second and "bf16 is faster" in second
+
+
+def test_a_method_that_did_not_run_says_why(capsys):
+    tables.print_bench_row(Row("21b", 4, "bf16 torch", 16, reason="needs sm_90"), first=True)
+    heading, line = capsys.readouterr().out.splitlines()
+    assert "GB/s" in heading and line.endswith("did not run: needs sm_90")
+
+
+@pytest.fixture
+def small():
+    from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+
+    config = Ernie4_5_MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        moe_num_experts=4, moe_k=2, moe_intermediate_size=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Ernie4_5_MoeForCausalLM(config).eval()
+
+
+def test_speed_measures_both_models(run, small, monkeypatch, tmp_path):
+    monkeypatch.setattr("erniequant_cli.loading.load_model", lambda *_: (small, None))
+    out = tmp_path / "speed.json"
+    result = run(
+        *("eval", "speed", "a", "--reference", "b", "--prompt", 10, "--new", 3),
+        *("--repetitions", 2, "--json", out),
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = json.loads(out.read_text())
+    for model in (found, found["reference"]):
+        assert model["prefill_tokens_per_second"] == pytest.approx(10 / model["prefill_seconds"])
+        assert model["decode_tokens_per_second"] == pytest.approx(1 / model["decode_seconds"])
+        # The embedding is tied to the head and counts once.
+        assert model["weight_bytes"] == 4 * sum(p.numel() for p in small.parameters()) + sum(
+            b.nbytes for b in small.buffers()
+        )
+    assert "decode, tokens/s (3 tokens)" in result.stdout and "ratio" in result.stdout
+
+
+def test_speed_feeds_the_prompt_once_and_then_single_tokens(small, monkeypatch):
+    from erniequant.evaluate import speed
+
+    fed = []
+    real = small.forward
+
+    @functools.wraps(real)
+    def recording(input_ids, **kwargs):
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        fed.append((input_ids.shape[1], cache is not None))
+        return real(input_ids, **kwargs)
+
+    monkeypatch.setattr(small, "forward", recording)
+    speed(small, prompt_tokens=5, new_tokens=2, repetitions=1)
+    assert fed == [(5, False), (1, True), (1, True)] * 2
+
+
+def test_more_tokens_than_positions_are_refused(run, small, monkeypatch):
+    monkeypatch.setattr("erniequant_cli.loading.load_model", lambda *_: (small, None))
+    result = run("eval", "speed", "a", "--prompt", 60, "--new", 5)
+    assert result.exit_code == 1 and "64 positions" in result.stderr
