@@ -1,22 +1,31 @@
-"""What only a GPU can show, in one JSON: the kernel tests on the card, and what the card is.
+"""What only a GPU can show, in one JSON: kernel tests on the card, the benchmark, an encoder rate.
 
-``make gpu`` runs this from the repository root and writes ``gpu-report.json``; it grows with the
-kernels. Exits with 1 when a test fails, with 2 when there is no GPU.
+``make gpu`` runs this from the repository root and writes ``gpu-report.json``, in ten minutes or
+less: batches that do not fit in that time are left out and named. Exits with 1 when a test or a
+result is wrong, with 2 when there is no GPU.
 """
 
 import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import triton
+
+from erniequant.codes import code_for_bits, register_length, study
+from erniequant_kernels.bench import run as bench
+from erniequant_kernels.bench.machine import machine
+from erniequant_kernels.bench.timing import copy_bandwidth, cuda_timer
 
 REPORT = Path("gpu-report.json")
-TESTS = ("tests/kernels", "tests/runtime/test_experts.py")
+TESTS = ("tests/kernels", "tests/runtime/test_ops.py", "tests/runtime/test_experts.py")
+TEST_SECONDS, BENCH_SECONDS = 200, 530  # since the start
+# Most telling first, in case time runs out.
+BATCHES = (("21b", (1, 16, 2048, 4, 64, 256, 1024)), ("vl", (1, 16, 256)), ("300b", (1, 16)))
+BITS = (2, 4, 3)
 
 
 def commit() -> str:
@@ -25,51 +34,74 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def driver() -> str:
-    """The version of the driver, or "unknown"."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def test() -> dict[str, Any]:
+    """The kernel tests on the card; counting machine code needs none, so it is left out."""
+    command = [sys.executable, "-m", "pytest", "--quiet", "-x", *TESTS]
+    command += ["--ignore", "tests/kernels/test_static.py"]
     try:
-        return subprocess.run(query, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"passed": False, "summary": f"not done after {TEST_SECONDS} s"}
+    print(done.stdout)
+    lines = done.stdout.strip().splitlines()
+    return {"passed": done.returncode == 0, "summary": lines[-1] if lines else ""}
 
 
-def machine() -> dict[str, Any]:
-    """Card, driver and versions."""
-    card = torch.cuda.get_device_properties(0)
+def benchmark(started: float) -> dict[str, Any]:
+    """Every batch that time allows, against bfloat16."""
+    bandwidth = copy_bandwidth()
+    rows: list[bench.Row] = []
+    left_out = []
+    for shape, tokens in BATCHES:
+        for bits in BITS:
+            if time.perf_counter() - started > BENCH_SECONDS:
+                left_out.append(f"{shape}, {bits} bits")
+                continue
+            # bfloat16 does not depend on our bits: once per shape.
+            measured = bench.measure(
+                [shape], tokens, [bits], torch.device("cuda"), cuda_timer, bandwidth,
+                rivals=bits == BITS[0],
+            )  # fmt: skip
+            for row in measured:
+                rows.append(row)
+                if time.perf_counter() - started > BENCH_SECONDS:
+                    left_out.append(f"{shape}, {bits} bits, what follows {row.tokens} tokens")
+                    break
+    found = bench.verdicts(rows)
+    for v in found:
+        print(f"{v.shape} {v.tokens} tokens {v.bits} bits: {v.speedup:.2f} x {v.best_bf16}")
     return {
-        "card": card.name,
-        "memory_gib": round(card.total_memory / 2**30, 1),
-        "multiprocessors": card.multi_processor_count,
-        "driver": driver(),
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "python": sys.version.split()[0],
-        "commit": commit(),
+        "copy_gb_per_s": bandwidth / 1e9,
+        "rows": [row.to_dict() for row in rows],
+        "verdicts": [asdict(v) for v in found],
+        "wrong": bench.wrong(rows),
+        "left_out": left_out,
     }
 
 
+def encoder() -> dict[str, float]:
+    """Weights encoded per second on one core of this machine, by code."""
+    codes = [code_for_bits(bits, register_length(bits, "standard")) for bits in (2, 3, 4)]
+    return {f"{c.name} L{c.register_length}": study.measure(c, 500, seed=0).rate for c in codes}
+
+
 def main() -> int:
-    """Run the tests and write the report."""
+    """Run everything and write the report, after each part."""
     if not torch.cuda.is_available():
         print("make gpu needs an NVIDIA GPU and a CUDA build of torch; there is none here")
         return 2
     started = time.perf_counter()
-    tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "--quiet", *TESTS], capture_output=True, text=True
-    )
-    print(tests.stdout)
-    lines = tests.stdout.strip().splitlines()
-    report = {
-        "machine": machine(),
-        "tests": {"passed": tests.returncode == 0, "summary": lines[-1] if lines else ""},
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-    REPORT.write_text(json.dumps(report, indent=2) + "\n")
+    report: dict[str, Any] = {"machine": machine() | {"commit": commit()}}
+
+    def write(**part: Any) -> None:
+        report.update(part, seconds=round(time.perf_counter() - started, 1))
+        REPORT.write_text(json.dumps(report, indent=1) + "\n")
+
+    write(tests=test())
+    write(encoder_weights_per_second=encoder())
+    write(kernels=benchmark(started))
     print(f"wrote {REPORT}")
-    return 0 if tests.returncode == 0 else 1
+    return 0 if report["tests"]["passed"] and not report["kernels"]["wrong"] else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark without a GPU: every method computes the layer, and the figures follow from times."""
+"""The benchmark without a GPU: every method computes the layer, figures follow from times."""
 
 import pytest
 import torch

@@ -101,11 +101,12 @@ def _measure(
 @torch.no_grad()
 def measure(
     shapes: Iterable[str], tokens: Sequence[int], bits: Sequence[int], device: torch.device,
-    timer: Timer, bandwidth: float,
+    timer: Timer, bandwidth: float, rivals: bool = True,
 ) -> Iterator[Row]:  # fmt: skip
     """Rows for every shape, width and batch; bfloat16 is measured once per shape and batch.
 
     Args:
+        rivals: whether to measure bfloat16 at all.
         bandwidth: bytes per second that count as the memory limit.
     """
     for shape in shapes:
@@ -115,7 +116,7 @@ def measure(
                 batch = make_batch(SHAPES[shape], count, device)
                 expected = reference(experts, batch)
                 methods = [(packed(width), width)]
-                if index == 0:
+                if index == 0 and rivals:
                     methods += [(method, BFLOAT16_BITS) for method in baselines()]
                 for method, stored in methods:
                     yield _measure(
