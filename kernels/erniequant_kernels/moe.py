@@ -4,6 +4,8 @@ Every launch has a shape that follows from the sizes of its arguments, and nothi
 device, so the whole can be captured in a CUDA graph.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,8 +17,9 @@ from erniequant_kernels.combine import combine
 from erniequant_kernels.dense_gemm import dense_gemm
 from erniequant_kernels.expand import expand
 from erniequant_kernels.packed_gemm import PackedGemmConfig, packed_gemm
-from erniequant_kernels.rotation import Form, form_of, form_shape, rotate, swiglu_rotate
-from erniequant_kernels.routing import RowTiles, most_row_tiles, row_tiles
+from erniequant_kernels.prepare import prepare
+from erniequant_kernels.rotation import Form, form_of, form_shape, swiglu_rotate
+from erniequant_kernels.routing import RowTiles, most_row_tiles
 from erniequant_kernels.tuning import Tuning
 
 
@@ -58,17 +61,18 @@ class MatrixPlan:
     """How one projection is computed.
 
     Attributes:
-        config: of the packed product, or None: decode ``chunk`` experts at a time, then multiply.
+        config: of the packed product, or None: decode some experts, multiply, and so on.
         partial: shape and dtype of the unscaled products.
         rotated: shape of the rotated inputs, bfloat16.
-        expanded: shape of decoded experts, bfloat16; empty for the packed product.
+        expanded: shape of decoded experts, bfloat16 ``[2, experts at a time, N, K]``; empty for the
+            packed product.
     """
 
     config: PackedGemmConfig | None
     form: Form
     partial: tuple[tuple[int, int, int], torch.dtype]
     rotated: tuple[int, ...]
-    expanded: tuple[int, int, int]
+    expanded: tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,14 @@ def plan(
         inputs, outputs = matrix.inputs, matrix.outputs
         if row is None:
             expert_bytes = 2 * outputs * inputs
-            chunk = min(experts, max(1, tuning.expanded_bytes // expert_bytes))
+            chunk = min(experts, max(1, tuning.expanded_bytes // (2 * expert_bytes)))
             partial = ((1, assignments, outputs), torch.bfloat16)
             return MatrixPlan(None, Form.PLAIN, partial, form_shape(rows, inputs, Form.PLAIN),
-                              (chunk, outputs, inputs))  # fmt: skip
+                              (2, chunk, outputs, inputs))  # fmt: skip
         config = tuning.packed_config(row, matrix.code, outputs, inputs, assignments, experts)
         form = form_of(matrix.code)
         partial = ((config.splits, assignments, outputs), torch.float32)
-        return MatrixPlan(config, form, partial, form_shape(rows, inputs, form), (0, 0, 0))
+        return MatrixPlan(config, form, partial, form_shape(rows, inputs, form), (0, 0, 0, 0))
 
     block_m = tuning.dense.block_m if row is None else row.block_m
     return Plan(
@@ -140,13 +144,60 @@ def _multiply(
         )
         return out
     expanded = torch.empty(how.expanded, dtype=torch.bfloat16, device=x.device)
-    chunk = how.expanded[0]
-    for first in range(0, matrix.experts, chunk):
-        some = matrix.packed[first : first + chunk]
-        labels = expanded[: some.shape[0]]
-        expand(some, constants, matrix.code, matrix.tile, labels)
+    overlap = _Overlap(x.device)
+    for turn, first in enumerate(range(0, matrix.experts, how.expanded[1])):
+        some = matrix.packed[first : first + how.expanded[1]]
+        labels = expanded[turn % 2, : some.shape[0]]
+        with overlap.decoding(turn):
+            expand(some, constants, matrix.code, matrix.tile, labels)
+        overlap.wait_for_labels()
         dense_gemm(x, labels, tiles, top_k, out[0], tuning.dense, first_expert=first)
+        overlap.multiplied()
     return out
+
+
+class _Overlap:
+    """Decode the next experts while the last ones are multiplied: one needs the logic units and
+    memory, the other the matrix units. Two halves of the workspace take turns.
+
+    On a GPU the decoding has a stream of its own, forked from the current one and joined before
+    every product, also when captured in a graph; elsewhere all is in order anyway.
+    """
+
+    def __init__(self, device: torch.device):
+        self.main = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.products: list[torch.cuda.Event] = []
+        self.labels: torch.cuda.Event | None = None
+        if self.main is not None:
+            self.side = _side_stream(device)
+            self.side.wait_stream(self.main)
+
+    @contextmanager
+    def decoding(self, turn: int) -> Iterator[None]:
+        """Launch on the side stream, once the half that turn ``turn`` writes has been read."""
+        if self.main is None:
+            yield
+            return
+        if turn >= 2:
+            self.side.wait_event(self.products[turn - 2])
+        with torch.cuda.stream(self.side):
+            yield
+            self.labels = self.side.record_event()
+
+    def wait_for_labels(self) -> None:
+        """What is launched now runs after the decoding so far."""
+        if self.main is not None and self.labels is not None:
+            self.main.wait_event(self.labels)
+
+    def multiplied(self) -> None:
+        """The product that was just launched is the last to read its half."""
+        if self.main is not None:
+            self.products.append(self.main.record_event())
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def moe_experts(
@@ -173,13 +224,15 @@ def moe_experts(
         return out.zero_()
     expert_index, routing = expert_index.contiguous(), routing.contiguous()
     how = plan(tokens, top_k, gate_up, down, tuning)
-    tiles = row_tiles(expert_index, gate_up.experts, how.block_m)
 
     def rotated(matrix: MatrixPlan) -> torch.Tensor:
         return torch.empty(matrix.rotated, dtype=torch.bfloat16, device=x.device)
 
     hidden = rotated(how.gate_up)
-    rotate(x, gate_up.signs, gate_up.rotation_block, how.gate_up.form, hidden)
+    tiles = prepare(
+        expert_index, gate_up.experts, how.block_m, x, gate_up.signs, gate_up.rotation_block,
+        how.gate_up.form, hidden,
+    )  # fmt: skip
     partial = _multiply(hidden, gate_up, how.gate_up, tiles, top_k, tuning)
     inner = rotated(how.down)
     swiglu_rotate(

@@ -123,9 +123,10 @@ def rotate_kernel(
     NORM: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
-    """Program i rotates ROWS consecutive blocks of channels, of one token or more."""
-    index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """Program FIRST + i rotates ROWS consecutive blocks of channels, of one token or more."""
+    index = (tl.program_id(0) - FIRST).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = (index // (INPUTS // BLOCK))[:, None]
     channel = (index % (INPUTS // BLOCK) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
     inside = (index < blocks)[:, None] & (channel < INPUTS)
@@ -173,7 +174,13 @@ def swiglu_rotate_kernel(
     _store(out_ptr, rotated, row, channel, inside, INNER, FORM)
 
 
-def _constants(block: int, form: Form) -> dict[str, int | float]:
+def rotation_programs(blocks: int, block: int) -> int:
+    """Programs that rotate so many blocks of channels."""
+    return triton.cdiv(blocks, ELEMENTS // block)
+
+
+def rotation_constants(block: int, form: Form) -> dict[str, int | float]:
+    """Constexpr arguments of the kernels for a rotation block and a form."""
     return {
         "BLOCK": block,
         "ROOT": block.bit_length() - 1,
@@ -193,9 +200,10 @@ def rotate(x: torch.Tensor, signs: torch.Tensor, block: int, form: Form, out: to
         out: bfloat16 of `form_shape`, contiguous; receives the result.
     """
     blocks = x.numel() // block
-    rotate_kernel[(triton.cdiv(blocks, ELEMENTS // block),)](
-        x, signs, out, blocks, INPUTS=x.shape[-1], num_warps=4, **_constants(block, form)
-    )
+    rotate_kernel[(rotation_programs(blocks, block),)](
+        x, signs, out, blocks, INPUTS=x.shape[-1], FIRST=0, num_warps=4,
+        **rotation_constants(block, form),
+    )  # fmt: skip
 
 
 def swiglu_rotate(
@@ -212,8 +220,8 @@ def swiglu_rotate(
     """
     splits, rows, double = partial.shape
     blocks = rows * double // 2 // block
-    swiglu_rotate_kernel[(triton.cdiv(blocks, ELEMENTS // block),)](
+    swiglu_rotate_kernel[(rotation_programs(blocks, block),)](
         partial, scale, expert_index, signs, out, rows,
         EXPERTS=scale.shape[0], INNER=double // 2, SPLITS=splits, num_warps=4,
-        **_constants(block, form),
+        **rotation_constants(block, form),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 1024
+MOST_SCANNED = 1024
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,18 @@ def row_tiles_kernel(
     EXPERTS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
     """One program per expert: it counts all experts, then lists its own assignments and tiles."""
     mine = tl.program_id(0)
     expert = tl.arange(0, EXPERTS_PADDED)
-    lane = tl.arange(0, BLOCK)
+    lane = tl.arange(0, SCAN)
     counts = tl.zeros((EXPERTS_PADDED,), dtype=tl.int32)
     start = 0
     while start < assignments:
         chosen = tl.load(index_ptr + start + lane, mask=start + lane < assignments, other=-1)
         counts += tl.sum((chosen[:, None] == expert[None, :]).to(tl.int32), axis=0)
-        start += BLOCK
+        start += SCAN
     expert_tiles = (counts + BLOCK_M - 1) // BLOCK_M
     position = tl.sum(tl.where(expert < mine, counts, 0), axis=0)
     count = tl.sum(tl.where(expert == mine, counts, 0), axis=0)
@@ -101,7 +101,7 @@ def row_tiles_kernel(
         start = used
         while start < tiles:
             tl.store(expert_ptr + start + lane, -1, mask=start + lane < tiles)
-            start += BLOCK
+            start += SCAN
 
     start = 0
     while start < (count + BLOCK_M - 1) // BLOCK_M:
@@ -111,7 +111,7 @@ def row_tiles_kernel(
         tl.store(first_ptr + tile + start + lane, position + offset, mask=inside)
         end = position + tl.minimum(offset + BLOCK_M, count)
         tl.store(end_ptr + tile + start + lane, end, mask=inside)
-        start += BLOCK
+        start += SCAN
 
     start = 0
     while start < assignments:
@@ -120,7 +120,32 @@ def row_tiles_kernel(
         place = position + tl.cumsum(is_mine, axis=0) - 1
         tl.store(order_ptr + place, start + lane, mask=is_mine == 1)
         position += tl.sum(is_mine, axis=0)
-        start += BLOCK
+        start += SCAN
+
+
+def empty_row_tiles(expert_index: torch.Tensor, experts: int, block_m: int) -> RowTiles:
+    """Memory for the row tiles of a routing, to be filled by `row_tiles_kernel`."""
+    assignments = expert_index.numel()
+    tiles = most_row_tiles(assignments, experts, block_m)
+
+    def empty(size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int32, device=expert_index.device)
+
+    return RowTiles(
+        empty(assignments), empty(tiles), empty(tiles), empty(tiles), empty(experts + 1), block_m
+    )
+
+
+def row_tiles_constants(experts: int, block_m: int) -> dict[str, int]:
+    """Constexpr arguments of `row_tiles_kernel`."""
+    padded = triton.next_power_of_2(experts)
+    return {
+        "EXPERTS": experts,
+        "EXPERTS_PADDED": padded,
+        "BLOCK_M": block_m,
+        # The comparison of a scanned block with all experts stays in registers.
+        "SCAN": max(32, min(MOST_SCANNED, 2**14 // padded)),
+    }
 
 
 def row_tiles(expert_index: torch.Tensor, experts: int, block_m: int) -> RowTiles:
@@ -130,21 +155,10 @@ def row_tiles(expert_index: torch.Tensor, experts: int, block_m: int) -> RowTile
         expert_index: int64 or int32 ``[T, k]``, contiguous; other values than ``0 .. experts - 1``
             mean no expert.
     """
-    assignments = expert_index.numel()
-    tiles = most_row_tiles(assignments, experts, block_m)
-
-    def empty(size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int32, device=expert_index.device)
-
-    result = RowTiles(
-        empty(assignments), empty(tiles), empty(tiles), empty(tiles), empty(experts + 1), block_m
-    )
-    padded = triton.next_power_of_2(experts)
+    result = empty_row_tiles(expert_index, experts, block_m)
     row_tiles_kernel[(experts,)](
         expert_index, result.order, result.expert, result.first, result.end, result.starts,
-        assignments, tiles,
-        EXPERTS=experts, EXPERTS_PADDED=padded, BLOCK_M=block_m,
-        # The comparison of a block with all experts stays in registers.
-        BLOCK=max(32, min(BLOCK, 2**14 // padded)), num_warps=4,
+        expert_index.numel(), result.expert.numel(), num_warps=4,
+        **row_tiles_constants(experts, block_m),
     )  # fmt: skip
     return result

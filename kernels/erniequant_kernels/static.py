@@ -21,8 +21,9 @@ from erniequant_kernels.dense_gemm import dense_gemm_kernel
 from erniequant_kernels.expand import BLOCK_K, RUNS_PER_PROGRAM, WARPS, expand_kernel
 from erniequant_kernels.machine_code import ARCHITECTURES, KernelCost, compile_kernel, measure
 from erniequant_kernels.packed_gemm import groups_per_warp, packed_gemm_kernel
-from erniequant_kernels.rotation import ELEMENTS, Form, form_of, rotate_kernel, swiglu_rotate_kernel
-from erniequant_kernels.routing import BLOCK, row_tiles_kernel
+from erniequant_kernels.prepare import prepare_kernel
+from erniequant_kernels.rotation import Form, rotation_constants, swiglu_rotate_kernel
+from erniequant_kernels.routing import row_tiles_constants
 from erniequant_kernels.tuning import PackedRow, packed_warps, tables
 
 # ERNIE-4.5-21B-A3B: the shape that every figure on paper refers to.
@@ -110,18 +111,21 @@ def _expand_case(code: ConvolutionalCode) -> Case:
     )
 
 
+_ROW_TILES = {
+    "index_ptr": "i64", "order_ptr": "i32", "expert_ptr": "i32", "first_ptr": "i32",
+    "end_ptr": "i32", "starts_ptr": "i32", "assignments": "int", "tiles": "int",
+}  # fmt: skip
+
+
 def _rotation_cases() -> Iterator[Case]:
-    for code in (code_for_bits(bits, 12) for bits in (2, 4)):
-        form = form_of(code)
-        block = {
-            "BLOCK": ROTATION_BLOCK, "ROOT": ROTATION_BLOCK.bit_length() - 1,
-            "NORM": ROTATION_BLOCK**-0.5, "FORM": int(form), "ROWS": ELEMENTS // ROTATION_BLOCK,
-        }  # fmt: skip
+    for form in (Form.EITHER, Form.TWICE):
+        block = rotation_constants(ROTATION_BLOCK, form)
+        rotation = {"x_ptr": "bf16", "signs_ptr": "i32", "out_ptr": "bf16", "blocks": "int"}
         yield Case(
-            f"rotate {Form(form).name.lower()}",
-            rotate_kernel,
-            {"x_ptr": "bf16", "signs_ptr": "i32", "out_ptr": "bf16", "blocks": "int"},
-            {"INPUTS": HIDDEN} | block,
+            f"prepare {form.name.lower()}",
+            prepare_kernel,
+            _ROW_TILES | rotation,
+            row_tiles_constants(EXPERTS, 8) | {"INPUTS": HIDDEN} | block,
             4,
             3,
         )
@@ -130,7 +134,7 @@ def _rotation_cases() -> Iterator[Case]:
             "signs_ptr": "i32", "out_ptr": "bf16", "rows": "int",
         }  # fmt: skip
         yield Case(
-            f"swiglu_rotate {Form(form).name.lower()}",
+            f"swiglu_rotate {form.name.lower()}",
             swiglu_rotate_kernel,
             pointers,
             {"EXPERTS": EXPERTS, "INNER": INNER, "SPLITS": 4} | block,
@@ -162,17 +166,6 @@ def _other_cases(arch: int) -> Iterator[Case]:
             "routing_ptr": "bf16", "out_ptr": "bf16", "assignments": "int",
         },
         {"EXPERTS": EXPERTS, "OUTPUTS": HIDDEN, "TOP_K": TOP_K, "SPLITS": 4, "BLOCK_N": BLOCK_N},
-        4,
-        3,
-    )  # fmt: skip
-    yield Case(
-        "row_tiles",
-        row_tiles_kernel,
-        {
-            "index_ptr": "i64", "order_ptr": "i32", "expert_ptr": "i32", "first_ptr": "i32",
-            "end_ptr": "i32", "starts_ptr": "i32", "assignments": "int", "tiles": "int",
-        },
-        {"EXPERTS": EXPERTS, "EXPERTS_PADDED": 64, "BLOCK_M": 8, "BLOCK": min(BLOCK, 256)},
         4,
         3,
     )  # fmt: skip

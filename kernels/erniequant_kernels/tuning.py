@@ -47,8 +47,8 @@ class Tuning:
         warps_wanted: the inputs are split until this many warps have work.
         packed: rows in ascending order of ``rows_per_expert``; beyond the last, experts are decoded
             once and multiplied by ``dense``.
-        expanded_bytes: memory for decoded experts, below the level-2 cache where there is a large
-            one; one expert is decoded at a time if a single one is larger.
+        expanded_bytes: memory for decoded experts, two halves of at least one expert; enough of
+            them that their product fills the card.
     """
 
     warps_wanted: int

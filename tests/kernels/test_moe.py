@@ -19,7 +19,7 @@ HIDDEN, INNER, EXPERTS = 192, 96, 5
 DENSE = DenseGemmConfig(16, 64, 32, 4, 2, 8)
 SMALL = Tuning(8, (PackedRow(1e9, 8, 32, 1, 2),), DENSE, 2**20)
 GROUPED = Tuning(64, (PackedRow(1e9, 16, 32, 2, 2),), DENSE, 2**20)
-ONCE = Tuning(8, (), DENSE, 2 * 2 * HIDDEN * INNER * 2)  # two experts' gate and up at a time
+ONCE = Tuning(8, (), DENSE, 2 * 2 * 2 * HIDDEN * INNER * 2)  # two experts' gate and up at a time
 REGIMES = {"small": SMALL, "grouped": GROUPED, "decode once": ONCE}
 
 
