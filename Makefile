@@ -19,7 +19,7 @@ help:
 	@echo "make lint    ruff and mypy only        make format   let ruff fix what it can"
 	@echo "make readme  run the demo and put its table into the README"
 	@echo "make soak    the suite ROUNDS (3) times over, in another order each time; writes docs/soak.log"
-	@echo "make gpu     on a machine with a GPU: kernel tests on the card, written to gpu-report.json"
+	@echo "make gpu     on a machine with a GPU: kernel tests, benchmark and encoder rate to gpu-report.json"
 	@echo "TORCH='torch==2.13.0' chooses the torch requirement, PYTHON the interpreter"
 
 # torch goes first and by its own requirement, so that no other package pulls a different build of it.

@@ -4,39 +4,19 @@ Run from the repository root on an idle machine: ``python docs/update_codes.py [
 """
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from update_readme import replace_section
 
 from erniequant.codes import study
-from erniequant_kernels import static
 
 PAGE = Path(__file__).with_name("codes.md")
-
-
-def machine_rows() -> Iterator[str]:
-    """Rows of machine-code counts of the kernels that decode."""
-    yield "| arch | kernel | issue slots | all | ALU | multiply | memory | matrix | registers |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for record in static.records():
-        counts = record["per_weight"]
-        if not counts:
-            continue
-        pipes = " | ".join(
-            f"{counts[n]:.2f}" for n in ("all", "alu", "multiply", "memory", "matrix")
-        )
-        yield (
-            f"| sm_{record['arch']} | {record['kernel']} | "
-            f"{record['issue_cost']:.2f} | {pipes} | {record['registers']} |"
-        )
 
 
 SECTIONS = {
     "labels": study.label_rows,
     "table": study.table_rows,
     "weighted": study.weighted_rows,
-    "machine": machine_rows,
 }
 
 
