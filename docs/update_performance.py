@@ -4,6 +4,7 @@ Run from the repository root: ``python docs/update_performance.py``; needs no GP
 """
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,9 @@ def prediction_rows(records: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     """Write the tables and the budget."""
     records = list(static.records())
+    spilling = [f"sm_{r['arch']} {r['kernel']}" for r in records if r["spill_bytes"]]
+    if spilling:
+        sys.exit(f"the page says that nothing spills, but: {', '.join(spilling)}")
     page = PAGE.read_text(encoding="utf-8")
     sections = {
         "static": static_rows(records),

@@ -6,6 +6,7 @@ where many tokens per expert make it cheaper to decode a few experts at a time i
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -119,10 +120,12 @@ def run_kernels(
         packed, scale, signs = tensors
         return PackedMatrices(packed, scale, signs, how.conv(), how.tile, how.rotation_block)
 
-    return moe_experts(
-        x.contiguous(), expert_index, routing, matrices(gate_up, spec.gate_up_proj),
-        matrices(down, spec.down_proj), tuning_for(x.device),
-    )  # fmt: skip
+    # Triton launches on the current device, which in a model over several is often another one.
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        return moe_experts(
+            x.contiguous(), expert_index, routing, matrices(gate_up, spec.gate_up_proj),
+            matrices(down, spec.down_proj), tuning_for(x.device),
+        )  # fmt: skip
 
 
 def spec_text(spec: LayerSpec) -> str:

@@ -12,7 +12,7 @@ from erniequant.codes.reference import decode as reference_decode
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
 
-RUNS_PER_PROGRAM = 8
+GROUPS_PER_PROGRAM = 16
 BLOCK_K = 64
 WARPS = 1
 """More would exchange each label through shared memory before it is stored: twice the cost."""
@@ -86,14 +86,16 @@ def expand(
         block_k: inputs of one program, a power of two.
     """
     experts, outputs, inputs = out.shape
-    runs = outputs // decode.group_weights(code) // decode.run_length(code.step_bits)
+    run = decode.run_length(code.step_bits)
+    runs = outputs // decode.group_weights(code) // run
     grid = (
         triton.cdiv(inputs, block_k),
-        triton.cdiv(runs, RUNS_PER_PROGRAM),
+        triton.cdiv(runs, GROUPS_PER_PROGRAM // run),
         experts,
     )
     expand_kernel[grid](
         packed, constants, out,
         INPUTS=inputs, OUTPUTS=outputs, TILE_WORDS=code.words_per_sequence(tile),
-        RUNS=RUNS_PER_PROGRAM, BLOCK_K=block_k, num_warps=WARPS, **decode.code_constants(code),
+        RUNS=GROUPS_PER_PROGRAM // run, BLOCK_K=block_k, num_warps=WARPS,
+        **decode.code_constants(code),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from erniequant.errors import ErnieQuantError
 from erniequant_kernels import decode
 from erniequant_kernels.combine import BLOCK_N, combine_kernel
 from erniequant_kernels.dense_gemm import dense_gemm_kernel
-from erniequant_kernels.expand import BLOCK_K, RUNS_PER_PROGRAM, WARPS, expand_kernel
+from erniequant_kernels.expand import BLOCK_K, GROUPS_PER_PROGRAM, WARPS, expand_kernel
 from erniequant_kernels.machine_code import ARCHITECTURES, KernelCost, compile_kernel, measure
 from erniequant_kernels.packed_gemm import groups_per_warp, packed_gemm_kernel
 from erniequant_kernels.prepare import prepare_kernel
@@ -98,7 +98,7 @@ def packed_case(code: ConvolutionalCode, row: PackedRow) -> Case:
 def _expand_case(code: ConvolutionalCode) -> Case:
     constants = {
         "INPUTS": HIDDEN, "OUTPUTS": 2 * INNER, "TILE_WORDS": code.words_per_sequence(TILE),
-        "RUNS": RUNS_PER_PROGRAM, "BLOCK_K": BLOCK_K,
+        "RUNS": GROUPS_PER_PROGRAM // decode.run_length(code.step_bits), "BLOCK_K": BLOCK_K,
     }  # fmt: skip
     return Case(
         f"expand {code.name} L{code.register_length}",
@@ -107,7 +107,7 @@ def _expand_case(code: ConvolutionalCode) -> Case:
         constants | decode.code_constants(code),
         WARPS,
         3,
-        RUNS_PER_PROGRAM * decode.run_length(code.step_bits) * BLOCK_K * decode.group_weights(code),
+        GROUPS_PER_PROGRAM * BLOCK_K * decode.group_weights(code),
     )
 
 
