@@ -95,3 +95,13 @@ def test_more_tokens_than_positions_are_refused(run, small, monkeypatch):
     monkeypatch.setattr("erniequant_cli.loading.load_model", lambda *_: (small, None))
     result = run("eval", "speed", "a", "--prompt", 60, "--new", 5)
     assert result.exit_code == 1 and "64 positions" in result.stderr
+
+
+def test_the_first_repetition_and_the_prompt_do_not_count_as_decoding(small, monkeypatch):
+    import importlib
+
+    module = importlib.import_module("erniequant.evaluate.speed")
+    seconds = iter([[100.0] * 3, [8.0, 1.0, 3.0], [10.0, 1.0, 5.0]])
+    monkeypatch.setattr(module, "_once", lambda *_: next(seconds))
+    result = module.speed(small, prompt_tokens=4, new_tokens=2, repetitions=2)
+    assert (result.prefill_seconds, result.decode_seconds) == (9.0, 2.0)
