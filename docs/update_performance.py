@@ -81,7 +81,7 @@ def packed_seconds(
 ) -> tuple[float, str]:
     """Predicted time of a layer on packed weights, and what bounds it."""
     counts = loads(shape, tokens)
-    row = tuning.packed_row(tokens * shape.top_k / shape.experts)
+    row = tuning.packed_row(tokens * shape.top_k / shape.experts, {bits})
     weights = shape.weights_per_expert
     if row is None:
         return _decode_once_seconds(card, shape, tokens, bits, costs)

@@ -103,7 +103,7 @@ def plan(
 ) -> Plan:
     """Choose kernels and tile sizes for a batch of ``tokens``."""
     experts, assignments = gate_up.experts, tokens * top_k
-    row = tuning.packed_row(assignments / experts)
+    row = tuning.packed_row(assignments / experts, {gate_up.code.bits, down.code.bits})
 
     def matrix_plan(matrix: PackedMatrices, rows: int) -> MatrixPlan:
         inputs, outputs = matrix.inputs, matrix.outputs

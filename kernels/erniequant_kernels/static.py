@@ -178,8 +178,9 @@ def cases(arch: int, names: Sequence[str] = CODE_NAMES) -> Iterator[Case]:
         lengths = dict.fromkeys(register_length(bits, effort) for effort in EFFORTS)
         for length in lengths:
             code = code_for_bits(bits, length)
-            for row in tables()[f"sm_{arch}"].packed:
-                yield packed_case(code, row)
+            rows = [row for row in tables()[f"sm_{arch}"].packed if bits in row.bits]
+            # Two rows may differ in nothing but the load that they are for.
+            yield from {row.block_m: packed_case(code, row) for row in rows}.values()
             yield _expand_case(code)
     yield from _rotation_cases()
     yield from _other_cases(arch)

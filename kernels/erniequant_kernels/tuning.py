@@ -25,13 +25,18 @@ MAX_SPLITS = 16
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Tile sizes of the packed product up to some average number of assignments per expert."""
+    """Tile sizes of the packed product up to some average number of assignments per expert.
+
+    ``bits`` are the widths that it is for: at 2 and 3 bits a warp has twice the outputs, and 32
+    tokens of them do not fit its registers.
+    """
 
     rows_per_expert: float
     block_m: int
     block_k: int
     warps: int
     stages: int
+    bits: tuple[int, ...] = (2, 3, 4)
 
 
 def packed_warps(code: ConvolutionalCode, row: PackedRow) -> int:
@@ -45,8 +50,7 @@ class Tuning:
 
     Attributes:
         warps_wanted: the inputs are split until this many warps have work.
-        packed: rows in ascending order of ``rows_per_expert``; beyond the last, experts are decoded
-            once and multiplied by ``dense``.
+        packed: rows, of which the first that fits is taken; beyond them, experts are decoded once and multiplied by ``dense``.
         expanded_bytes: memory for decoded experts, two halves of at least one expert; enough of
             them that their product fills the card.
     """
@@ -56,9 +60,14 @@ class Tuning:
     dense: DenseGemmConfig
     expanded_bytes: int
 
-    def packed_row(self, rows_per_expert: float) -> PackedRow | None:
-        """The row for a load, or None where decoding once is better."""
-        return next((row for row in self.packed if rows_per_expert <= row.rows_per_expert), None)
+    def packed_row(self, rows_per_expert: float, bits: set[int]) -> PackedRow | None:
+        """The row for a load and the widths of a layer, or None where decoding once is better."""
+        fitting = (
+            row
+            for row in self.packed
+            if rows_per_expert <= row.rows_per_expert and bits <= set(row.bits)
+        )
+        return next(fitting, None)
 
     def packed_config(
         self, row: PackedRow, code: ConvolutionalCode, outputs: int, inputs: int,
@@ -87,7 +96,10 @@ class Tuning:
 
 def parse(settings: dict[str, Any]) -> Tuning:
     """One entry of tuning.json."""
-    rows = tuple(PackedRow(**row) for row in settings["packed"])
+    rows = tuple(
+        PackedRow(**{**row, "bits": tuple(row.get("bits", PackedRow.bits))})
+        for row in settings["packed"]
+    )
     dense = DenseGemmConfig(**settings["dense"])
     return Tuning(settings["warps_wanted"], rows, dense, settings["expanded_bytes"])
 

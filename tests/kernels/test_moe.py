@@ -157,6 +157,17 @@ def test_the_workspace_is_what_the_plan_says(regime, tokens, monkeypatch):
     assert sum(allocated) == stated
 
 
+def test_wider_row_tiles_are_for_layers_of_four_bits_throughout():
+    loads = (1, 40, 100, 10**4)
+    found = {}
+    for codes in (("cc4", "cc4"), ("cc2", "cc4"), ("cc3", "cc3")):
+        gate_up, down = layer(*codes)
+        plans = [plan(tokens, 2, gate_up[0], down[0], tables()["sm_90"]) for tokens in loads]
+        found[codes] = [None if p.gate_up.config is None else p.block_m for p in plans]
+    assert found[("cc4", "cc4")] == [8, 32, 32, None]
+    assert found[("cc2", "cc4")] == found[("cc3", "cc3")] == [8, 16, 16, None]
+
+
 def test_shipped_tables_use_every_regime():
     gate_up, down = layer()
     for tuning in tables().values():

@@ -41,6 +41,8 @@ def test_both_architectures_and_every_kernel_are_counted(records):
 def test_products_stay_below_what_memory_takes(records, code, bar):
     # Sixteen tokens on sm_90: beyond these, two and four bits wait for instructions, not memory.
     for record in only(records, 90, f"packed_gemm {code}"):
+        if record["kernel"].endswith("M32"):
+            continue  # twice the tokens for one decoding
         assert record["issue_cost"] <= bar
         assert record["spill_bytes"] == 0
         assert "MMA" in record["matrix_opcode"]

@@ -143,3 +143,31 @@ def test_launches_do_not_depend_on_the_routing(experts, monkeypatch):
 
 def _refuse(*_):
     raise AssertionError("the host waits for the device")
+
+
+@torch.no_grad()
+def test_a_whole_model_on_the_kernels(packed_ernie, monkeypatch):
+    # Both layers: three codes, tiles of 32 and 64, rotation blocks 64, 32 and none at all.
+    from erniequant import load
+    from erniequant.runtime import experts as module
+
+    model, _ = load(packed_ernie, device=DEVICE, dtype="bfloat16", keep_decoded=False)
+    ids = torch.randint(0, 128, (2, 9), device=DEVICE)
+    with monkeypatch.context() as plain:
+        plain.setattr(module, "moe_experts", ops._in_plain_torch)
+        expected = model(input_ids=ids).logits.float()
+    calls = []
+
+    def on_kernels(x, index, routing, *rest):
+        calls.append(len(x))
+        *tensors, spec, _ = rest
+        layer = ops.parse_spec(spec)
+        return ops.run_kernels(x, index, routing, tuple(tensors[:3]), tuple(tensors[3:]), layer)
+
+    monkeypatch.setattr(module, "moe_experts", on_kernels)
+    found = model(input_ids=ids).logits.float()
+    assert calls == [18, 18]
+    divergence = torch.nn.functional.kl_div(
+        found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    assert divergence.mean() < 5e-4
