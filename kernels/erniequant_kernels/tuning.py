@@ -50,7 +50,8 @@ class Tuning:
 
     Attributes:
         warps_wanted: the inputs are split until this many warps have work.
-        packed: rows, of which the first that fits is taken; beyond them, experts are decoded once and multiplied by ``dense``.
+        packed: rows, of which the first that fits is taken; beyond them, experts are decoded once
+            and multiplied by ``dense``.
         expanded_bytes: memory for decoded experts, two halves of at least one expert; enough of
             them that their product fills the card.
     """
