@@ -1,5 +1,6 @@
 """A whole layer of experts on packed weights, in every regime, against plain torch."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from erniequant.format.decoding import decode_weight, encode_scale
 from erniequant.format.schema import MatrixSpec
 from erniequant.rotation import pack_signs, random_signs
+from erniequant_kernels import moe
 from erniequant_kernels.dense_gemm import DenseGemmConfig
 from erniequant_kernels.moe import PackedMatrices, moe_experts, plan
 from erniequant_kernels.tuning import PackedRow, Tuning, tables
@@ -176,3 +178,45 @@ def test_shipped_tables_use_every_regime():
             for how in (plan(tokens, 2, gate_up[0], down[0], tuning) for tokens in (1, 40, 10**4))
         }
         assert kinds == {8, 16, None}
+
+
+class FakeStream:
+    """Launches in order; an event stands for all launches so far and what they waited for."""
+
+    def __init__(self):
+        self.before = set()
+
+    def launch(self, name):
+        done = set(self.before)
+        self.before.add(name)
+        return done
+
+    def record_event(self):
+        return set(self.before)
+
+    def wait_event(self, event):
+        self.before |= event
+
+    def wait_stream(self, other):
+        self.before |= other.before
+
+
+def test_decoding_beside_products_never_overtakes_them(monkeypatch):
+    # The twin of the streams on a GPU: what has surely finished when each launch starts.
+    main, side = FakeStream(), FakeStream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: main)
+    monkeypatch.setattr(moe, "_side_stream", lambda _: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    main.launch("rotation")
+    overlap = moe._Overlap(torch.device("cuda"))
+    for turn in range(5):
+        with overlap.decoding(turn):
+            finished = side.launch(f"labels {turn}")
+        assert "rotation" in finished
+        if turn >= 2:  # the half that it writes
+            assert f"product {turn - 2}" in finished
+            assert f"product {turn - 1}" not in finished  # or nothing would overlap
+        overlap.wait_for_labels()
+        assert f"labels {turn}" in main.launch(f"product {turn}")
+        overlap.multiplied()
+    assert {f"labels {turn}" for turn in range(5)} <= main.before, "joined at the end"
