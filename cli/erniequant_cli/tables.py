@@ -150,12 +150,12 @@ def print_kernel_cost(record: Mapping[str, Any], first: bool) -> None:
     pipes = ("all", "alu", "multiply", "memory", "matrix")
     if first:
         names = "".join(name.rjust(9) for name in ("cost", *pipes))
-        print(f"{'kernel':32}{names}    regs  spill  shared  matrix instruction")
+        _line(f"{'kernel':32}{names}    regs  spill  shared  matrix instruction")
     costs = record["per_weight"]
     numbers = [record["issue_cost"], *(costs.get(name) for name in pipes)]
     cells = "".join(("" if n is None else f"{n:.2f}").rjust(9) for n in numbers)
     name = f"sm_{record['arch']} {record['kernel']}"
-    print(
+    _line(
         f"{name:32}{cells}{record['registers']:8}{record['spill_bytes']:7}"
         f"{record['shared_bytes']:8}  {record['matrix_opcode']}"
     )
@@ -164,15 +164,15 @@ def print_kernel_cost(record: Mapping[str, Any], first: bool) -> None:
 def print_bench_row(row: "Row", first: bool) -> None:
     """One line per measurement, as soon as it is taken; the first under a heading."""
     if first:
-        print(
+        _line(
             f"{'shape':6}{'tokens':>7}  {'method':30}{'us':>10}{'from':>10}{'to':>10}"
             f"{'GB/s':>8}{'of limit':>10}"
         )
     start = f"{row.shape:6}{row.tokens:7}  {row.method:30}"
     if row.microseconds is None:
-        print(f"{start}  did not run: {row.reason}")
+        _line(f"{start}  did not run: {row.reason}")
         return
-    print(
+    _line(
         f"{start}{row.microseconds:10.1f}{row.low:10.1f}{row.high:10.1f}"
         f"{row.gigabytes_per_second:8.0f}{row.memory_limit_percent:8.0f} %"
     )
@@ -210,6 +210,11 @@ def print_speed(results: "Sequence[SpeedResult]") -> None:
     add("peak on the GPU, GB", "peak_bytes", 3, 1e9)
     table.add_row("device, type", f"{first.device}, {first.dtype}")
     _console().print(table)
+
+
+def _line(text: str) -> None:
+    """One line of a table that grows while the work goes on, whatever its width."""
+    _console().print(text, soft_wrap=True)
 
 
 def _console() -> Console:
