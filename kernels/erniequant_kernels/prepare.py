@@ -29,7 +29,7 @@ def prepare_kernel(
     out_ptr,
     blocks,
     EXPERTS: tl.constexpr,
-    EXPERTS_PADDED: tl.constexpr,
+    BINS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SCAN: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -43,7 +43,7 @@ def prepare_kernel(
     if tl.program_id(0) < EXPERTS:
         row_tiles_kernel(
             index_ptr, order_ptr, expert_ptr, first_ptr, end_ptr, starts_ptr, assignments, tiles,
-            EXPERTS, EXPERTS_PADDED, BLOCK_M, SCAN,
+            EXPERTS, BINS, BLOCK_M, SCAN,
         )  # fmt: skip
     else:
         rotate_kernel(

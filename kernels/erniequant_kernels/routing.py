@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-MOST_SCANNED = 1024
+SCAN = 1024
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,21 @@ def row_tiles_kernel(
     assignments,
     tiles,
     EXPERTS: tl.constexpr,
-    EXPERTS_PADDED: tl.constexpr,
+    BINS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     """One program per expert: it counts all experts, then lists its own assignments and tiles."""
     mine = tl.program_id(0)
-    expert = tl.arange(0, EXPERTS_PADDED)
+    expert = tl.arange(0, BINS)
     lane = tl.arange(0, SCAN)
-    counts = tl.zeros((EXPERTS_PADDED,), dtype=tl.int32)
+    counts = tl.zeros((BINS,), dtype=tl.int32)
     start = 0
     while start < assignments:
         chosen = tl.load(index_ptr + start + lane, mask=start + lane < assignments, other=-1)
-        counts += tl.sum((chosen[:, None] == expert[None, :]).to(tl.int32), axis=0)
+        # What belongs to no expert, and the padding of the last scan, counts as one beyond.
+        nobody = (chosen < 0) | (chosen >= EXPERTS)
+        counts += tl.histogram(tl.where(nobody, EXPERTS, chosen).to(tl.int32), BINS)
         start += SCAN
     expert_tiles = (counts + BLOCK_M - 1) // BLOCK_M
     position = tl.sum(tl.where(expert < mine, counts, 0), axis=0)
@@ -138,13 +140,11 @@ def empty_row_tiles(expert_index: torch.Tensor, experts: int, block_m: int) -> R
 
 def row_tiles_constants(experts: int, block_m: int) -> dict[str, int]:
     """Constexpr arguments of `row_tiles_kernel`."""
-    padded = triton.next_power_of_2(experts)
     return {
         "EXPERTS": experts,
-        "EXPERTS_PADDED": padded,
+        "BINS": triton.next_power_of_2(experts + 1),
         "BLOCK_M": block_m,
-        # The comparison of a scanned block with all experts stays in registers.
-        "SCAN": max(32, min(MOST_SCANNED, 2**14 // padded)),
+        "SCAN": SCAN,
     }
 
 

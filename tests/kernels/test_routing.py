@@ -19,7 +19,7 @@ ROUTINGS = {
     "some experts without tokens": (torch.tensor([[0, 6], [6, 0], [6, 3]]), 9),
     "indices beyond the experts": (torch.tensor([[0, 4], [9, 1], [-1, 2]]), 4),
     "nothing for anyone": (torch.full((3, 2), 8), 8),
-    "random, more than one block": (random_choice(100, 3, 66), 66),
+    "random, more than one block": (random_choice(400, 3, 66), 66),
 }
 
 
