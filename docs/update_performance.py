@@ -14,13 +14,14 @@ import torch
 import triton
 from update_readme import replace_section
 
+from erniequant.codes import register_length
 from erniequant_kernels import static
 from erniequant_kernels.bench.problem import SHAPES, Shape, make_batch
 from erniequant_kernels.tuning import Tuning, tables
 
 PAGE = Path(__file__).with_name("performance.md")
 BUDGET = Path(static.__file__).with_name("budget.json")
-STANDARD = {2: "cc2 L12", 3: "cc3 L13", 4: "cc4 L13"}
+STANDARD = {bits: f"cc{bits} L{register_length(bits, 'standard')}" for bits in (2, 3, 4)}
 TOKENS = (1, 4, 16, 64, 256, 1024, 2048)
 REACHED = 0.9  # of the specified memory bandwidth, by a large copy
 GEMM_REACHED = 0.7  # of the matrix units' peak, by a large product
@@ -110,9 +111,9 @@ def _decode_once_seconds(
 
 def chunks(card: Card, shape: Shape) -> int:
     """Times that a few experts are decoded and multiplied, for both projections."""
-    expanded = tables()[f"sm_{card.arch}"].expanded_bytes
-    sizes = (2 * 2 * 2 * shape.hidden * shape.inner, 2 * 2 * shape.hidden * shape.inner)
-    return sum(-(-shape.experts // max(1, expanded // (2 * size))) for size in sizes)
+    tuning = tables()[f"sm_{card.arch}"]
+    matrices = ((2 * shape.inner, shape.hidden), (shape.hidden, shape.inner))
+    return sum(-(-shape.experts // tuning.experts_at_once(*matrix)) for matrix in matrices)
 
 
 def _gemm_seconds(card: Card, shape: Shape, tokens: int) -> float:

@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from erniequant.format.decoding import decode_scale
 from erniequant_kernels.bfloat16 import from_pattern, rounded
+from erniequant_kernels.routing import assigned_scales
 
 BLOCK_N = 512
 
@@ -16,8 +16,7 @@ def combine_reference(
 ) -> torch.Tensor:
     """`combine` in plain torch; float32 ``[T, H]``."""
     tokens, top_k = expert_index.shape
-    valid = (expert_index >= 0) & (expert_index < scale.shape[0])
-    scales = decode_scale(scale)[torch.where(valid, expert_index, 0)]
+    scales, valid = assigned_scales(scale, expert_index)
     y = partial.float().sum(0).view(tokens, top_k, -1) * scales * routing.float()[..., None]
     return torch.where(valid[..., None], y, 0.0).sum(1)
 

@@ -28,14 +28,16 @@ STEPS = 8
 """Steps of one group, whatever the code."""
 
 
-def group_bits(code: ConvolutionalCode) -> int:
-    """Stream bits of one group."""
-    return STEPS * code.step_bits
-
-
-def run_length(step_bits: int) -> int:
-    """Groups of a run, the neighbours that are loaded together."""
+@triton.constexpr_function
+def run_length(step_bits):
+    """Groups of a run, the neighbours that are loaded together: whole words."""
     return 2 if step_bits == 4 else 4
+
+
+@triton.constexpr_function
+def steps_apart(step_bits):
+    """Steps between two registers that are cut out together: 16 stream bits, or 15."""
+    return 4 if step_bits == 4 else 5
 
 
 def group_weights(code: ConvolutionalCode) -> int:
@@ -92,7 +94,7 @@ def load_groups(
         Two tuples of uint32 ``[R, K]``, one entry per group of a run: the 32 bits that end with the
         group, and the bits before those, of which at least 8 are valid (a register needs 5).
     """
-    RUN_WORDS: tl.constexpr = 2 if STEP_BITS == 4 else 3
+    RUN_WORDS: tl.constexpr = run_length(STEP_BITS) * STEP_BITS // 4
     RUNS: tl.constexpr = TILE_WORDS // RUN_WORDS  # of one tile
     base = (run // RUNS) * (INPUTS * TILE_WORDS)
     first = run % RUNS * RUN_WORDS
@@ -124,7 +126,7 @@ def product(
     Terms that two steps share are written twice and computed once.
     """
     # One constexpr assignment each: a constexpr cannot be assigned twice in Triton.
-    OFFSET: tl.constexpr = 16 if STEP_BITS == 4 else 15
+    OFFSET: tl.constexpr = steps_apart(STEP_BITS) * STEP_BITS
     PAIRED: tl.constexpr = LENGTH <= OFFSET
     DISTANCE: tl.constexpr = (7 - STEP) * STEP_BITS  # stream bits of the group after this step
     IS_HIGH: tl.constexpr = PAIRED and DISTANCE >= OFFSET
@@ -152,7 +154,7 @@ def step_at(turn, step_bits):
     In plain order the shared window would stay in a register for four turns; with 128 accumulators
     that spills.
     """
-    apart = 4 if step_bits == 4 else 5
+    apart = steps_apart(step_bits)
     return turn // 2 + turn % 2 * apart if turn // 2 + apart < STEPS else turn - 3
 
 

@@ -40,7 +40,7 @@ def expand_kernel(
 ):
     """Program (k, n, e): RUNS runs of groups and BLOCK_K inputs of one expert."""
     PER_GROUP: tl.constexpr = 8 * WEIGHTS_PER_STEP
-    RUN: tl.constexpr = 2 if STEP_BITS == 4 else 4
+    RUN: tl.constexpr = decode.run_length(STEP_BITS)
     RUN_COUNT: tl.constexpr = OUTPUTS // PER_GROUP // RUN
     expert = tl.program_id(2).to(tl.int64)
     packed_ptr += expert * (OUTPUTS // PER_GROUP * STEP_BITS // 4 * INPUTS)

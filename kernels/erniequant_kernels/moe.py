@@ -108,8 +108,7 @@ def plan(
     def matrix_plan(matrix: PackedMatrices, rows: int) -> MatrixPlan:
         inputs, outputs = matrix.inputs, matrix.outputs
         if row is None:
-            expert_bytes = 2 * outputs * inputs
-            chunk = min(experts, max(1, tuning.expanded_bytes // (2 * expert_bytes)))
+            chunk = min(experts, tuning.experts_at_once(outputs, inputs))
             partial = ((1, assignments, outputs), torch.bfloat16)
             return MatrixPlan(None, Form.PLAIN, partial, form_shape(rows, inputs, Form.PLAIN),
                               (2, chunk, outputs, inputs))  # fmt: skip

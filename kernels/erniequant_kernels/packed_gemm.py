@@ -16,6 +16,7 @@ from erniequant.codes.reference import decode as reference_decode
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
 from erniequant_kernels.bfloat16 import MATRIX_TYPE
+from erniequant_kernels.dense_gemm import dense_gemm_reference
 from erniequant_kernels.routing import RowTiles
 
 
@@ -54,11 +55,7 @@ def packed_gemm_reference(
         packed: int32 ``[E, N / tile, K * words]``.
         expert_index: integer ``[A]``; assignments to no expert stay zero.
     """
-    out = torch.zeros(expert_index.numel(), packed.shape[1] * tile, device=x.device)
-    for expert in range(packed.shape[0]):
-        mine = torch.where(expert_index == expert)[0]
-        out[mine] = x[mine // top_k].float() @ reference_decode(packed[expert], code, tile).T
-    return out
+    return dense_gemm_reference(x, reference_decode(packed, code, tile), expert_index, top_k)
 
 
 @triton.jit
@@ -93,7 +90,7 @@ def packed_gemm_kernel(
     PER_GROUP: tl.constexpr = 8 * WEIGHTS_PER_STEP
     GROUP_COUNT: tl.constexpr = OUTPUTS // PER_GROUP
     BLOCKS: tl.constexpr = (GROUP_COUNT + GROUPS - 1) // GROUPS
-    RUN: tl.constexpr = 2 if STEP_BITS == 4 else 4
+    RUN: tl.constexpr = decode.run_length(STEP_BITS)
     COLUMNS: tl.constexpr = WEIGHTS_PER_STEP * BLOCK_M
     TURNS: tl.constexpr = INPUTS // BLOCK_K // SPLITS
     row_tile = tl.program_id(0) // BLOCKS

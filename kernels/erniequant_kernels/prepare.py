@@ -55,7 +55,14 @@ def prepare(
     expert_index: torch.Tensor, experts: int, block_m: int, x: torch.Tensor, signs: torch.Tensor,
     block: int, form: Form, out: torch.Tensor,
 ) -> RowTiles:  # fmt: skip
-    """`routing.row_tiles` of a batch and `rotation.rotate` of its inputs; arguments as there."""
+    """Row tiles of a batch (see `routing.row_tiles`), and its rotated inputs.
+
+    Args:
+        x: ``[T, K]`` of any float type, contiguous.
+        signs: int32 ``[ceil(K / 32)]``.
+        block: rotation block, a power of two that divides K, at most 128.
+        out: bfloat16 of `rotation.form_shape`, contiguous; receives the rotated inputs.
+    """
     tiles = empty_row_tiles(expert_index, experts, block_m)
     blocks = x.numel() // block
     prepare_kernel[(experts + rotation_programs(blocks, block),)](

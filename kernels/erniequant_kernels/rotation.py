@@ -14,10 +14,10 @@ import triton.language as tl
 from torch.nn import functional
 
 from erniequant.codes.spec import ConvolutionalCode
-from erniequant.format.decoding import decode_scale
 from erniequant.rotation import rotate as rotate_plain
 from erniequant.rotation import unpack_signs
 from erniequant_kernels.bfloat16 import from_pattern, rounded
+from erniequant_kernels.routing import assigned_scales
 
 ELEMENTS = 1024
 """Channels that one program rotates."""
@@ -56,7 +56,7 @@ def arrange_reference(x: torch.Tensor, form: Form) -> torch.Tensor:
 
 
 def rotate_reference(x: torch.Tensor, signs: torch.Tensor, block: int, form: Form) -> torch.Tensor:
-    """`rotate` in plain torch, equal to the last bit."""
+    """`rotate_kernel` in plain torch, equal to the last bit."""
     rotated = rotate_plain(x.float(), unpack_signs(signs, x.shape[-1]), block)
     return arrange_reference(rotated.to(torch.bfloat16), form)
 
@@ -66,8 +66,7 @@ def swiglu_rotate_reference(
     block: int, form: Form,
 ) -> torch.Tensor:  # fmt: skip
     """`swiglu_rotate` in plain torch."""
-    valid = (expert_index >= 0) & (expert_index < scale.shape[0])
-    scales = decode_scale(scale)[torch.where(valid, expert_index, 0).flatten()]
+    scales, _ = assigned_scales(scale, expert_index)
     gate, up = (partial.float().sum(0) * scales).chunk(2, dim=-1)
     return rotate_reference(functional.silu(gate) * up, signs, block, form)
 
@@ -188,22 +187,6 @@ def rotation_constants(block: int, form: Form) -> dict[str, int | float]:
         "FORM": int(form),
         "ROWS": ELEMENTS // block,
     }
-
-
-def rotate(x: torch.Tensor, signs: torch.Tensor, block: int, form: Form, out: torch.Tensor) -> None:
-    """Rotate inputs.
-
-    Args:
-        x: ``[T, K]`` of any float type, contiguous.
-        signs: int32 ``[ceil(K / 32)]``.
-        block: rotation block, a power of two that divides K, at most 128.
-        out: bfloat16 of `form_shape`, contiguous; receives the result.
-    """
-    blocks = x.numel() // block
-    rotate_kernel[(rotation_programs(blocks, block),)](
-        x, signs, out, blocks, INPUTS=x.shape[-1], FIRST=0, num_warps=4,
-        **rotation_constants(block, form),
-    )  # fmt: skip
 
 
 def swiglu_rotate(

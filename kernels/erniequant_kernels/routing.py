@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from erniequant.format.decoding import decode_scale
+
 SCAN = 1024
 
 
@@ -63,6 +65,14 @@ def row_tiles_reference(expert_index: torch.Tensor, experts: int, block_m: int) 
         position += mine.numel()
     starts[experts] = tile
     return RowTiles(order, expert, first, end, starts, block_m)
+
+
+def assigned_scales(
+    scale: torch.Tensor, expert_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For references: scales ``[E, N]`` of each assignment's expert, and whether it has one."""
+    valid = (expert_index >= 0) & (expert_index < scale.shape[0])
+    return decode_scale(scale)[torch.where(valid, expert_index, 0)], valid
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from typing import Any
 
 import triton
 
-from erniequant.codes import CODE_NAMES, EFFORTS, code_for_bits, register_length
+from erniequant.codes import EFFORTS, REGISTERED, get_code, register_length
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels import decode
@@ -31,8 +31,6 @@ HIDDEN, INNER, EXPERTS, TOP_K = 2560, 1536, 64, 6
 TILE, ROTATION_BLOCK = 256, 128
 DEFAULT_TOLERANCE = 0.02
 
-_POINTER_TYPES = {"bf16": "*bf16", "fp32": "*fp32", "i32": "*i32", "i16": "*i16", "i64": "*i64"}
-
 
 @dataclass(frozen=True)
 class Case:
@@ -40,8 +38,7 @@ class Case:
 
     Attributes:
         label: unique among the cases, such as ``packed_gemm cc2 L12 M16``.
-        arguments: run-time arguments by name: ``bf16`` for a pointer to bfloat16, ``int`` for a
-            number.
+        arguments: types of run-time arguments by name, such as ``*bf16``.
         constants: constexpr arguments by name.
         weights: distinct weights that a program decodes in a turn of its main loop (in all, if it
             has none).
@@ -57,15 +54,14 @@ class Case:
 
     def compile(self, arch: int) -> KernelCost:
         """Compile and count for ``sm_<arch>``."""
-        signature = {n: _POINTER_TYPES.get(t, "i32") for n, t in self.arguments.items()}
         compiled = compile_kernel(
-            self.kernel, signature, self.constants, arch,
+            self.kernel, self.arguments, self.constants, arch,
             num_warps=self.warps, num_stages=self.stages,
         )  # fmt: skip
         return measure(compiled, arch, weights_per_iteration=self.weights, num_warps=self.warps)
 
 
-_TILES = {f"{name}_ptr": "i32" for name in ("order", "tile_expert", "tile_first", "tile_end")}
+_TILES = {f"{name}_ptr": "*i32" for name in ("order", "tile_expert", "tile_first", "tile_end")}
 
 
 def packed_case(code: ConvolutionalCode, row: PackedRow) -> Case:
@@ -75,9 +71,9 @@ def packed_case(code: ConvolutionalCode, row: PackedRow) -> Case:
     return Case(
         f"packed_gemm {code.name} L{code.register_length} M{row.block_m}",
         packed_gemm_kernel,
-        {"x_ptr": "bf16", "packed_ptr": "i32", "constants_ptr": "i32"}
+        {"x_ptr": "*bf16", "packed_ptr": "*i32", "constants_ptr": "*i32"}
         | _TILES
-        | {"out_ptr": "fp32", "assignments": "int"},
+        | {"out_ptr": "*fp32", "assignments": "i32"},
         {
             "TOP_K": TOP_K,
             "INPUTS": HIDDEN,
@@ -103,7 +99,7 @@ def _expand_case(code: ConvolutionalCode) -> Case:
     return Case(
         f"expand {code.name} L{code.register_length}",
         expand_kernel,
-        {"packed_ptr": "i32", "constants_ptr": "i32", "out_ptr": "bf16"},
+        {"packed_ptr": "*i32", "constants_ptr": "*i32", "out_ptr": "*bf16"},
         constants | decode.code_constants(code),
         WARPS,
         3,
@@ -112,15 +108,15 @@ def _expand_case(code: ConvolutionalCode) -> Case:
 
 
 _ROW_TILES = {
-    "index_ptr": "i64", "order_ptr": "i32", "expert_ptr": "i32", "first_ptr": "i32",
-    "end_ptr": "i32", "starts_ptr": "i32", "assignments": "int", "tiles": "int",
+    "index_ptr": "*i64", "order_ptr": "*i32", "expert_ptr": "*i32", "first_ptr": "*i32",
+    "end_ptr": "*i32", "starts_ptr": "*i32", "assignments": "i32", "tiles": "i32",
 }  # fmt: skip
 
 
 def _rotation_cases() -> Iterator[Case]:
     for form in (Form.EITHER, Form.TWICE):
         block = rotation_constants(ROTATION_BLOCK, form)
-        rotation = {"x_ptr": "bf16", "signs_ptr": "i32", "out_ptr": "bf16", "blocks": "int"}
+        rotation = {"x_ptr": "*bf16", "signs_ptr": "*i32", "out_ptr": "*bf16", "blocks": "i32"}
         yield Case(
             f"prepare {form.name.lower()}",
             prepare_kernel,
@@ -130,8 +126,8 @@ def _rotation_cases() -> Iterator[Case]:
             3,
         )
         pointers = {
-            "partial_ptr": "fp32", "scale_ptr": "i16", "expert_index_ptr": "i64",
-            "signs_ptr": "i32", "out_ptr": "bf16", "rows": "int",
+            "partial_ptr": "*fp32", "scale_ptr": "*i16", "expert_index_ptr": "*i64",
+            "signs_ptr": "*i32", "out_ptr": "*bf16", "rows": "i32",
         }  # fmt: skip
         yield Case(
             f"swiglu_rotate {form.name.lower()}",
@@ -148,9 +144,9 @@ def _other_cases(arch: int) -> Iterator[Case]:
     yield Case(
         f"dense_gemm M{dense.block_m} N{dense.block_n}",
         dense_gemm_kernel,
-        {"x_ptr": "bf16", "weights_ptr": "bf16"}
+        {"x_ptr": "*bf16", "weights_ptr": "*bf16"}
         | _TILES
-        | {"starts_ptr": "i32", "out_ptr": "bf16", "first_expert": "int", "end_expert": "int"},
+        | {"starts_ptr": "*i32", "out_ptr": "*bf16", "first_expert": "i32", "end_expert": "i32"},
         {
             "TOP_K": TOP_K, "INPUTS": HIDDEN, "OUTPUTS": 2 * INNER, "BLOCK_M": dense.block_m,
             "BLOCK_N": dense.block_n, "BLOCK_K": dense.block_k,
@@ -162,8 +158,8 @@ def _other_cases(arch: int) -> Iterator[Case]:
         "combine",
         combine_kernel,
         {
-            "partial_ptr": "fp32", "scale_ptr": "i16", "expert_index_ptr": "i64",
-            "routing_ptr": "bf16", "out_ptr": "bf16", "assignments": "int",
+            "partial_ptr": "*fp32", "scale_ptr": "*i16", "expert_index_ptr": "*i64",
+            "routing_ptr": "*bf16", "out_ptr": "*bf16", "assignments": "i32",
         },
         {"EXPERTS": EXPERTS, "OUTPUTS": HIDDEN, "TOP_K": TOP_K, "SPLITS": 4, "BLOCK_N": BLOCK_N},
         4,
@@ -171,24 +167,20 @@ def _other_cases(arch: int) -> Iterator[Case]:
     )  # fmt: skip
 
 
-def cases(arch: int, names: Sequence[str] = CODE_NAMES) -> Iterator[Case]:
+def cases(arch: int) -> Iterator[Case]:
     """Every kernel, the decoding ones for each code and register length that an effort uses."""
-    for name in names:
-        bits = int(name[2:])
-        lengths = dict.fromkeys(register_length(bits, effort) for effort in EFFORTS)
-        for length in lengths:
-            code = code_for_bits(bits, length)
-            rows = [row for row in tables()[f"sm_{arch}"].packed if bits in row.bits]
-            # Two rows may differ in nothing but the load that they are for.
-            yield from {row.block_m: packed_case(code, row) for row in rows}.values()
-            yield _expand_case(code)
+    for code in (get_code(*key) for key in REGISTERED):
+        if code.register_length not in {register_length(code.bits, e) for e in EFFORTS}:
+            continue
+        rows = [row for row in tables()[f"sm_{arch}"].packed if code.bits in row.bits]
+        # Two rows may differ in nothing but the load that they are for.
+        yield from {row.block_m: packed_case(code, row) for row in rows}.values()
+        yield _expand_case(code)
     yield from _rotation_cases()
     yield from _other_cases(arch)
 
 
-def records(
-    archs: Sequence[int] = ARCHITECTURES, names: Sequence[str] = CODE_NAMES
-) -> Iterator[dict[str, Any]]:
+def records(archs: Sequence[int] = ARCHITECTURES) -> Iterator[dict[str, Any]]:
     """Compile and count case by case.
 
     Raises:
@@ -197,7 +189,7 @@ def records(
     if triton.knobs.runtime.interpret or not isinstance(packed_gemm_kernel, triton.JITFunction):
         raise ErnieQuantError("machine code needs Triton's compiler; unset TRITON_INTERPRET")
     for arch in archs:
-        for case in cases(arch, names):
+        for case in cases(arch):
             cost = case.compile(arch)
             counted = {"issue_cost": cost.issue_cost, "per_weight": cost.per_weight}
             yield {"kernel": case.label, "triton": triton.__version__} | counted | asdict(cost)

@@ -70,6 +70,10 @@ class Tuning:
         )
         return next(fitting, None)
 
+    def experts_at_once(self, outputs: int, inputs: int) -> int:
+        """Experts of ``outputs`` by ``inputs`` that one half of the workspace holds decoded."""
+        return max(1, self.expanded_bytes // (2 * torch.bfloat16.itemsize * outputs * inputs))
+
     def packed_config(
         self, row: PackedRow, code: ConvolutionalCode, outputs: int, inputs: int,
         assignments: int, experts: int,
@@ -112,6 +116,7 @@ def tables() -> dict[str, Tuning]:
     return {name: parse(settings) for name, settings in json.loads(text).items()}
 
 
+@cache
 def tuning_for(device: torch.device) -> Tuning:
     """The table of a device, or the default one."""
     if device.type != "cuda":

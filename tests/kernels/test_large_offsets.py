@@ -29,8 +29,8 @@ def huge(*shape, dtype):
     assert elements > 2**31
     try:
         return torch.empty(shape, dtype=dtype, device=DEVICE)
-    except (RuntimeError, torch.OutOfMemoryError):
-        pytest.skip(f"cannot reserve {elements * dtype.itemsize / 1e9:.0f} GB of address space")
+    except torch.OutOfMemoryError:  # a small card; without one, address space is never short
+        pytest.skip(f"the card has no {elements * dtype.itemsize / 1e9:.0f} GB to spare")
 
 
 def random_words(*shape):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from erniequant.format.decoding import encode_scale
 from erniequant_kernels.bench.problem import Batch, Experts
 from erniequant_kernels.combine import combine
 from erniequant_kernels.dense_gemm import DenseGemmConfig, dense_gemm
@@ -60,8 +61,9 @@ def triton_bf16(config: DenseGemmConfig) -> Method:
         count, double, _ = experts.gate_up_bf16.shape
         hidden = batch.x.shape[1]
         tokens, top_k = batch.expert_index.shape
-        one = torch.ones(count, max(double, hidden), device=device).bfloat16().view(torch.int16)
-        gate_scale, down_scale = one[:, :double].contiguous(), one[:, :hidden].contiguous()
+        gate_scale, down_scale = (
+            encode_scale(torch.ones(count, outputs, device=device)) for outputs in (double, hidden)
+        )
         no_signs = torch.zeros(double, dtype=torch.int32, device=device)
 
         def run() -> torch.Tensor:

@@ -1,18 +1,19 @@
 """What is measured: a layer of experts of a published model, a batch of tokens, a routing."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from erniequant.codes import code_for_bits, register_length
-from erniequant.format.decoding import decode_weight
+from erniequant.codes import register_length
+from erniequant.format.decoding import decode_weight, encode_scale
 from erniequant.format.schema import MatrixSpec
+from erniequant.quantization.plan import tile_size
 from erniequant.rotation import block_size, pack_signs, random_signs
 from erniequant_kernels.moe import PackedMatrices
 
 BFLOAT16_BITS = 16
 SCALE = 2**-5
-TILE = 256
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,18 @@ def make_experts(shape: Shape, bits: int, device: torch.device) -> Experts:
 
     def matrices(outputs: int, inputs: int) -> tuple[PackedMatrices, torch.Tensor]:
         how = spec[inputs]
-        code = code_for_bits(bits, how.register_length)
+        code = how.conv()
         words = inputs * code.words_per_sequence(how.tile)
         packed = torch.randint(
             -(2**31), 2**31, (shape.experts, outputs // how.tile, words), dtype=torch.int32,
             device=device,
         )  # fmt: skip
-        scale = torch.full((shape.experts, outputs, 1), SCALE, device=device).bfloat16()
+        scale = encode_scale(torch.full((shape.experts, outputs, 1), SCALE, device=device))
         signs = pack_signs(random_signs(inputs, torch.Generator().manual_seed(inputs))).to(device)
-        scale_bits = scale.view(torch.int16)
         dense = torch.empty(shape.experts, outputs, inputs, dtype=torch.bfloat16, device=device)
         for expert in range(shape.experts):
-            dense[expert] = decode_weight(packed[expert], scale_bits[expert], signs, how)
-        found = PackedMatrices(packed, scale_bits, signs, code, how.tile, how.rotation_block)
+            dense[expert] = decode_weight(packed[expert], scale[expert], signs, how)
+        found = PackedMatrices(packed, scale, signs, code, how.tile, how.rotation_block)
         return found, dense
 
     gate_up, gate_up_bf16 = matrices(2 * shape.inner, shape.hidden)
@@ -104,15 +104,12 @@ def make_experts(shape: Shape, bits: int, device: torch.device) -> Experts:
 
 
 def _tile(shape: Shape) -> int:
-    tile = TILE
-    while shape.hidden % tile or shape.inner % tile:
-        tile //= 2
-    return tile
+    return tile_size(math.gcd(shape.hidden, shape.inner), "sizes of the benchmark")
 
 
 def bytes_read(shape: Shape, batch: Batch, bits: int) -> int:
     """What no method can avoid: active experts' weights and scales, inputs, outputs."""
-    weights = batch.active_experts * shape.weights_per_expert * bits // 8
-    scales = 0 if bits == BFLOAT16_BITS else batch.active_experts * 2 * (2 * shape.inner)
-    scales += 0 if bits == BFLOAT16_BITS else batch.active_experts * 2 * shape.hidden
-    return weights + scales + 2 * batch.x.nbytes
+    expert = shape.weights_per_expert * bits // 8
+    if bits != BFLOAT16_BITS:
+        expert += 2 * (2 * shape.inner + shape.hidden)
+    return batch.active_experts * expert + 2 * batch.x.nbytes

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
+from erniequant.runtime.ops import experts_forward
 from erniequant_kernels.bench.methods import Method, baselines, packed
 from erniequant_kernels.bench.problem import (
     BFLOAT16_BITS,
@@ -71,14 +72,11 @@ class Verdict:
 
 def reference(experts: Experts, batch: Batch) -> torch.Tensor:
     """The layer in float32, expert by expert."""
-    out = torch.zeros(batch.x.shape, device=batch.x.device)
-    for expert in torch.unique(batch.expert_index).tolist():
-        token, slot = torch.where(batch.expert_index == expert)
-        gate_up = batch.x[token].float() @ experts.gate_up_bf16[expert].float().T
-        gate, up = gate_up.chunk(2, dim=-1)
-        y = (torch.nn.functional.silu(gate) * up) @ experts.down_bf16[expert].float().T
-        out.index_add_(0, token, y * batch.routing[token, slot, None].float())
-    return out
+    weights = {"gate_up_proj": experts.gate_up_bf16, "down_proj": experts.down_bf16}
+    return experts_forward(
+        batch.x.float(), batch.expert_index, batch.routing, len(experts.down_bf16),
+        lambda projection, expert: weights[projection][expert].float(), "silu",
+    )  # fmt: skip
 
 
 def _measure(
