@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from erniequant.checkpoint.files import write_json
 from erniequant.checkpoint.reader import CONFIG_FILE, open_checkpoint
 from erniequant.checkpoint.writer import (
     MAX_SHARD_BYTES,
     CheckpointWriter,
     copy_companions,
-    write_json,
 )
 from erniequant.errors import ErnieQuantError
 from erniequant.format.decoding import expert_matrices

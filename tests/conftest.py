@@ -58,7 +58,8 @@ def packed_ernie(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) ->
     Layer 1 and 2 differ in code, register length and tile, so mixing them up shows.
     """
     from erniequant.checkpoint import CheckpointWriter, open_checkpoint
-    from erniequant.checkpoint.writer import copy_companions, write_json
+    from erniequant.checkpoint.files import write_json
+    from erniequant.checkpoint.writer import copy_companions
     from erniequant.format.decoding import encode_scale
     from erniequant.format.schema import (
         LayerSpec,

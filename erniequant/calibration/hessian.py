@@ -6,12 +6,14 @@ and, in the end, without feedback; what happened is returned, never raised, beca
 must not stop a run of hours.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-CHUNK = 4096
-"""Tokens per matrix product; bounds the float32 copy of the weighted inputs."""
+ROW_BLOCK = 256
+"""Rows looked at together where a whole matrix would need a copy."""
 
 DAMPING_STEPS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Damping tried in turn, as a fraction of the mean diagonal; above 0.1 a matrix counts as
@@ -20,19 +22,46 @@ degraded."""
 DEGRADED_DAMPING = 0.1
 
 
-@dataclass(frozen=True, eq=False)
 class Moments:
-    """Weighted second moments of inputs: ``total`` float32 ``[K, K]``, ``weight`` the sum of token
-    weights."""
+    """Weighted moments of inputs, summed over chunks of tokens.
 
-    total: torch.Tensor
-    weight: float
-    tokens: int
-    dropped: int
+    Attributes:
+        total: ``sum_t c_t x_t x_t^T``, float32 ``[K, K]``.
+        cross: for every other table given to `add`, ``sum_t c_t x_t y_t^T``, float32 ``[K, N]``.
+        weight: ``sum_t c_t``.
+    """
 
-    def mean(self) -> torch.Tensor:
-        """Second moment per unit of weight, or zeros without any weight."""
-        return self.total / self.weight if self.weight > 0 else torch.zeros_like(self.total)
+    def __init__(self, inputs: int, others: Sequence[int] = (), device: Any = "cpu"):
+        """Sums of nothing for ``inputs`` channels and ``others`` channels of other tables."""
+        self.total = torch.zeros(inputs, inputs, device=device)
+        self.cross = [torch.zeros(inputs, columns, device=device) for columns in others]
+        self.weight = 0.0
+
+    def add(self, x: torch.Tensor, weights: torch.Tensor, *others: torch.Tensor) -> None:
+        """Add tokens ``x`` float32 ``[n, K]`` with weights ``[n]`` and their ``others``
+        ``[n, N]``; all have to be finite."""
+        weighted = (x * weights[:, None]).T
+        self.total.addmm_(weighted, x)
+        for cross, other in zip(self.cross, others, strict=True):
+            cross.addmm_(weighted, other)
+        self.weight += float(weights.double().sum())
+
+    def blend(self, prior: torch.Tensor, strength: float) -> torch.Tensor:
+        """Turn ``total`` into a mean, with a prior mean ``[K, K]`` that counts as ``strength``
+        units of weight, and return it.
+
+        Without tokens that is the prior; without a usable prior, the identity.
+        """
+        blended = self.total.add_(prior, alpha=strength).div_(max(self.weight + strength, 1e-30))
+        if not all_finite(blended) or blended.diagonal().sum() <= 0:
+            blended.zero_().fill_diagonal_(1)
+        return blended
+
+    def cpu(self) -> "Moments":
+        """The same on the CPU."""
+        self.total = self.total.cpu()
+        self.cross = [cross.cpu() for cross in self.cross]
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,53 +79,32 @@ def finite_rows(x: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(x.sum(-1))
 
 
-def second_moments(x: torch.Tensor, weights: torch.Tensor) -> Moments:
-    """Accumulate the moments of tokens ``x`` ``[T, K]`` with weights ``[T]``; non-finite tokens
-    are dropped."""
-    finite = finite_rows(x) & torch.isfinite(weights)
-    dropped = int((~finite).sum())
-    if dropped:
-        x, weights = x[finite], weights[finite]
-    total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
-    for start in range(0, x.shape[0], CHUNK):
-        part = x[start : start + CHUNK].float()
-        total += (part * weights[start : start + CHUNK, None].float()).T @ part
-    return Moments(total, float(weights.double().sum()), x.shape[0], dropped)
+def all_finite(matrix: torch.Tensor) -> bool:
+    """Whether a matrix ``[N, K]`` holds neither inf nor nan, without a copy of it."""
+    return all(bool(torch.isfinite(rows).all()) for rows in matrix.split(ROW_BLOCK))
 
 
-def cross_moments(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``sum_t c_t x_t y_t^T`` float32 ``[K, N]`` of finite tokens ``[T, K]``, ``[T, N]`` with
-    weights ``[T]``."""
-    total = torch.zeros(x.shape[-1], y.shape[-1], dtype=torch.float32, device=x.device)
-    for start in range(0, x.shape[0], CHUNK):
-        part = slice(start, start + CHUNK)
-        total += (x[part].float() * weights[part, None].float()).T @ y[part].float()
-    return total
-
-
-def shrink(own: Moments, prior: torch.Tensor, strength: float) -> torch.Tensor:
-    """Blend an expert's moments with a prior mean that counts as ``strength`` units of token
-    weight.
-
-    Without tokens of its own the expert gets the prior; without a usable prior, the identity.
-    """
-    blended = (own.total + strength * prior) / max(own.weight + strength, 1e-30)
-    if not torch.isfinite(blended).all() or blended.diagonal().sum() <= 0:
-        return torch.eye(prior.shape[-1], device=prior.device)
-    return blended
+def cholesky(hessian: torch.Tensor, ridge: float) -> torch.Tensor | None:
+    """Lower Cholesky factor, float64, of a float32 Hessian ``[K, K]`` plus a ridge; None if it is
+    not positive definite."""
+    damped = hessian.double()
+    damped.diagonal().add_(ridge)
+    lower, info = torch.linalg.cholesky_ex(damped)
+    del damped
+    return lower if int(info) == 0 and all_finite(lower) else None
 
 
 def factorise(hessian: torch.Tensor) -> Factor:
     """Factor a damped Hessian ``[K, K]`` as ``M D M^T``; falls back to no feedback (``M = I``)."""
-    size = hessian.shape[-1]
-    identity = torch.eye(size, dtype=torch.float32)
-    mean = hessian.diagonal().double().mean()
-    if not torch.isfinite(hessian).all() or mean <= 0:
-        return Factor(identity, 0.0, "no usable Hessian")
+    mean = float(hessian.diagonal().double().mean())
+    if not mean > 0 or not all_finite(hessian):
+        return Factor(torch.eye(hessian.shape[-1]), 0.0, "no usable Hessian")
     for damping in DAMPING_STEPS:
-        damped = hessian.double()
-        damped.diagonal().add_(damping * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            return Factor((lower / lower.diagonal()).float(), damping, None)
-    return Factor(identity, DAMPING_STEPS[-1], "no damping made the Hessian positive definite")
+        lower = cholesky(hessian, damping * mean)
+        if lower is not None:
+            return Factor(lower.div_(lower.diagonal().clone()).float(), damping, None)
+    return Factor(
+        torch.eye(hessian.shape[-1]),
+        DAMPING_STEPS[-1],
+        "no damping made the Hessian positive definite",
+    )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from erniequant.errors import ErnieQuantError
 
@@ -54,7 +53,10 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a shard's header says about a tensor; ``dtype`` is None for a type torch lacks."""
+    """What a shard's header says about a tensor; ``dtype`` is None for a type torch lacks.
+
+    ``offset`` is where its ``n_bytes`` begin in the file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -62,6 +64,7 @@ class TensorHeader:
     stored_dtype: str
     n_bytes: int
     shard: str
+    offset: int
 
     @property
     def elements(self) -> int:
@@ -82,7 +85,6 @@ class Checkpoint:
     def __init__(self, folder: Path, config: dict[str, Any], headers: Mapping[str, TensorHeader]):
         self.folder, self.config, self.headers = folder, config, headers
         self.shards = tuple(dict.fromkeys(header.shard for header in headers.values()))
-        self._open: dict[str, Any] = {}
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -98,20 +100,53 @@ class Checkpoint:
         """One tensor, on the CPU, in its stored dtype.
 
         Raises:
-            ErnieQuantError: missing, or its file cannot be read.
+            ErnieQuantError: missing, of a type that torch lacks, or its file cannot be read.
         """
-        path = self.folder / self.header(name).shard
+        header = self.header(name)
+        flat = self._read(header, 0, header.elements)
+        return flat.view(header.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start..stop-1`` of a tensor along its first dimension; reads nothing else."""
+        header = self.header(name)
+        width = math.prod(header.shape[1:])
+        return self._read(header, start * width, stop * width).view(-1, *header.shape[1:])
+
+    def _read(self, header: TensorHeader, start: int, stop: int) -> torch.Tensor:
+        # Plain reads instead of a mapped file: pages of a mapping count as memory of the process
+        # until they are unmapped, which for a 5 GB shard is the whole shard.
+        if header.dtype is None:
+            raise ErnieQuantError(
+                f"tensor {header.name} is stored as {header.stored_dtype}, which torch cannot hold"
+            )
+        tensor = torch.empty(stop - start, dtype=header.dtype)
+        size = header.dtype.itemsize
+        path = self.folder / header.shard
         try:
-            if path.name not in self._open:
-                self._open[path.name] = safe_open(path, framework="pt")
-            return self._open[path.name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ErnieQuantError(f"cannot read tensor {name} from {path}: {error}") from error
+            read_exactly(path, header.offset + start * size, tensor.view(torch.uint8).numpy())
+        except OSError as error:
+            raise ErnieQuantError(
+                f"cannot read tensor {header.name} from {path}: {error.strerror or error}"
+            ) from error
+        return tensor
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(header.n_bytes for header in self.headers.values())
+
+
+def read_exactly(path: Path, offset: int, buffer: Any) -> None:
+    """Fill a writable buffer of bytes from a file. Raises OSError where the file is too short."""
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise OSError(f"the file ends at byte {offset + done}")
+            done += count
 
 
 def locate(source: str | Path, *, weights: bool = True) -> Path:
@@ -195,7 +230,8 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         try:
             entries = json.loads(file.read(length))
             entries.pop("__metadata__", None)
-            found = {name: _entry(name, entry, path.name) for name, entry in entries.items()}
+            data = _LENGTH_BYTES + length
+            found = {name: _entry(name, entry, path.name, data) for name, entry in entries.items()}
             ends = {name: entry["data_offsets"][1] for name, entry in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ErnieQuantError(f"{path} has a damaged header: {error}") from error
@@ -209,10 +245,10 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     return found
 
 
-def _entry(name: str, entry: dict[str, Any], shard: str) -> TensorHeader:
+def _entry(name: str, entry: dict[str, Any], shard: str, data: int) -> TensorHeader:
     begin, end = entry["data_offsets"]
     shape, stored = tuple(entry["shape"]), entry["dtype"]
-    header = TensorHeader(name, shape, DTYPES.get(stored), stored, end - begin, shard)
+    header = TensorHeader(name, shape, DTYPES.get(stored), stored, end - begin, shard, data + begin)
     if header.dtype is not None and header.elements * header.dtype.itemsize != header.n_bytes:
         raise ValueError(
             f"tensor {name} has {header.n_bytes} bytes for shape {list(shape)} of {stored}"

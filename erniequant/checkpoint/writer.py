@@ -4,20 +4,20 @@ Shards are written to temporary names, flushed to disk and renamed; the index co
 therefore sees either no checkpoint or a whole one.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from erniequant.checkpoint.reader import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from erniequant.checkpoint.files import disk_error, sha256_of, write_file, write_json
+from erniequant.checkpoint.layout import shard_name
+from erniequant.checkpoint.reader import CONFIG_FILE, INDEX_FILE
 from erniequant.errors import ErnieQuantError
 
 MAX_SHARD_BYTES = 2_000_000_000
@@ -95,7 +95,7 @@ class CheckpointWriter:
             digest = _sync_and_hash(path)
         except (OSError, SafetensorError) as error:
             path.unlink(missing_ok=True)
-            raise _disk_error(path.parent, error) from error
+            raise disk_error(path.parent, error) from error
         self._shards.append((path, list(self._pending), digest))
         self._pending, self._pending_bytes = {}, 0
 
@@ -106,8 +106,7 @@ class CheckpointWriter:
         weight_map: dict[str, str] = {}
         digests: dict[str, str] = {}
         for number, (path, names, digest) in enumerate(self._shards, start=1):
-            single = count == 1
-            shard = SINGLE_FILE if single else f"model-{number:05d}-of-{count:05d}.safetensors"
+            shard = shard_name(number, count)
             os.replace(path, self.folder / shard)
             weight_map |= dict.fromkeys(names, shard)
             digests[shard] = digest
@@ -129,51 +128,36 @@ def require_new_folder(folder: Path) -> None:
         raise ErnieQuantError(f"{folder} is not empty; give a new folder")
 
 
-def write_json(path: Path, contents: dict[str, Any]) -> None:
-    """Write a JSON file as a whole: temporary name, flush to disk, rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(contents, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _disk_error(path, error) from error
+def companion_files(source: Path) -> list[Path]:
+    """Tokenizer, generation, processor and licence files of a checkpoint.
 
-
-def copy_companions(source: Path, destination: Path) -> list[str]:
-    """Copy tokenizer, generation, processor and licence files unchanged; returns their names.
-
-    Not copied: weights, config.json, the index, and a report about other weights.
+    Not among them: weights, config.json, the index, and a report about other weights.
     """
-    copied = []
+    found = []
     for path in sorted(source.iterdir()):
         wanted = path.suffix in _COPIED_SUFFIXES and not path.name.endswith(".index.json")
         wanted = wanted and path.name not in _NOT_COPIED
         wanted = wanted or path.name.startswith(("LICENSE", "NOTICE"))
+        if path.is_file() and wanted:
+            found.append(path)
+        elif path.is_dir() and path.name in _COPIED_FOLDERS:
+            found += sorted(p for p in path.iterdir() if p.is_file())
+    return found
+
+
+def copy_companions(source: Path, destination: Path) -> list[str]:
+    """Copy `companion_files` unchanged; returns their names."""
+    copied = []
+    for path in companion_files(source):
+        target = destination / path.relative_to(source)
         try:
-            if path.is_file() and wanted:
-                shutil.copyfile(path, destination / path.name)
-            elif path.is_dir() and path.name in _COPIED_FOLDERS:
-                shutil.copytree(path, destination / path.name)
-            else:
-                continue
+            target.parent.mkdir(exist_ok=True)
+            with path.open("rb") as original:
+                write_file(target, partial(shutil.copyfileobj, original))
         except OSError as error:
-            raise _disk_error(destination / path.name, error) from error
-        copied.append(path.name)
+            raise disk_error(target, error) from error
+        copied.append(str(path.relative_to(source)))
     return copied
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync_and_hash(path: Path) -> str:
@@ -183,8 +167,3 @@ def _sync_and_hash(path: Path) -> str:
     finally:
         os.close(descriptor)
     return sha256_of(path)
-
-
-def _disk_error(path: Path, error: Exception) -> ErnieQuantError:
-    reason = getattr(error, "strerror", None) or error
-    return ErnieQuantError(f"cannot write {path}: {reason}; check space and rights")

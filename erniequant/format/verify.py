@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from erniequant.checkpoint.files import sha256_of
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint, read_json
-from erniequant.checkpoint.writer import sha256_of
 from erniequant.errors import ErnieQuantError
 from erniequant.format.decoding import expert_matrices
 from erniequant.format.headers import QuantizedExperts, check_headers

@@ -1,11 +1,10 @@
-"""Predicted time and memory of a quantisation, told before it starts. Rough: within a factor of
-two."""
+"""Predicted time, memory and disk of a quantisation, told before it starts. Rough: within a factor
+of two."""
 
-import resource
-import sys
 from dataclasses import dataclass
 
 from erniequant.codes import register_length
+from erniequant.quantization.memory import MemoryPlan
 from erniequant.quantization.plan import Plan
 
 # Weights per second and core at register length 12, measured on an AVX-512 server core; each
@@ -13,50 +12,50 @@ from erniequant.quantization.plan import Plan
 _ENCODE_RATE = {2: 1_700_000, 3: 900_000, 4: 1_200_000}
 _REFERENCE_LENGTH = 12
 _FLOPS_PER_CORE = 40e9
-_BASE_BYTES = 700_000_000
+_STATES_KEPT = 4
+"""Two streams of hidden states, of the last layer and of the one being written."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Predicted wall time in seconds and peak resident memory in bytes."""
+    """Predicted wall time in seconds, and peaks in bytes: resident memory, GPU memory, disk (the
+    result and what the run keeps beside it)."""
 
     seconds: float
-    peak_bytes: int
+    peak_memory_bytes: int
+    peak_vram_bytes: int
+    disk_bytes: int
 
 
-def estimate(plan: Plan, tokens: int, threads: int) -> Estimate:
-    """Predict a run over ``tokens`` calibration tokens on ``threads`` cores, computing on the
-    CPU."""
+def estimate(plan: Plan, memory: MemoryPlan, tokens: int) -> Estimate:
+    """Predict a run over ``tokens`` calibration tokens that goes as ``memory`` says, computing on
+    the CPU."""
+    disk = plan.output_bytes + memory.scratch_bytes
+    disk += 4 * tokens * plan.model.hidden * _STATES_KEPT
+    seconds = _work_seconds(plan, tokens) / memory.experts_at_once
+    return Estimate(seconds, memory.peak_bytes, memory.vram_bytes, disk)
+
+
+def _work_seconds(plan: Plan, tokens: int) -> float:
+    """Seconds on one core."""
     model, options = plan.model, plan.options
     shorter = _REFERENCE_LENGTH - register_length(options.bits, options.effort)
     encode = plan.expert_weights / (_ENCODE_RATE[options.bits] * 2.0**shorter)
-    moe_layers = len(model.moe_layers)
-    expert_tokens = tokens * model.top_k * moe_layers
+    expert_tokens = tokens * model.top_k * len(model.moe_layers)
     hidden, inner = model.hidden, model.inner
     # Per routed token: Hessian and cross moments of both inputs, gate and up in both models, down
     # in both models and the moments of the drift.
     moments = 2 * expert_tokens * (2 * hidden**2 + 2 * inner**2 + 7 * inner * hidden)
     feedback = plan.expert_weights * (2 * hidden + 6 * inner)
     others = plan.total_weights - plan.expert_weights
-    arithmetic = (moments + feedback + 4 * tokens * others) / _FLOPS_PER_CORE
-    per_expert = 4 * (8 * hidden * inner + 6 * max(hidden, inner) ** 2)
-    evidence = 4 * (tokens * model.top_k // model.experts) * (3 * hidden + 10 * inner)
-    # Hidden states and inputs in both models, and the difference of the states.
-    resident = 4 * tokens * 5 * hidden + threads * (per_expert + evidence)
-    resident += 4 * (others // max(model.layers, 1)) + plan.expert_bytes // moe_layers
-    return Estimate((encode + arithmetic) / threads, _BASE_BYTES + resident)
+    return encode + (moments + feedback + 4 * tokens * others) / _FLOPS_PER_CORE
 
 
-def peak_memory() -> int:
-    """Peak resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def describe(plan: Plan, predicted: Estimate, threads: int) -> str:
-    """The plan as text: layers, sizes, time and memory."""
+def describe(plan: Plan, memory: MemoryPlan, predicted: Estimate) -> str:
+    """The plan as text: layers, sizes, time, memory and disk."""
     model = plan.model
     gate_up, down = plan.layer.gate_up_proj, plan.layer.down_proj
+    where = "mapped files" if memory.tables_on_disk else "memory"
     lines = [
         f"quantise {len(plan.quantized)} expert matrices ({plan.expert_weights / 1e6:.1f} M "
         "weights, "
@@ -68,12 +67,23 @@ def describe(plan: Plan, predicted: Estimate, threads: int) -> str:
         f"rotation block {down.rotation_block}",
         f"copy {len(plan.copied)} other tensors unchanged "
         f"({(plan.total_weights - plan.expert_weights) / 1e6:.1f} M weights)",
-        *(f"  {group.line()}" for group in plan.groups),
+    ]
+    if plan.mtp:
+        lines.append(
+            f"  of these, {len(plan.mtp)} of multi-token prediction, which transformers does not "
+            "run"
+        )
+    lines += [f"  {group.line()}" for group in plan.groups]
+    vram = predicted.peak_vram_bytes
+    lines += [
         f"size {_gigabytes(plan.source_bytes)} -> {_gigabytes(plan.output_bytes)}: "
         f"{plan.expert_bits_per_weight:.3f} bits per expert weight, "
         f"{plan.total_bits_per_weight:.3f} in all",
-        f"predicted time {_duration(predicted.seconds)} on {threads} CPU cores, "
-        f"peak memory {_gigabytes(predicted.peak_bytes)}",
+        f"predicted time {_duration(predicted.seconds)}, {memory.experts_at_once} experts at a "
+        f"time, activations in {where}",
+        f"predicted peak memory {_gigabytes(predicted.peak_memory_bytes)}"
+        + (f", GPU memory {_gigabytes(vram)}" if vram else "")
+        + f", disk {_gigabytes(predicted.disk_bytes)}",
     ]
     if predicted.seconds > 86_400:
         lines.append("this takes more than a day on this machine; use more cores or --effort fast")

@@ -2,71 +2,48 @@
 produce.
 
 Both aim at what the original model computes for the same tokens, so each expert also mends, as far
-as its inputs allow, what earlier layers have lost.
+as its inputs allow, what earlier layers have lost. Tokens pass in chunks, and nothing of the size
+of all of them is held but the inner activations, whose tables may lie on disk.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import linear, silu
 
-from erniequant.calibration.hessian import (
-    cross_moments,
-    finite_rows,
-    second_moments,
-    shrink,
-)
+from erniequant.calibration.hessian import Moments, finite_rows
+from erniequant.calibration.rows import RowPool, Rows
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.quantization.matrix import QuantizedMatrix, Rotation, quantize_matrix
-from erniequant.quantization.targets import (
-    corrected_target,
-    inner_sensitivity,
-    output_importance,
-    token_emphasis,
-)
+from erniequant.quantization.targets import corrected_target, inner_sensitivity, token_emphasis
+from erniequant.quantization.tokens import CHUNK, Evidence, Tokens
 
 PRIOR_TOKENS = 0.25
 """Strength of a layer's prior on each expert, in tokens per input channel."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ExpertWeights:
-    """An expert's matrices, float32: gate and up ``[I, H]``, down ``[H, I]``."""
+    """An expert's source matrices, read anew whenever they are needed.
 
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Output for tokens ``[n, H]``, before the routing weight."""
-        return linear(silu(linear(x, self.gate)) * linear(x, self.up), self.down)
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """Tokens that an expert is quantised for.
-
-    Attributes:
-        x: their inputs in the quantised model, float32 ``[n, H]``.
-        original: their inputs in the original model, float32 ``[n, H]``.
-        drift: what their hidden states lack at this layer, original minus quantised, ``[n, H]``.
-        weights: how much each counts, ``[n]``.
+    ``load`` gives ``gate_proj`` and ``up_proj`` ``[I, H]`` or ``down_proj`` ``[H, I]``, float32.
     """
 
-    x: torch.Tensor
-    original: torch.Tensor
-    drift: torch.Tensor
-    weights: torch.Tensor
+    load: Callable[[str], torch.Tensor]
 
-    def rows(self, which: torch.Tensor) -> "Evidence":
-        """Some of the tokens, by index or mask."""
-        return Evidence(self.x[which], self.original[which], self.drift[which], self.weights[which])
+    def gate_up(self) -> torch.Tensor:
+        """Gate over up, float32 ``[2I, H]``."""
+        gate = self.load("gate_proj")
+        both = torch.empty(2 * gate.shape[0], gate.shape[1])
+        both[: gate.shape[0]] = gate
+        del gate
+        both[both.shape[0] // 2 :] = self.load("up_proj")
+        return both
 
-    def finite(self) -> "Evidence":
-        """Without tokens that hold an inf or nan."""
-        keep = finite_rows(self.x) & finite_rows(self.original) & finite_rows(self.drift)
-        keep &= torch.isfinite(self.weights)
-        return self if bool(keep.all()) else self.rows(keep)
+    def down(self) -> torch.Tensor:
+        """Down, float32 ``[H, I]``."""
+        return self.load("down_proj")
 
 
 @dataclass(frozen=True)
@@ -87,6 +64,7 @@ class LayerContext:
         pooled: mean second moments of the inputs of all routed tokens, float32 ``[H, H]``.
         pooled_missing: mean cross moments of what the inputs miss, float32 ``[H, H]``.
         sample: a few tokens of the layer that stand in where an expert has seen none.
+        device: where products with tokens are computed.
     """
 
     codes: ProjectionCodes
@@ -95,31 +73,35 @@ class LayerContext:
     pooled: torch.Tensor
     pooled_missing: torch.Tensor
     sample: Evidence
+    device: torch.device = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class InnerActivations:
+    """Inputs of down, ``[n + s, I]``, for an expert's ``n`` tokens followed by the ``s`` of the
+    layer's sample: of the source matrices for the original inputs, and of the quantised ones for
+    the inputs they are given."""
+
+    before: Rows
+    after: Rows
+
+    def release(self) -> None:
+        """Let go of what is in memory of tables on disk."""
+        self.before.release()
+        self.after.release()
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedExpert:
-    """Both packed projections of an expert.
-
-    Attributes:
-        output: what it now makes of its routed tokens, before the routing weight, ``[n, H]``.
-        original: what the source expert makes of the same tokens in the original model, ``[n, H]``.
-        dropped: tokens that were not finite and took no part in the calibration.
-    """
+    """Both packed projections of an expert, and its inner activations."""
 
     gate_up: QuantizedMatrix
     down: QuantizedMatrix
-    output: torch.Tensor
-    original: torch.Tensor
-    dropped: int
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Output for tokens ``[n, H]``, before the routing weight."""
-        return linear(_activate(linear(x, self.gate_up.effective)), self.down.effective)
+    inner: InnerActivations
 
 
 def quantize_expert(
-    weights: ExpertWeights, routed: Evidence, layer: LayerContext
+    weights: ExpertWeights, routed: Tokens, layer: LayerContext, pool: RowPool
 ) -> QuantizedExpert:
     """Quantise an expert for the tokens routed to it.
 
@@ -127,57 +109,63 @@ def quantize_expert(
         weights: the source matrices.
         routed: the expert's tokens, each weighted by its squared routing weight.
         layer: rotations, codes and the prior.
+        pool: where tables of activations come from.
     """
-    inner_size, inputs = weights.gate.shape
-    clean = routed.finite()
-    tokens = clean.weights.numel()
-    unit = float(clean.weights.double().mean()) if tokens else 1.0
-    evidence = _with_sample(clean, layer.sample, PRIOR_TOKENS * inner_size * unit)
-
-    gate_up_weight = torch.cat([weights.gate, weights.up])
-    gate_and_up = linear(evidence.original, gate_up_weight)
-    sensitivity = inner_sensitivity(gate_and_up, weights.down)
-    emphasis = token_emphasis(sensitivity[:tokens], clean.weights)
-    gate_up = _quantize_gate_up(
-        gate_up_weight,
-        replace(clean, weights=emphasis),
-        PRIOR_TOKENS * inputs * unit,
-        output_importance(sensitivity, evidence.weights, weights.down),
-        layer,
+    tokens = routed.weights.numel()
+    unit = float(routed.weights.double().mean()) if tokens else 1.0
+    inner_size = layer.inner_rotation.signs.numel()
+    evidence = _WithSample(routed, layer.sample, PRIOR_TOKENS * inner_size * unit)
+    inner = InnerActivations(
+        pool.empty(evidence.count, inner_size), pool.empty(evidence.count, inner_size)
     )
-    del sensitivity
+    gate_up = _quantize_gate_up(weights, evidence, unit, inner.before, layer)
+    down = _quantize_down(weights, evidence, gate_up.effective, inner, layer)
+    return QuantizedExpert(gate_up, down, inner)
 
-    before = _activate(gate_and_up)
-    after = _activate(linear(evidence.x, gate_up.effective))
-    down = _quantize_down(weights.down, before, after, evidence, layer)
 
-    dropped = routed.x.shape[0] - clean.x.shape[0]
-    result = QuantizedExpert(gate_up, down, torch.empty(0), torch.empty(0), dropped)
-    if dropped:
-        return replace(
-            result, output=result.forward(routed.x), original=weights.forward(routed.original)
-        )
-    return replace(
-        result,
-        output=linear(after[:tokens], down.effective),
-        original=linear(before[:tokens], weights.down),
-    )
+class _WithSample:
+    """Routed tokens, followed by the layer's sample, which counts as ``strength`` in all."""
+
+    def __init__(self, routed: Tokens, sample: Evidence, strength: float):
+        total = float(sample.weights.sum())
+        self.own = routed.weights.numel()
+        self._routed = routed
+        self._sample = None
+        if total > 0:
+            weights = sample.weights * (strength / total)
+            self._sample = Evidence(sample.x, sample.original, sample.drift, weights)
+        self.count = self.own + (self._sample.weights.numel() if self._sample else 0)
+
+    def chunks(self) -> Iterator[tuple[slice, Evidence]]:
+        """Chunks with their places; none holds both kinds."""
+        start = 0
+        for source in (self._routed, self._sample):
+            if source is None:
+                continue
+            for chunk in source.chunks():
+                stop = start + chunk.weights.numel()
+                yield slice(start, stop), chunk
+                start = stop
+
+
+def activate(gate_and_up: torch.Tensor) -> torch.Tensor:
+    """Inputs of the down projection: ``silu(gate) * up`` for ``[n, 2I]``."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return silu(gate) * up
 
 
 def _quantize_gate_up(
-    weight: torch.Tensor,
-    tokens: Evidence,
-    strength: float,
-    importance: torch.Tensor,
+    weights: ExpertWeights,
+    evidence: _WithSample,
+    unit: float,
+    before: Rows,
     layer: LayerContext,
 ) -> QuantizedMatrix:
-    """Gate and up ``[2I, H]``, aiming at their outputs for the original inputs."""
-    own = second_moments(tokens.x, tokens.weights)
-    hessian = shrink(own, layer.pooled, strength)
-    missing = cross_moments(tokens.x, tokens.original - tokens.x, tokens.weights)
-    missing = (missing + strength * layer.pooled_missing) / max(own.weight + strength, 1e-30)
+    """Gate and up ``[2I, H]``, aiming at their outputs for the original inputs; fills ``before``
+    with the activations of these."""
+    target, hessian, importance = _gate_up_target(weights, evidence, unit, before, layer)
     return quantize_matrix(
-        corrected_target(weight, hessian, missing @ weight.T),
+        target,
         hessian,
         importance,
         layer.input_rotation,
@@ -186,52 +174,138 @@ def _quantize_gate_up(
     )
 
 
+def _gate_up_target(
+    weights: ExpertWeights,
+    evidence: _WithSample,
+    unit: float,
+    before: Rows,
+    layer: LayerContext,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Target ``[2I, H]``, Hessian ``[H, H]`` and importance ``[2I]`` of gate and up."""
+    gate_up = weights.gate_up()
+    reach = weights.down().square().sum(0)
+    moments, importance = _gate_up_moments(gate_up, reach, evidence, before, layer)
+    strength = PRIOR_TOKENS * gate_up.shape[1] * unit
+    missing = moments.cross[0]
+    missing.add_(layer.pooled_missing, alpha=strength).div_(max(moments.weight + strength, 1e-30))
+    hessian = moments.blend(layer.pooled, strength)
+    target = corrected_target(gate_up, hessian, lambda rows: missing @ gate_up[rows].T)
+    return target, hessian, importance
+
+
+def _gate_up_moments(
+    gate_up: torch.Tensor,
+    reach: torch.Tensor,
+    evidence: _WithSample,
+    before: Rows,
+    layer: LayerContext,
+    emphasise: bool = True,
+) -> tuple[Moments, torch.Tensor]:
+    """Moments of an expert's own inputs and of what they miss, and the importance of each output
+    ``[2I]``.
+
+    Tokens count by their emphasis, whose sum is that of their weights. Without any tokens all
+    activations are taken to be alike, and only the columns of down differ.
+    """
+    device, hidden = layer.device, gate_up.shape[1]
+    weight, column = gate_up.to(device), reach.to(device)
+    moments = Moments(hidden, (hidden,), device)
+    importance = torch.zeros(gate_up.shape[0], device=device)
+    plain = 0.0
+    for place, held in evidence.chunks():
+        chunk = held.to(device)
+        outputs = linear(chunk.original, weight)
+        before.tensor[place] = activate(outputs).cpu()
+        before.release()
+        sensitivity = inner_sensitivity(outputs, column)
+        importance += chunk.weights @ sensitivity
+        if place.start < evidence.own:
+            counts = chunk.weights
+            plain += float(counts.double().sum())
+            if emphasise:
+                counts = token_emphasis(sensitivity, counts)
+            moments.add(chunk.x, counts, chunk.original - chunk.x)
+    if emphasise and plain > 0:
+        if not moments.weight > 0:
+            return _gate_up_moments(gate_up, reach, evidence, before, layer, emphasise=False)
+        factor = plain / moments.weight
+        moments.total.mul_(factor)
+        moments.cross[0].mul_(factor)
+        moments.weight = plain
+    return moments.cpu(), importance.cpu() if evidence.count else reach.repeat(2)
+
+
 def _quantize_down(
-    weight: torch.Tensor,
-    before: torch.Tensor,
-    after: torch.Tensor,
-    evidence: Evidence,
+    weights: ExpertWeights,
+    evidence: _WithSample,
+    gate_up: torch.Tensor,
+    inner: InnerActivations,
     layer: LayerContext,
 ) -> QuantizedMatrix:
-    """Down ``[H, I]``, aiming at its original outputs plus what the hidden states lack.
+    """Down ``[H, I]``, aiming at its original outputs plus what the hidden states lack; fills
+    ``inner.after``.
 
     Routing weights sum to one over the experts of a token, so that each may add the whole drift.
-
-    Args:
-        before, after: inner activations of the original and the quantised gate and up, ``[n, I]``.
     """
-    finite = finite_rows(before) & finite_rows(after)
-    drift, weights = evidence.drift, evidence.weights
-    if not bool(finite.all()):
-        before, after, drift, weights = (t[finite] for t in (before, after, drift, weights))
-    moments = second_moments(after, weights)
-    hessian = shrink(moments, torch.zeros_like(moments.total), 0.0)
-    missing = cross_moments(after, before - after, weights) @ weight.T
-    missing = (missing + cross_moments(after, drift, weights)) / max(moments.weight, 1e-30)
+    target, hessian = _down_target(weights, evidence, gate_up, inner, layer)
     return quantize_matrix(
-        corrected_target(weight, hessian, missing),
+        target,
         hessian,
-        torch.ones(weight.shape[0]),
+        torch.ones(target.shape[0]),
         layer.inner_rotation,
         layer.codes.down,
         layer.codes.down_tile,
     )
 
 
-def _activate(gate_and_up: torch.Tensor) -> torch.Tensor:
-    """Inputs of the down projection: ``silu(gate) * up`` for ``[n, 2I]``."""
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return silu(gate) * up
-
-
-def _with_sample(routed: Evidence, sample: Evidence, strength: float) -> Evidence:
-    """Routed tokens, followed by the layer's sample, which counts as ``strength`` in all."""
-    total = float(sample.weights.sum())
-    if total <= 0:
-        return routed
-    return Evidence(
-        torch.cat([routed.x, sample.x]),
-        torch.cat([routed.original, sample.original]),
-        torch.cat([routed.drift, sample.drift]),
-        torch.cat([routed.weights, sample.weights * (strength / total)]),
+def _down_target(
+    weights: ExpertWeights,
+    evidence: _WithSample,
+    gate_up: torch.Tensor,
+    inner: InnerActivations,
+    layer: LayerContext,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Target ``[H, I]`` and Hessian ``[I, I]`` of down."""
+    device, hidden, size = layer.device, gate_up.shape[1], gate_up.shape[0] // 2
+    effective = gate_up.to(device)
+    moments = Moments(size, (size, hidden), device)
+    for place, held in evidence.chunks():
+        chunk = held.to(device)
+        after = activate(linear(chunk.x, effective))
+        before = inner.before.tensor[place].to(device)
+        inner.after.tensor[place] = after.cpu()
+        finite = finite_rows(before) & finite_rows(after)
+        if not bool(finite.all()):
+            before, after, chunk = before[finite], after[finite], chunk.rows(finite)
+        moments.add(after, chunk.weights, before - after, chunk.drift)
+        inner.release()
+    moments.cpu()
+    down = weights.down()
+    changed, drift = moments.cross
+    unit = max(moments.weight, 1e-30)
+    hessian = moments.blend(torch.zeros(1), 0.0)
+    target = corrected_target(
+        down, hessian, lambda rows: (changed @ down[rows].T + drift[:, rows]) / unit
     )
+    return target, hessian
+
+
+def inner_activations(
+    weights: ExpertWeights,
+    effective: torch.Tensor,
+    routed: Tokens,
+    device: torch.device,
+    pool: RowPool,
+) -> InnerActivations:
+    """What `quantize_expert` made of an expert's own tokens, to the last bit, from the weights
+    ``[2I, H]`` that gate and up were quantised to."""
+    source, given = weights.gate_up().to(device), effective.to(device)
+    count, size = routed.weights.numel(), effective.shape[0] // 2
+    inner = InnerActivations(pool.empty(count, size), pool.empty(count, size))
+    for start, held in zip(range(0, count, CHUNK), routed.chunks(), strict=True):
+        chunk = held.to(device)
+        place = slice(start, start + chunk.weights.numel())
+        inner.before.tensor[place] = activate(linear(chunk.original, source)).cpu()
+        inner.after.tensor[place] = activate(linear(chunk.x, given)).cpu()
+        inner.release()
+    return inner

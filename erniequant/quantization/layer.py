@@ -4,23 +4,28 @@ Experts are independent given the layer's inputs, so they run on several threads
 runs on one thread, which makes results independent of the number of threads.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import linear
 
-from erniequant.calibration.hessian import cross_moments, second_moments
-from erniequant.models.ernie45_text import MoeInput
+from erniequant.calibration.hessian import Moments
+from erniequant.calibration.rows import RowPool, Rows
+from erniequant.models.architecture import MoeInput
 from erniequant.quantization.expert import (
-    Evidence,
     ExpertWeights,
+    InnerActivations,
     LayerContext,
     ProjectionCodes,
-    QuantizedExpert,
+    activate,
+    inner_activations,
     quantize_expert,
 )
-from erniequant.quantization.matrix import Rotation
+from erniequant.quantization.matrix import QuantizedMatrix, Rotation
+from erniequant.quantization.tokens import CHUNK, Evidence, TableTokens
 
 SAMPLE_TOKENS = 2048
 """Tokens of the layer that stand in for an expert's own where it has few."""
@@ -35,15 +40,31 @@ class LayerInput:
         original: in the original model, whose router may choose other experts.
         drift: original minus quantised hidden states that the outputs are added to, float32
             ``[T, H]``.
+        finite: bool ``[T]``: tokens without inf or nan in any of these.
+        tables: the large ones of these tables.
     """
 
     quantized: MoeInput
     original: MoeInput
     drift: torch.Tensor
+    finite: torch.Tensor
+    tables: tuple[Rows, ...] = ()
 
-    def evidence(self, rows: torch.Tensor, weights: torch.Tensor) -> Evidence:
-        """Tokens by row, with their weights."""
-        return Evidence(self.quantized.x[rows], self.original.x[rows], self.drift[rows], weights)
+    def evidence(self, row: torch.Tensor, weights: torch.Tensor) -> Evidence:
+        """Tokens by row, with their weights, in memory."""
+        found = Evidence(self.quantized.x[row], self.original.x[row], self.drift[row], weights)
+        self.release()
+        return found
+
+    def tokens(self, row: torch.Tensor, weights: torch.Tensor) -> TableTokens:
+        """The same, to be read in chunks; tokens that are not finite are left out."""
+        keep = self.finite[row] & torch.isfinite(weights)
+        return TableTokens(self.evidence, row[keep], weights[keep])
+
+    def release(self) -> None:
+        """Let go of what is in memory of tables on disk."""
+        for table in self.tables:
+            table.release()
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,41 +72,71 @@ class Contribution:
     """What an expert adds to hidden states: rows int64 ``[n]`` and values float32 ``[n, H]``."""
 
     rows: torch.Tensor
-    values: torch.Tensor
+    values: Rows
 
-    def add_to(self, states: torch.Tensor) -> None:
+    def add_to(self, states: Rows) -> None:
         """Add it to hidden states ``[T, H]`` in place."""
-        if self.rows.numel():
-            states.index_add_(0, self.rows, self.values)
+        for start in range(0, self.rows.numel(), CHUNK):
+            part = slice(start, start + CHUNK)
+            states.tensor.index_add_(0, self.rows[part], self.values.tensor[part])
+            self.values.release()
+            states.release()
+
+
+@dataclass(frozen=True, eq=False)
+class PackedExpert:
+    """Both projections of an expert as they are stored and reported."""
+
+    gate_up: QuantizedMatrix
+    down: QuantizedMatrix
+
+    def stored(self) -> "PackedExpert":
+        """Without the float32 weights."""
+        return PackedExpert(self.gate_up.stored(), self.down.stored())
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertOutcome:
-    """A quantised expert, the number of tokens routed to it, and what it and its original add to
-    the hidden states of either model."""
+    """A quantised expert, the number of tokens routed to it and how many of these were not finite,
+    and what it and its original add to the hidden states of either model."""
 
     expert: int
-    result: QuantizedExpert
+    packed: PackedExpert
     tokens: int
+    dropped: int
     quantized: Contribution
     original: Contribution
 
 
 def layer_context(
-    inputs: LayerInput, codes: ProjectionCodes, input_rotation: Rotation, inner_rotation: Rotation
+    inputs: LayerInput,
+    codes: ProjectionCodes,
+    input_rotation: Rotation,
+    inner_rotation: Rotation,
+    device: torch.device,
 ) -> LayerContext:
     """Pool the layer's routed tokens: shared prior moments and an evenly spaced sample."""
     counts = inputs.quantized.weight.float().square().sum(-1)
-    stride = max(counts.numel() // SAMPLE_TOKENS, 1)
-    rows = torch.arange(0, counts.numel(), stride)
-    sample = inputs.evidence(rows, counts[rows]).finite()
-    # Not by rows, which would copy gigabytes.
-    everything = Evidence(inputs.quantized.x, inputs.original.x, inputs.drift, counts).finite()
-    pooled = second_moments(everything.x, everything.weights)
-    missing = cross_moments(
-        everything.x, everything.original - everything.x, everything.weights
-    ) / max(pooled.weight, 1e-30)
-    return LayerContext(codes, input_rotation, inner_rotation, pooled.mean(), missing, sample)
+    total = counts.numel()
+    everything = inputs.tokens(torch.arange(total), counts)
+    spaced = torch.arange(0, total, max(total // SAMPLE_TOKENS, 1))
+    sampled = inputs.tokens(spaced, counts[spaced])
+    hidden = inputs.drift.shape[1]
+    moments = Moments(hidden, (hidden,), device)
+    for held in everything.chunks():
+        chunk = held.to(device)
+        moments.add(chunk.x, chunk.weights, chunk.original - chunk.x)
+    moments.cpu()
+    unit = max(moments.weight, 1e-30)
+    return LayerContext(
+        codes,
+        input_rotation,
+        inner_rotation,
+        moments.total.div_(unit),
+        moments.cross[0].div_(unit),
+        inputs.evidence(sampled.row, sampled.weights),
+        device,
+    )
 
 
 def quantize_experts(
@@ -93,39 +144,125 @@ def quantize_experts(
     context: LayerContext,
     experts: int,
     load: Callable[[int], ExpertWeights],
-    threads: int,
+    known: Callable[[int], PackedExpert | None],
+    pool: RowPool,
+    at_once: int,
 ) -> Iterator[ExpertOutcome]:
-    """Quantise experts ``0..experts-1`` in order, ``threads`` at a time."""
+    """Quantise experts ``0..experts-1``, ``at_once`` at a time; outcomes come in order.
+
+    Args:
+        load: the source matrices of an expert.
+        known: an expert that was quantised before a restart, which is only run, or None.
+        pool: where tables of activations come from.
+    """
 
     def one(expert: int) -> ExpertOutcome:
         torch.set_num_threads(1)
-        rows, weight = inputs.quantized.routed_to(expert)
-        weights = load(expert)
-        result = quantize_expert(weights, inputs.evidence(rows, weight.square()), context)
-        return ExpertOutcome(
-            expert,
-            result,
-            rows.numel(),
-            Contribution(rows, result.output * weight[:, None]),
-            _original_contribution(inputs.original, expert, weights, rows, result.original),
-        )
+        with torch.no_grad():
+            return _expert(inputs, context, expert, load(expert), known(expert), pool)
 
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, experts, threads):
-            yield from pool.map(one, range(start, min(start + threads, experts)))
+    workers = ThreadPoolExecutor(at_once)
+    try:
+        waiting: deque[Future[ExpertOutcome]] = deque()
+        for expert in range(experts):
+            # An outcome that waits for its turn still holds its tables.
+            if len(waiting) == at_once:
+                yield waiting.popleft().result()
+            waiting.append(workers.submit(one, expert))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        # Not waiting for experts under way: after Ctrl-C that could be minutes.
+        workers.shutdown(wait=False, cancel_futures=True)
+
+
+def _expert(
+    inputs: LayerInput,
+    context: LayerContext,
+    expert: int,
+    weights: ExpertWeights,
+    known: PackedExpert | None,
+    pool: RowPool,
+) -> ExpertOutcome:
+    row, weight = inputs.quantized.routed_to(expert)
+    routed = inputs.tokens(row, weight.square())
+    if known is None:
+        result = quantize_expert(weights, routed, context, pool)
+        packed, inner = PackedExpert(result.gate_up, result.down), result.inner
+    else:
+        packed = known
+        effective = known.gate_up.effective
+        inner = inner_activations(weights, effective, routed, context.device, pool)
+    device = context.device
+    quantized = _quantized_contribution(inputs, packed, inner, row, weight, routed, pool, device)
+    original = _original_contribution(inputs, expert, weights, inner, routed, pool, device)
+    dropped = row.numel() - routed.row.numel()
+    return ExpertOutcome(expert, packed.stored(), row.numel(), dropped, quantized, original)
+
+
+def _quantized_contribution(
+    inputs: LayerInput,
+    packed: PackedExpert,
+    inner: InnerActivations,
+    row: torch.Tensor,
+    weight: torch.Tensor,
+    routed: TableTokens,
+    pool: RowPool,
+    device: torch.device,
+) -> Contribution:
+    """What the quantised expert adds in the quantised model, to tokens that are not finite too."""
+    down = packed.down.effective.to(device)
+    own = torch.isin(row, routed.row)
+    order = torch.cat([routed.row, row[~own]])
+    weights = torch.cat([weight[own], weight[~own]])[:, None]
+    values = pool.empty(order.numel(), down.shape[0])
+    count = routed.row.numel()
+    for start in range(0, count, CHUNK):
+        place = slice(start, min(start + CHUNK, count))
+        output = linear(inner.after.tensor[place].to(device), down).cpu()
+        values.tensor[place] = output * weights[place]
+        inner.release()
+        values.release()
+    if order.numel() > count:
+        x = inputs.quantized.x[order[count:]].to(device)
+        gate_up = packed.gate_up.effective.to(device)
+        values.tensor[count:] = linear(activate(linear(x, gate_up)), down).cpu() * weights[count:]
+    return Contribution(order, values)
 
 
 def _original_contribution(
-    inputs: MoeInput, expert: int, weights: ExpertWeights, known: torch.Tensor, values: torch.Tensor
+    inputs: LayerInput,
+    expert: int,
+    source: ExpertWeights,
+    inner: InnerActivations,
+    routed: TableTokens,
+    pool: RowPool,
+    device: torch.device,
 ) -> Contribution:
     """What the source expert adds in the original model.
 
-    Both models send most tokens to the same experts; their ``values`` for the rows ``known`` are
-    there already, only the others are computed.
+    Both models send most tokens to the same experts; the inner activations of these are there
+    already, only those of the others are computed.
     """
-    rows, weight = inputs.routed_to(expert)
-    shared = torch.isin(rows, known)
-    output = torch.empty(rows.numel(), values.shape[-1])
-    output[shared] = values[torch.isin(known, rows)]
-    output[~shared] = weights.forward(inputs.x[rows[~shared]])
-    return Contribution(rows, output * weight[:, None])
+    row, weight = inputs.original.routed_to(expert)
+    known = routed.row
+    down = source.down().to(device)
+    values = pool.empty(row.numel(), down.shape[0])
+    for start in range(0, known.numel(), CHUNK):
+        place = slice(start, min(start + CHUNK, known.numel()))
+        shared = torch.isin(known[place], row)
+        target = torch.searchsorted(row, known[place][shared])
+        output = linear(inner.before.tensor[place].to(device), down).cpu()
+        values.tensor[target] = output[shared] * weight[target, None]
+        inner.release()
+        values.release()
+    others = torch.where(~torch.isin(row, known))[0]
+    if others.numel():
+        gate_up = source.gate_up().to(device)
+        for target in others.split(CHUNK):
+            x = inputs.original.x[row[target]].to(device)
+            output = linear(activate(linear(x, gate_up)), down).cpu()
+            values.tensor[target] = output * weight[target, None]
+            inputs.release()
+            values.release()
+    return Contribution(row, values)

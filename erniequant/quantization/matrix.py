@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from erniequant.calibration.hessian import Factor, factorise
+from erniequant.calibration.hessian import ROW_BLOCK, factorise
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.codes.viterbi import Encoder, encoder
 from erniequant.format.decoding import encode_scale
-from erniequant.quantization.ldlq import encode_matrix
+from erniequant.quantization.ldlq import EncodedMatrix, encode_matrix
 from erniequant.rotation import rotate, unrotate
 
 SCALE_IN_RMS = {2: 0.96, 3: 0.92, 4: 0.88}
@@ -61,52 +61,57 @@ def quantize_matrix(
     tile: int,
 ) -> QuantizedMatrix:
     """Quantise ``weight`` float32 ``[N, K]`` for inputs with second moments ``hessian`` float32
-    ``[K, K]``.
+    ``[K, K]``, which is overwritten: a copy is 268 MB at the largest model's size.
 
     Args:
         importance: float32 ``[N]``, non-negative: how much the squared error of each output counts.
             Sequences run along the outputs, so the search trades errors between them.
     """
     search = encoder(code)
-    rotated = rotate(weight, rotation.signs, rotation.block)
-    rotated_hessian = rotate_moments(hessian, rotation)
+    rotate_moments(hessian, rotation)
     # The last row is encoded first; most energy first lowers the output error by 1 %.
-    order = rotated_hessian.diagonal().argsort(stable=True)
-    ordered_hessian = rotated_hessian[order][:, order].contiguous()
-    factor = factorise(ordered_hessian)
-    ordered = rotated[:, order].T.contiguous()
+    order = hessian.diagonal().argsort(stable=True)
+    reorder_moments(hessian, order)
+    factor = factorise(hessian)
+    ordered = rotate(weight, rotation.signs, rotation.block)[:, order].T.contiguous()
     scale = initial_scale(ordered, code, search)
     encoded = encode_matrix(
         ordered, factor.feedback, scale, bounded_importance(importance, scale), search, tile
     )
-    scale = refit_scale(encoded.labels, ordered, ordered_hessian, scale)
-    return _assemble(weight, hessian, encoded.labels, encoded.words, scale, order, rotation, factor)
+    damping, fallback = factor.damping, factor.fallback
+    del factor
+    scale, error = refit_scale(encoded.labels, ordered, hessian, scale)
+    packed, effective = _in_natural_order(encoded, scale, order, rotation)
+    return QuantizedMatrix(packed, scale, effective, error, damping, fallback)
 
 
-def _assemble(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    labels: torch.Tensor,
-    words: np.ndarray,
-    scale: torch.Tensor,
-    order: torch.Tensor,
-    rotation: Rotation,
-    factor: Factor,
-) -> QuantizedMatrix:
-    natural = torch.empty_like(labels)
-    natural[order] = labels
-    by_row = np.empty_like(words)
-    by_row[order.numpy()] = words
-    packed = torch.from_numpy(by_row.transpose(1, 0, 2).reshape(words.shape[1], -1).view(np.int32))
-    effective = unrotate((natural * scale).T, rotation.signs, rotation.block)
-    error = relative_error(weight, effective, hessian)
-    return QuantizedMatrix(packed, scale, effective, error, factor.damping, factor.fallback)
+def _in_natural_order(
+    encoded: EncodedMatrix, scale: torch.Tensor, order: torch.Tensor, rotation: Rotation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed words and effective weights with the inputs in the order of the model."""
+    natural = torch.empty_like(encoded.labels)
+    natural[order] = encoded.labels
+    by_row = np.empty_like(encoded.words)
+    by_row[order.numpy()] = encoded.words
+    words = by_row.transpose(1, 0, 2).reshape(by_row.shape[1], -1)
+    effective = unrotate(natural.mul_(scale).T, rotation.signs, rotation.block)
+    return torch.from_numpy(words.view(np.int32)), effective
 
 
-def rotate_moments(hessian: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Second moments of rotated inputs: ``R H R^T`` for ``rotate(x) = R x``."""
-    half = rotate(hessian, rotation.signs, rotation.block)
-    return rotate(half.T.contiguous(), rotation.signs, rotation.block)
+def rotate_moments(hessian: torch.Tensor, rotation: Rotation) -> None:
+    """Turn second moments, in place, into those of rotated inputs: ``R H R^T`` for
+    ``rotate(x) = R x``."""
+    for rows in hessian.split(ROW_BLOCK):
+        rows.copy_(rotate(rows, rotation.signs, rotation.block))
+    for columns in hessian.T.split(ROW_BLOCK):
+        columns.copy_(rotate(columns.contiguous(), rotation.signs, rotation.block))
+
+
+def reorder_moments(hessian: torch.Tensor, order: torch.Tensor) -> None:
+    """Put rows and columns of second moments into another order, in place."""
+    hessian.copy_(hessian[order])
+    for rows in hessian.split(ROW_BLOCK):
+        rows.copy_(rows[:, order])
 
 
 def initial_scale(rows: torch.Tensor, code: ConvolutionalCode, search: Encoder) -> torch.Tensor:
@@ -135,7 +140,7 @@ def bounded_importance(importance: torch.Tensor, scale: torch.Tensor) -> torch.T
 
 def refit_scale(
     labels: torch.Tensor, rows: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, float]:
     """Least-squares scale of each output given its labels: ``(q^T H w) / (q^T H q)``, rounded to
     bfloat16.
 
@@ -143,18 +148,22 @@ def refit_scale(
         labels, rows: float32 ``[K, N]``.
         hessian: ``[K, K]``, of the same inputs in the same order.
         scale: ``[N]``, kept where the fit is not positive.
+
+    Returns:
+        The scale ``[N]`` and the relative error that it leaves, ``tr(E H E^T) / tr(W H W^T)``; 0
+        for a zero matrix.
     """
-    projected = hessian @ labels
-    numerator = (projected * rows).sum(0)
-    denominator = (projected * labels).sum(0)
-    fitted = numerator / denominator
-    usable = torch.isfinite(fitted) & (fitted > 0)
-    return torch.where(usable, fitted, scale).bfloat16().float()
-
-
-def relative_error(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> float:
-    """``tr(E H E^T) / tr(W H W^T)`` of ``[N, K]`` matrices; 0 for a zero matrix."""
-    difference = other - weight
-    loss = float(((difference @ hessian) * difference).sum(dtype=torch.float64))
-    energy = float(((weight @ hessian) * weight).sum(dtype=torch.float64))
-    return loss / energy if energy > 0 else 0.0
+    found = torch.empty_like(scale)
+    loss = energy = 0.0
+    # By columns: products with the Hessian are as large as the matrix.
+    for start in range(0, rows.shape[1], ROW_BLOCK):
+        part = slice(start, start + ROW_BLOCK)
+        q, w = labels[:, part], rows[:, part]
+        projected = hessian @ q
+        fitted = (projected * w).sum(0) / (projected * q).sum(0)
+        usable = torch.isfinite(fitted) & (fitted > 0)
+        found[part] = torch.where(usable, fitted, scale[part]).bfloat16().float()
+        error = w - q * found[part]
+        loss += float(((hessian @ error) * error).sum(dtype=torch.float64))
+        energy += float(((hessian @ w) * w).sum(dtype=torch.float64))
+    return found, loss / energy if energy > 0 else 0.0

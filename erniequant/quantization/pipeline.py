@@ -2,15 +2,14 @@
 
 Each MoE layer is quantised on the inputs that the quantised layers before it give, aiming at what
 the original would have made of the same text. Only one layer's non-expert weights and a few experts
-are in memory.
+are in memory. Interrupted anywhere, the same call continues (`erniequant.resume`).
 """
 
 import os
-import time
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,28 +18,39 @@ from erniequant.calibration.texts import (
     CalibrationWindows,
     calibration_windows,
 )
-from erniequant.checkpoint.reader import CONFIG_FILE, Checkpoint, open_checkpoint
-from erniequant.checkpoint.writer import CheckpointWriter, copy_companions, write_json
+from erniequant.checkpoint.files import disk_error, write_json
+from erniequant.checkpoint.layout import index_of
+from erniequant.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint, open_checkpoint
+from erniequant.checkpoint.shards import ShardFiles
+from erniequant.checkpoint.writer import MAX_SHARD_BYTES, copy_companions
 from erniequant.devices import resolve_device
 from erniequant.errors import ErnieQuantError
-from erniequant.format.schema import GUARD, PROJECTIONS, LayerSpec, guard_tensor
-from erniequant.models import ernie45_text as text_moe
-from erniequant.models.ernie45_text import TextMoe
+from erniequant.format.schema import QuantizationMetadata
+from erniequant.models.architecture import Architecture
+from erniequant.models.registry import architecture_of
 from erniequant.progress import NULL_PROGRESS, Progress
-from erniequant.quantization.estimate import describe, estimate, peak_memory
-from erniequant.quantization.expert import ExpertWeights, ProjectionCodes
-from erniequant.quantization.layer import layer_context, quantize_experts
-from erniequant.quantization.matrix import QuantizedMatrix, Rotation
+from erniequant.quantization.estimate import Estimate, describe, estimate
+from erniequant.quantization.identity import processor, run_identity
+from erniequant.quantization.memory import (
+    MemoryPlan,
+    default_budget,
+    parse_size,
+    peak_memory,
+    peak_vram,
+    plan_memory,
+)
 from erniequant.quantization.plan import Plan, QuantizeOptions, make_plan
 from erniequant.quantization.report import (
     REPORT_FILE,
     CalibrationReport,
-    MatrixReport,
     QuantizationReport,
 )
-from erniequant.quantization.streams import Streams
-from erniequant.rotation import pack_signs, random_signs
+from erniequant.quantization.run import Run
+from erniequant.resume.workfolder import DEFAULT_NAME, WorkFolder
 from erniequant.version import PRODUCER
+
+SIZE_TOLERANCE = 0.01
+"""The result may differ from the planned size by this much, headers included."""
 
 
 def quantize(
@@ -58,17 +68,21 @@ def quantize(
     device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
+    work_dir: str | Path | None = None,
+    max_memory: str | int | None = None,
+    resume: bool | None = None,
     dry_run: bool = False,
     max_degraded: int = 0,
     progress: Progress | None = None,
 ) -> QuantizationReport:
-    """Make a quantised copy of an ERNIE 4.5 text MoE checkpoint.
+    """Make a quantised copy of an ERNIE 4.5 text checkpoint.
 
-    The output depends on the inputs, the options and the kind of processor, not on ``threads``.
+    The output depends on the inputs, the options and the kind of processor, not on ``threads``,
+    ``max_memory``, or whether the run was interrupted.
 
     Args:
         src: folder or Hugging Face id of the bf16 checkpoint.
-        dst: new or empty folder.
+        dst: new or empty folder, or that of an unfinished run with the same options.
         bits: 2, 3 or 4 bits per expert weight.
         calib, calib_samples, calib_length, chat_template: see `CalibrationConfig`.
         no_calib: use no text; every input direction counts the same.
@@ -77,6 +91,12 @@ def quantize(
         device: where layers run (``auto``, ``cpu``, ``cuda``); codes are searched on the CPU.
         threads: CPU threads; all cores by default.
         seed: of the rotation signs and the choice of calibration windows.
+        work_dir: folder for the journal and the hidden states of an unfinished run; inside
+            ``dst`` by default. It has to be one of its own.
+        max_memory: bytes, or text such as "16GB": what the run may take. 85 % of the free memory
+            by default.
+        resume: True: only continue an unfinished run. False: discard it and start over. None:
+            continue one if it is there.
         dry_run: plan, report, and write nothing.
         max_degraded: recorded by the caller; nothing here depends on it.
         progress: observer.
@@ -85,146 +105,170 @@ def quantize(
         ErnieQuantError: anything wrong with the source, the options or the destination.
     """
     watch = progress or NULL_PROGRESS
-    started = time.perf_counter()
     options = QuantizeOptions(bits, effort, max_tp, seed)
     calibration = CalibrationConfig(calib, calib_samples, calib_length, chat_template, seed)
-    n_threads = threads or os.cpu_count() or 1
+    target = resolve_device(device)
     checkpoint = open_checkpoint(src)
-    config = text_moe.read_config(checkpoint.config)
-    plan = make_plan(checkpoint, TextMoe.from_config(config), options)
-    expected_tokens = 0 if no_calib else calibration.samples * calibration.length
-    plan_text = describe(plan, estimate(plan, expected_tokens, n_threads), n_threads)
+    model = architecture_of(checkpoint.config)
+    plan = make_plan(checkpoint, model, options)
+    threads = threads or os.cpu_count() or 1
+    tokens = 0 if no_calib else calibration.samples * calibration.length
+    memory = _fit(model, tokens, calibration.length, threads, max_memory, target)
+    predicted = estimate(plan, memory, tokens)
+    plan_text = describe(plan, memory, predicted)
     watch.plan(plan_text)
     if dry_run:
-        return QuantizationReport(plan, plan_text, None, (), 0.0, peak_memory(), {}, dry_run=True)
+        return QuantizationReport(plan, plan_text, None, (), predicted, None, {}, dry_run=True)
 
-    windows = None if no_calib else _windows(checkpoint, calibration, plan.model, watch)
-    run = _Run(checkpoint, config, plan, resolve_device(device), n_threads, watch)
-    with _single_threaded_products(), torch.no_grad(), CheckpointWriter(dst) as writer:
-        for name in plan.copied:
-            writer.add(name, checkpoint.tensor(name))
+    windows = None if no_calib else _windows(checkpoint, calibration, plan, watch)
+    identity = run_identity(checkpoint, plan, calibration, windows, target)
+    destination = Path(dst).expanduser()
+    if work_dir is not None:
+        identity["the destination"] = str(destination.resolve())
+    with (
+        _opened(destination, work_dir, resume) as work,
+        ShardFiles(destination, plan.shards(checkpoint, MAX_SHARD_BYTES)) as shards,
+        _single_threaded_products(),
+        torch.no_grad(),
+    ):
+        work.begin(identity)
+        _note_processor(work, watch)
+        run = Run(checkpoint, model, plan, memory, target, threads, work, shards, watch)
         watch.start(len(plan.model.moe_layers) * plan.model.experts)
         try:
-            matrices = tuple(run.layers(windows, writer))
+            shards.prepare()
+            watch.advance(0, "checking the source")
+            run.check_source()
+            watch.advance(0, "copying")
+            run.copy_tensors()
+            run.quantize_layers(windows)
+        except ErnieQuantError:
+            if not run.has_experts:
+                # Nothing that took long is lost, and the destination stays usable.
+                shards.remove()
+                work.clear()
+            raise
         finally:
             watch.finish()
-        settings = dict(checkpoint.config)
-        settings["quantization_config"] = plan.metadata(PRODUCER).to_dict()
-        written = writer.finish()
-    report = QuantizationReport(
-        plan,
-        plan_text,
-        _calibration_report(calibration, windows),
-        matrices,
-        time.perf_counter() - started,
-        peak_memory(),
-        written.sha256,
-    )
-    copy_companions(checkpoint.folder, Path(dst))
-    write_json(Path(dst) / REPORT_FILE, report.to_dict())
-    # The config comes last: without it nothing takes the folder for a finished checkpoint.
-    write_json(Path(dst) / CONFIG_FILE, settings)
+        measured = Estimate(
+            work.journal.seconds(), peak_memory(), peak_vram(target), run.disk_peak()
+        )
+        report = QuantizationReport(
+            plan,
+            plan_text,
+            _calibration_report(calibration, windows),
+            tuple(run.matrices()),
+            predicted,
+            measured,
+            {event["file"]: event["sha256"] for event in work.journal.of("shard")},
+            sessions=len(work.journal.of("session")),
+        )
+        _complete(checkpoint, model, plan, shards, report)
+        work.remove()
     return report
 
 
-class _Run:
-    """One pass over the layers of a checkpoint."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: Any,
-        plan: Plan,
-        device: torch.device,
-        threads: int,
-        watch: Progress,
-    ) -> None:
-        self.checkpoint, self.config, self.plan = checkpoint, config, plan
-        self.device, self.threads, self.watch = device, threads, watch
-
-    def layers(
-        self, windows: CalibrationWindows | None, writer: CheckpointWriter
-    ) -> Iterator[MatrixReport]:
-        """Quantise layer after layer; without windows nothing flows and every Hessian is the
-        identity."""
-        streams = Streams(self.checkpoint, self.config, windows, self.device, self.threads)
-        for index in range(self.plan.model.layers):
-            if index in self.plan.model.moe_layers:
-                yield from self._moe_layer(index, streams, writer)
-            else:
-                streams.through_dense_layer(index)
-
-    def _moe_layer(
-        self, index: int, streams: Streams, writer: CheckpointWriter
-    ) -> Iterator[MatrixReport]:
-        model, spec = self.plan.model, self.plan.layer
-        rotations = {
-            "gate_up_proj": self._rotation(
-                index, 0, model.hidden, spec.gate_up_proj.rotation_block
-            ),
-            "down_proj": self._rotation(index, 1, model.inner, spec.down_proj.rotation_block),
-        }
-        inputs = streams.into_experts(index)
-        context = layer_context(
-            inputs, _codes(spec), rotations["gate_up_proj"], rotations["down_proj"]
+def _fit(
+    model: Architecture,
+    tokens: int,
+    length: int,
+    threads: int,
+    max_memory: str | int | None,
+    device: torch.device,
+) -> MemoryPlan:
+    """How the run goes within its memory; an explicit bound that is too small is refused."""
+    asked = parse_size(str(max_memory)) if max_memory is not None else None
+    budget = default_budget() if asked is None else asked
+    found = plan_memory(model, tokens, length, threads, budget, device.type == "cpu")
+    if asked is not None and found.peak_bytes > asked:
+        raise ErnieQuantError(
+            f"--max-memory {max_memory} is too little: with one expert at a time and activations "
+            f"on disk the run takes about {found.peak_bytes / 1e9:.1f} GB; give that, or use "
+            "shorter windows (--calib-length)"
         )
-        packed: dict[str, list[QuantizedMatrix]] = {name: [] for name in PROJECTIONS}
-        for outcome in quantize_experts(
-            inputs, context, model.experts, lambda e: self._weights(index, e), self.threads
-        ):
-            streams.add(outcome)
-            result = outcome.result
-            packed["gate_up_proj"].append(result.gate_up.stored())
-            packed["down_proj"].append(result.down.stored())
-            for name, matrix in (("gate_up_proj", result.gate_up), ("down_proj", result.down)):
-                yield MatrixReport(
-                    index,
-                    outcome.expert,
-                    name,
-                    outcome.tokens,
-                    result.dropped,
-                    matrix.error,
-                    matrix.damping,
-                    matrix.fallback,
-                )
-            self.watch.advance(1, f"layer {index} expert {outcome.expert}")
-        prefix = text_moe.experts_prefix(index)
-        writer.add(prefix + GUARD, guard_tensor())
-        for name in PROJECTIONS:
-            parts = 2 if name == "gate_up_proj" else 1
-            signs = pack_signs(rotations[name].signs)
-            matrices = packed[name]
-            writer.add(f"{prefix}{name}_packed", torch.stack([m.packed for m in matrices]))
-            writer.add(f"{prefix}{name}_scale", torch.stack([m.scale_bits() for m in matrices]))
-            writer.add(f"{prefix}{name}_signs", signs.expand(1, parts, -1).contiguous())
+    return found
 
-    def _rotation(self, layer: int, projection: int, inputs: int, block: int) -> Rotation:
-        seed = (self.plan.options.seed * 1_000_003 + layer) * 2 + projection
-        return Rotation(random_signs(inputs, torch.Generator().manual_seed(seed)), block)
 
-    def _weights(self, layer: int, expert: int) -> ExpertWeights:
-        return ExpertWeights(
-            *(
-                self._expert_matrix(text_moe.expert_matrix_name(layer, expert, matrix))
-                for matrix in text_moe.EXPERT_MATRICES
+@contextmanager
+def _opened(
+    destination: Path, work_dir: str | Path | None, resume: bool | None
+) -> Iterator[WorkFolder]:
+    """The locked work folder of a run into ``destination``, which is new, empty or the run's."""
+    made = not destination.exists()
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(destination, error) from error
+    work = WorkFolder(Path(work_dir).expanduser() if work_dir else destination / DEFAULT_NAME)
+    try:
+        _prepare_destination(destination, work, resume)
+        yield work
+    finally:
+        work.release()
+        if made and not any(destination.iterdir()):
+            destination.rmdir()
+
+
+def _prepare_destination(destination: Path, work: WorkFolder, resume: bool | None) -> None:
+    if work.unfinished() and resume is False and not (destination / CONFIG_FILE).exists():
+        for path in destination.iterdir():
+            if _SHARD.fullmatch(path.name) or path.name in (INDEX_FILE, REPORT_FILE):
+                path.unlink()
+        work.clear()
+        return
+    if work.unfinished():
+        return
+    if resume:
+        raise ErnieQuantError(
+            f"there is no unfinished run in {work.folder}; leave out --resume to start one"
+        )
+    if any(path != work.folder for path in destination.iterdir()):
+        raise ErnieQuantError(f"{destination} is not empty; give a new folder")
+
+
+_SHARD = re.compile(r"\.?model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
+
+
+def _note_processor(work: WorkFolder, watch: Progress) -> None:
+    known = {event["processor"] for event in work.journal.of("processor")}
+    if processor() not in known:
+        if known:
+            watch.message(
+                f"this run was begun on another kind of processor ({', '.join(sorted(known))}); "
+                "the result is sound, but not to the last bit that of either"
             )
+        work.journal.append("processor", processor=processor())
+
+
+def _complete(
+    checkpoint: Checkpoint,
+    model: Architecture,
+    plan: Plan,
+    shards: ShardFiles,
+    report: QuantizationReport,
+) -> None:
+    """Write everything that is not weights."""
+    folder = shards.folder
+    written = sum((folder / shard.file).stat().st_size for shard in shards.shards)
+    headers = sum(len(shard.header) for shard in shards.shards)
+    if abs(written - headers - plan.output_bytes) > SIZE_TOLERANCE * plan.output_bytes:
+        raise ErnieQuantError(
+            f"{folder} holds {written} bytes, but {plan.output_bytes} were planned; "
+            "use --restart, and report this"
         )
-
-    def _expert_matrix(self, name: str) -> torch.Tensor:
-        weight = self.checkpoint.tensor(name).float()
-        if not torch.isfinite(weight).all():
-            raise ErnieQuantError(f"{name} holds inf or nan; the source checkpoint is damaged")
-        return weight
-
-
-def _codes(spec: LayerSpec) -> ProjectionCodes:
-    return ProjectionCodes(
-        spec.gate_up_proj.conv(), spec.gate_up_proj.tile, spec.down_proj.conv(), spec.down_proj.tile
-    )
+    if len(shards.shards) > 1:
+        write_json(folder / INDEX_FILE, index_of(shards.shards))
+    copy_companions(checkpoint.folder, folder)
+    write_json(folder / REPORT_FILE, report.to_dict())
+    settings = dict(checkpoint.config)
+    layers = {model.layer_key(index): plan.layer for index in plan.model.moe_layers}
+    settings["quantization_config"] = QuantizationMetadata(layers, PRODUCER).to_dict()
+    # The config comes last: without it nothing takes the folder for a finished checkpoint.
+    write_json(folder / CONFIG_FILE, settings)
 
 
 def _windows(
-    checkpoint: Checkpoint, config: CalibrationConfig, model: TextMoe, watch: Progress
+    checkpoint: Checkpoint, config: CalibrationConfig, plan: Plan, watch: Progress
 ) -> CalibrationWindows:
     from transformers import AutoTokenizer
 
@@ -238,10 +282,10 @@ def _windows(
         ) from error
     windows = calibration_windows(tokenizer, config)
     top = max(int(ids.max()) for ids in windows.windows)
-    if top >= model.vocabulary:
+    if top >= plan.model.vocabulary:
         raise ErnieQuantError(
             f"the tokenizer of {checkpoint.folder} makes token id {top}, but the model has "
-            f"{model.vocabulary}"
+            f"{plan.model.vocabulary}"
         )
     watch.message(
         f"calibrating on {windows.tokens} tokens in {len(windows.windows)} windows of "

@@ -1,42 +1,37 @@
 """What will happen to every tensor of a source checkpoint, decided from names and shapes before
 any work.
 
-Every tensor is either one of the expert matrices, all of which must be there, or one of the known
-others, which are copied. Anything else stops the run: an unknown tensor must not be dropped or
+Every tensor is either one of the expert matrices or one of the model's others, which are copied;
+all of them must be there. Anything else stops the run: an unknown tensor must not be dropped or
 copied without anyone noticing.
 """
 
-import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from erniequant.checkpoint.reader import Checkpoint
+from erniequant.checkpoint.layout import OutputTensor, PlannedShard, plan_shards
+from erniequant.checkpoint.reader import Checkpoint, TensorHeader
 from erniequant.codes import EFFORTS, code_for_bits, register_length
 from erniequant.errors import ErnieQuantError
 from erniequant.format.schema import (
     LayerSpec,
     MatrixSpec,
-    QuantizationMetadata,
+    experts_module,
+    guard_name,
     layer_params,
 )
-from erniequant.models.ernie45_text import EXPERT_MATRICES, TextMoe, expert_matrix_name
+from erniequant.models.architecture import EXPERT_MATRICES, Architecture, ModelSizes
 from erniequant.quantization.inventory import TensorGroup, tensor_groups
 from erniequant.rotation import block_size
 
 MIN_TILE, MAX_TILE = 32, 256
 
-# Names of everything that is copied; MTP tensors are not run by transformers, but stay with the
-# model.
-_COPIED = re.compile(
-    r"lm_head\.weight"
-    r"|model\.(embed_tokens|norm)\.weight"
-    r"|model\.layers\.\d+\.(input_layernorm|post_attention_layernorm)\.weight"
-    r"|model\.layers\.\d+\.self_attn\.[qkvo]_proj\.(weight|bias)"
-    r"|model\.layers\.\d+\.mlp\.(shared_experts\.)?(gate|up|down)_proj\.(weight|bias)"
-    r"|model\.layers\.\d+\.mlp\.gate\.weight"
-    r"|model\.layers\.\d+\.mlp\.moe_statics\.e_score_correction_bias"
-    r"|model\.mtp_.+"
-)
+# Multi-token prediction: transformers does not run it, but it stays with the model.
+_MTP = re.compile(r"model\.mtp_.+")
+# A tied head may be stored although it repeats the embedding.
+_HEAD = "lm_head.weight"
+_FUSED = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)")
 
 
 @dataclass(frozen=True)
@@ -63,15 +58,18 @@ class QuantizeOptions:
 class Plan:
     """The fate of every tensor, and the size of the result.
 
-    ``expert_bytes`` and ``copied_bytes`` are those of the output; ``source_bytes`` of the input.
-    ``groups`` is the same list of tensors for people to read.
+    ``packed`` are the tensors that take the place of ``quantized``; ``mtp`` those of ``copied``
+    that transformers does not run. ``expert_bytes`` and ``copied_bytes`` are those of the output;
+    ``source_bytes`` of the input. ``groups`` is the same list of tensors for people to read.
     """
 
-    model: TextMoe
+    model: ModelSizes
     options: QuantizeOptions
     layer: LayerSpec
     quantized: tuple[str, ...]
     copied: tuple[str, ...]
+    mtp: tuple[str, ...]
+    packed: tuple[OutputTensor, ...]
     expert_weights: int
     total_weights: int
     source_bytes: int
@@ -94,68 +92,105 @@ class Plan:
         """Bits per weight of the whole result."""
         return 8 * self.output_bytes / self.total_weights
 
-    def metadata(self, producer: str) -> QuantizationMetadata:
-        """The `quantization_config` of the result."""
-        layers = {str(index): self.layer for index in self.model.moe_layers}
-        return QuantizationMetadata(layers, producer)
+    def shards(self, checkpoint: Checkpoint, max_bytes: int) -> tuple[PlannedShard, ...]:
+        """The files of the result: what is copied, then layer after layer."""
+        copied = (OutputTensor.copy_of(checkpoint.header(name)) for name in self.copied)
+        return plan_shards([*copied, *self.packed], max_bytes)
 
 
-def make_plan(checkpoint: Checkpoint, model: TextMoe, options: QuantizeOptions) -> Plan:
+def make_plan(checkpoint: Checkpoint, model: Architecture, options: QuantizeOptions) -> Plan:
     """Decide what happens to every tensor of ``checkpoint``.
 
     Raises:
-        ErnieQuantError: an expert matrix is missing or has another shape, a tensor is unknown, or
-            no tile fits.
+        ErnieQuantError: a tensor is missing, has another shape, or is unknown, or no tile fits.
     """
+    sizes = model.sizes
     shapes = {
-        "gate_proj": (model.inner, model.hidden),
-        "up_proj": (model.inner, model.hidden),
-        "down_proj": (model.hidden, model.inner),
+        "gate_proj": (sizes.inner, sizes.hidden),
+        "up_proj": (sizes.inner, sizes.hidden),
+        "down_proj": (sizes.hidden, sizes.inner),
     }
-    quantized = tuple(
-        expert_matrix_name(layer, expert, matrix)
-        for layer in model.moe_layers
-        for expert in range(model.experts)
+    quantized = {
+        model.expert_matrix_name(layer, expert, matrix): shapes[matrix]
+        for layer in sizes.moe_layers
+        for expert in range(sizes.experts)
         for matrix in EXPERT_MATRICES
+    }
+    _require_known(checkpoint, quantized, model)
+    for name, wanted in quantized.items():
+        _require(checkpoint.header(name), wanted)
+    required = model.required()
+    for name, shape in required.items():
+        if name in checkpoint.headers or not model.optional(name):
+            _require(checkpoint.header(name), shape)
+    copied = tuple(name for name in checkpoint.names() if name not in quantized)
+    spec = layer_spec(sizes, options)
+    packed = tuple(
+        tensor for index in sizes.moe_layers for tensor in packed_tensors(model, index, spec)
     )
-    for name in quantized:
-        found = checkpoint.header(name)
-        wanted = shapes[name.split(".")[-2]]
-        if found.shape != wanted:
-            raise ErnieQuantError(
-                f"{name} has shape {found.shape}, but config.json asks for {wanted}"
-            )
-        if found.dtype is None or not found.dtype.is_floating_point:
-            raise ErnieQuantError(
-                f"{name} is stored as {found.stored_dtype}; give a bf16, fp16 or fp32 checkpoint"
-            )
-    expert_names = set(quantized)
-    copied = tuple(name for name in checkpoint.names() if name not in expert_names)
-    for name in copied:
-        if not _COPIED.fullmatch(name):
-            raise ErnieQuantError(
-                f"tensor {name} is not part of an ERNIE 4.5 text MoE as config.json describes it; "
-                "check that config.json and weights belong together"
-            )
-    layer = layer_spec(model, options)
-    params = layer_params(model.experts, model.hidden, model.inner, layer)
-    layer_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in params.values())
     return Plan(
-        model,
+        sizes,
         options,
-        layer,
-        quantized,
+        spec,
+        tuple(quantized),
         copied,
+        tuple(name for name in copied if _MTP.fullmatch(name)),
+        packed,
         expert_weights=sum(checkpoint.header(name).elements for name in quantized),
         total_weights=sum(header.elements for header in checkpoint.headers.values()),
         source_bytes=checkpoint.total_bytes,
-        expert_bytes=layer_bytes * len(model.moe_layers),
+        expert_bytes=sum(tensor.n_bytes for tensor in packed),
         copied_bytes=sum(checkpoint.header(name).n_bytes for name in copied),
         groups=tensor_groups(checkpoint, quantized, copied),
     )
 
 
-def layer_spec(model: TextMoe, options: QuantizeOptions) -> LayerSpec:
+def packed_tensors(model: Architecture, index: int, spec: LayerSpec) -> tuple[OutputTensor, ...]:
+    """The tensors that a quantised layer is stored in."""
+    sizes, key = model.sizes, model.layer_key(index)
+    params = layer_params(
+        sizes.experts, sizes.hidden, sizes.inner, spec, f"layer {key}", guard=guard_name(key)
+    )
+    prefix = packed_prefix(key)
+    return tuple(
+        OutputTensor.of(prefix + name, shape, dtype) for name, (shape, dtype) in params.items()
+    )
+
+
+def packed_prefix(layer_key: str) -> str:
+    """What the names of a quantised layer's tensors begin with."""
+    return f"model.{experts_module(layer_key)}."
+
+
+def _require(found: TensorHeader, shape: tuple[int, ...]) -> None:
+    if found.shape != shape:
+        raise ErnieQuantError(
+            f"{found.name} has shape {found.shape}, but config.json asks for {shape}"
+        )
+    if found.dtype is None or not found.dtype.is_floating_point:
+        raise ErnieQuantError(
+            f"{found.name} is stored as {found.stored_dtype}; give a bf16, fp16 or fp32 checkpoint"
+        )
+
+
+def _require_known(checkpoint: Checkpoint, quantized: Collection[str], model: Architecture) -> None:
+    """Raise ErnieQuantError for a tensor that the model does not have."""
+    known = {*quantized, *model.required(), _HEAD}
+    for name in checkpoint.names():
+        if name in known or _MTP.fullmatch(name):
+            continue
+        if _FUSED.fullmatch(name):
+            raise ErnieQuantError(
+                f"tensor {name} holds all experts of a layer in one; save the checkpoint with one "
+                "tensor per expert (transformers: save_pretrained(..., save_original_format=True))"
+            )
+        raise ErnieQuantError(
+            f"tensor {name} is not part of an {model.description} as config.json describes it; "
+            "check that config.json and weights belong together"
+        )
+
+
+def layer_spec(model: ModelSizes, options: QuantizeOptions) -> LayerSpec:
     """Code, tile and rotation block of both projections, the same in every layer.
 
     Raises:

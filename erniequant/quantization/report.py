@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from erniequant.calibration.hessian import DEGRADED_DAMPING
+from erniequant.quantization.estimate import Estimate
 from erniequant.quantization.plan import Plan
 
 REPORT_FILE = "quantization_report.json"
@@ -44,16 +45,31 @@ class CalibrationReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Result of `erniequant.quantize`; ``matrices`` is empty after a dry run."""
+    """Result of `erniequant.quantize`; ``matrices`` is empty after a dry run.
+
+    ``measured`` has what ``predicted`` predicts, None after a dry run; ``sessions`` counts how
+    often the run was begun or continued.
+    """
 
     plan: Plan
     plan_text: str
     calibration: CalibrationReport | None
     matrices: tuple[MatrixReport, ...]
-    seconds: float
-    peak_memory_bytes: int
+    predicted: Estimate
+    measured: Estimate | None
     sha256: dict[str, str]
+    sessions: int = 1
     dry_run: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Time worked, in all sessions."""
+        return self.measured.seconds if self.measured else 0.0
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak resident memory of the last session."""
+        return self.measured.peak_memory_bytes if self.measured else 0
 
     @property
     def degraded(self) -> int:
@@ -98,8 +114,11 @@ class QuantizationReport:
             },
             "bytes": {"before": plan.source_bytes, "after": plan.output_bytes},
             "calibration": asdict(self.calibration) if self.calibration else None,
+            "mtp_tensors": list(plan.mtp),
             "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
+            "sessions": self.sessions,
+            "predicted": asdict(self.predicted),
+            "measured": asdict(self.measured) if self.measured else None,
             "degraded": self.degraded,
             "layer_errors": self.layer_errors(),
             "tokens_per_expert": self.tokens_per_expert(),

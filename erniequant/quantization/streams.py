@@ -2,23 +2,23 @@
 
 One stream of hidden states runs through the quantised layers, so that every layer is calibrated on
 its actual inputs; the other runs through the original layers and says what the outputs should have
-been. Only one layer's non-expert weights are in memory.
+been. Only one layer's non-expert weights are in memory, and of tables on disk only a window.
 """
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
 
 import torch
 
+from erniequant.calibration.hessian import finite_rows
+from erniequant.calibration.rows import RowPool, Rows
 from erniequant.calibration.texts import CalibrationWindows
 from erniequant.checkpoint.reader import Checkpoint
-from erniequant.models import ernie45_text as text_moe
-from erniequant.models.ernie45_text import MoeInput, TextMoe
-from erniequant.quantization.layer import ExpertOutcome, LayerInput
+from erniequant.models.architecture import Architecture, MoeInput
+from erniequant.quantization.layer import Contribution, LayerInput
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+EMBEDDING_ROWS = 4096
+"""Rows of the embedding read at once."""
 
 
 class Streams:
@@ -28,95 +28,135 @@ class Streams:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        config: Any,
+        architecture: Architecture,
         windows: CalibrationWindows | None,
         device: torch.device,
         threads: int,
+        pool: RowPool,
     ) -> None:
-        self._checkpoint, self._config = checkpoint, config
-        self._device, self._threads = device, threads
-        ids = windows.windows if windows else ()
-        self._lengths = [len(window) for window in ids]
-        self._quantized = torch.zeros(0, config.hidden_size)
-        if windows:
-            table = checkpoint.tensor("model.embed_tokens.weight")
-            self._quantized = torch.cat([table[window].float() for window in ids])
-        self._original = self._quantized.clone()
+        self._checkpoint, self._architecture = checkpoint, architecture
+        self._device, self._threads, self._pool = device, threads, pool
+        self._windows = windows.windows if windows else ()
+        self.tokens = sum(len(window) for window in self._windows)
+        hidden = architecture.sizes.hidden
+        self._quantized = pool.empty(self.tokens, hidden)
+        self._original = pool.empty(self.tokens, hidden)
+        ends = torch.tensor([len(window) for window in self._windows]).cumsum(0).tolist()
+        self._places = [
+            slice(end - len(window), end) for end, window in zip(ends, self._windows, strict=True)
+        ]
+
+    @property
+    def tables(self) -> tuple[Rows, Rows]:
+        """Both hidden states, to be saved or restored."""
+        return self._quantized, self._original
+
+    def embed(self) -> None:
+        """Begin: both streams hold the embeddings of the text."""
+        if not self.tokens:
+            return
+        ids = torch.cat(self._windows)
+        name = "model.embed_tokens.weight"
+        # A few rows at a time: the whole table of the largest model has 1.7 GB.
+        for start in range(0, self._architecture.sizes.vocabulary, EMBEDDING_ROWS):
+            stop = min(start + EMBEDDING_ROWS, self._architecture.sizes.vocabulary)
+            rows = torch.where((ids >= start) & (ids < stop))[0]
+            if rows.numel():
+                table = self._checkpoint.rows(name, start, stop)
+                for part in rows.split(EMBEDDING_ROWS):
+                    found = table[ids[part] - start].float()
+                    self._quantized.tensor[part] = found
+                    self._original.tensor[part] = found
+                    self._quantized.release()
+                    self._original.release()
 
     def through_dense_layer(self, index: int) -> None:
-        """Advance both streams through a layer without experts."""
-        if not self._lengths:
+        """Advance both streams through a layer that is not quantised."""
+        if not self.tokens:
             return
-        layer = text_moe.load_layer(self._checkpoint, self._config, index, self._device)
+        model = self._architecture
+        layer = model.load_layer(self._checkpoint, index, self._device)
 
-        def step(text: torch.Tensor) -> tuple[torch.Tensor, None]:
-            return text_moe.dense_mlp(layer, self._attend(layer, text)), None
+        def step(states: Rows, place: slice) -> None:
+            text = states.tensor[place][None].to(self._device)
+            states.tensor[place] = model.dense_mlp(layer, model.attend(layer, text))[0].cpu()
+            states.release()
 
         self._advance(self._quantized, step)
         self._advance(self._original, step)
 
     def into_experts(self, index: int) -> LayerInput:
         """Advance both streams through a layer up to its experts, whose outputs `add` adds."""
-        if not self._lengths:
-            return _no_tokens(TextMoe.from_config(self._config))
-        layer = text_moe.load_layer(self._checkpoint, self._config, index, self._device)
+        model, sizes = self._architecture, self._architecture.sizes
+        layer = model.load_layer(self._checkpoint, index, self._device) if self.tokens else None
+        quantized, original = self._input_tables(), self._input_tables()
+        drift = self._pool.empty(self.tokens, sizes.hidden)
+        finite = torch.ones(self.tokens, dtype=torch.bool)
 
-        def step(text: torch.Tensor) -> tuple[torch.Tensor, MoeInput]:
-            return text_moe.route(layer, self._attend(layer, text))
+        def step_into(inputs: _InputTables) -> Callable[[Rows, slice], None]:
+            def step(states: Rows, place: slice) -> None:
+                text = states.tensor[place][None].to(self._device)
+                moved, found = model.route(layer, model.attend(layer, text))
+                states.tensor[place] = moved[0].cpu()
+                inputs.put(place, found)
+                states.release()
 
-        quantized = _join(self._advance(self._quantized, step))
-        original = _join(self._advance(self._original, step))
-        return LayerInput(quantized, original, self._original - self._quantized)
+            return step
 
-    def add(self, outcome: ExpertOutcome) -> None:
+        self._advance(self._quantized, step_into(quantized))
+        self._advance(self._original, step_into(original))
+        for place in self._places:
+            lacking = self._original.tensor[place] - self._quantized.tensor[place]
+            drift.tensor[place] = lacking
+            finite[place] = finite_rows(lacking)
+            finite[place] &= finite_rows(quantized.x.tensor[place])
+            finite[place] &= finite_rows(original.x.tensor[place])
+            for table in (drift, quantized.x, original.x, self._quantized, self._original):
+                table.release()
+        tables = (quantized.x, original.x, drift)
+        return LayerInput(quantized.input, original.input, drift.tensor, finite, tables)
+
+    def add(self, quantized: Contribution, original: Contribution) -> None:
         """Add an expert's outputs; in the order of experts, so that sums do not depend on
         threads."""
-        outcome.quantized.add_to(self._quantized)
-        outcome.original.add_to(self._original)
+        quantized.add_to(self._quantized)
+        original.add_to(self._original)
 
-    def _attend(self, layer: Any, text: torch.Tensor) -> torch.Tensor:
-        positions = text_moe.position_embeddings(self._config, text.shape[1], self._device)
-        return text_moe.attend(layer, text, positions)
+    def _input_tables(self) -> "_InputTables":
+        return _InputTables(self.tokens, self._architecture, self._pool)
 
-    def _advance(
-        self, states: torch.Tensor, step: Callable[[torch.Tensor], tuple[torch.Tensor, Result]]
-    ) -> list[Result]:
-        """Replace every window of ``states`` by what a step ``[1, n, H]`` makes of it.
-
-        In place, window by window: all windows twice would be gigabytes. Returns what else the
-        steps gave.
-        """
-
-        def one(window: torch.Tensor) -> Result:
-            moved, result = step(window[None].to(self._device))
-            window.copy_(moved[0])
-            return result
-
-        return self._map(one, list(states.split(self._lengths)))
-
-    def _map(self, function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
+    def _advance(self, states: Rows, step: Callable[[Rows, slice], None]) -> None:
+        """Move every window of ``states`` on, in place: all windows twice would be gigabytes."""
         if self._device.type != "cpu":
-            return [function(item) for item in items]
+            for place in self._places:
+                step(states, place)
+            return
 
-        def one(item: Item) -> Result:
+        def one(place: slice) -> None:
             # Both settings belong to a thread.
             torch.set_num_threads(1)
             with torch.no_grad():
-                return function(item)
+                step(states, place)
 
-        with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(one, items))
-
-
-def _join(parts: list[MoeInput]) -> MoeInput:
-    return MoeInput(
-        torch.cat([p.x for p in parts]).float().cpu(),
-        torch.cat([p.expert for p in parts]).cpu(),
-        torch.cat([p.weight for p in parts]).float().cpu(),
-    )
+        with ThreadPoolExecutor(self._threads) as workers:
+            for done in [workers.submit(one, place) for place in self._places]:
+                done.result()
 
 
-def _no_tokens(model: TextMoe) -> LayerInput:
-    empty, states = torch.zeros(0, model.top_k), torch.zeros(0, model.hidden)
-    nothing = MoeInput(states, empty.long(), empty)
-    return LayerInput(nothing, nothing, states)
+class _InputTables:
+    """What a layer's experts see of all windows, filled window by window."""
+
+    def __init__(self, tokens: int, architecture: Architecture, pool: RowPool):
+        sizes = architecture.sizes
+        self.x = pool.empty(tokens, sizes.hidden)
+        self.input = MoeInput(
+            self.x.tensor,
+            torch.zeros(tokens, sizes.top_k, dtype=torch.int64),
+            torch.zeros(tokens, sizes.top_k),
+        )
+
+    def put(self, place: slice, found: MoeInput) -> None:
+        self.input.x[place] = found.x.float().cpu()
+        self.input.expert[place] = found.expert.cpu()
+        self.input.weight[place] = found.weight.float().cpu()
+        self.x.release()

@@ -4,7 +4,11 @@ A matrix is not encoded for its own sake: it has to give the outputs of the orig
 inputs of the quantised one. Both differ, because everything before it was quantised too.
 """
 
+from collections.abc import Callable
+
 import torch
+
+from erniequant.calibration.hessian import ROW_BLOCK, all_finite, cholesky
 
 CORRECTION_RIDGE = 0.1
 """Ridge of the correction, as a fraction of the mean diagonal; .03 and .3 are both worse on real
@@ -12,7 +16,7 @@ weights."""
 
 
 def corrected_target(
-    weight: torch.Tensor, hessian: torch.Tensor, missing: torch.Tensor
+    weight: torch.Tensor, hessian: torch.Tensor, missing: Callable[[slice], torch.Tensor]
 ) -> torch.Tensor:
     """The matrix that best makes up for what its inputs miss: least squares with a ridge.
 
@@ -22,22 +26,26 @@ def corrected_target(
     Args:
         weight: ``W``, float32 ``[N, K]``.
         hessian: ``H = sum_t c_t x_t x_t^T``, float32 ``[K, K]``.
-        missing: ``M = sum_t c_t x_t r_t^T``, float32 ``[K, N]``, of what the outputs lack.
+        missing: gives columns of ``M = sum_t c_t x_t r_t^T``, float32 ``[K, n]``: moments of what
+            a slice of the outputs lacks.
 
     Returns:
         float32 ``[N, K]``; ``weight`` itself where the moments cannot be used.
     """
     ridge = CORRECTION_RIDGE * float(hessian.diagonal().mean())
-    damped = hessian.double()
-    damped.diagonal().add_(ridge)
-    lower, info = torch.linalg.cholesky_ex(damped)
-    if not ridge > 0 or int(info) != 0:
+    lower = cholesky(hessian, ridge) if ridge > 0 else None
+    if lower is None:
         return weight
-    corrected = weight + torch.cholesky_solve(missing.double(), lower).T.float()
-    return corrected if bool(torch.isfinite(corrected).all()) else weight
+    corrected = torch.empty_like(weight)
+    # Block by block: float64 moments of all outputs would be as large as the Hessian.
+    for start in range(0, weight.shape[0], ROW_BLOCK):
+        rows = slice(start, start + ROW_BLOCK)
+        change = torch.cholesky_solve(missing(rows).double(), lower).T.float()
+        corrected[rows] = weight[rows] + change
+    return corrected if all_finite(corrected) else weight
 
 
-def inner_sensitivity(gate_and_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def inner_sensitivity(gate_and_up: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
     """How much an error of each gate and up output disturbs the expert's output, token by token.
 
     First order: an error ``d`` of gate unit ``i`` moves the output by
@@ -46,7 +54,7 @@ def inner_sensitivity(gate_and_up: torch.Tensor, down: torch.Tensor) -> torch.Te
 
     Args:
         gate_and_up: outputs of both projections, float32 ``[n, 2I]``.
-        down: ``[H, I]``.
+        reach: squared length of the columns of down, ``[I]``.
 
     Returns:
         float32 ``[n, 2I]``.
@@ -55,19 +63,7 @@ def inner_sensitivity(gate_and_up: torch.Tensor, down: torch.Tensor) -> torch.Te
     sigmoid = torch.sigmoid(gate)
     slope = up * sigmoid * (1 + gate * (1 - sigmoid))
     squares = torch.cat([slope, gate * sigmoid], dim=-1).square_()
-    return squares.mul_(down.square().sum(0).repeat(2))
-
-
-def output_importance(
-    sensitivity: torch.Tensor, weights: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
-    """How much each gate and up output counts: its sensitivity over the tokens, float32 ``[2I]``.
-
-    Without tokens all activations are taken to be alike, and only the columns of ``down`` differ.
-    """
-    if not weights.numel():
-        return down.square().sum(0).repeat(2)
-    return weights @ sensitivity
+    return squares.mul_(reach.repeat(2))
 
 
 def token_emphasis(sensitivity: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -78,13 +74,10 @@ def token_emphasis(sensitivity: torch.Tensor, weights: torch.Tensor) -> torch.Te
 
     Args:
         sensitivity: of `inner_sensitivity`, ``[n, 2I]``.
-        weights: ``[n]``, whose sum is kept.
+        weights: ``[n]``.
 
     Returns:
-        float32 ``[n]``; ``weights`` itself where nothing is known.
+        float32 ``[n]``, up to a common factor; 0 for a token whose sensitivity overflows.
     """
     emphasised = weights * sensitivity.sum(-1).sqrt()
-    total = emphasised.sum()
-    if not bool(torch.isfinite(total)) or not bool(total > 0):
-        return weights
-    return emphasised * (weights.sum() / total)
+    return torch.where(torch.isfinite(emphasised), emphasised, 0.0)

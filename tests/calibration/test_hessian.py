@@ -2,49 +2,52 @@
 
 import torch
 
-from erniequant.calibration.hessian import CHUNK, Moments, factorise, second_moments, shrink
+from erniequant.calibration.hessian import ROW_BLOCK, Moments, all_finite, factorise
 
 
 def moments_of(total: torch.Tensor, weight: float) -> Moments:
-    return Moments(total, weight, tokens=1, dropped=0)
+    found = Moments(total.shape[0])
+    found.total, found.weight = total, weight
+    return found
 
 
-def test_moments_are_the_weighted_sum_of_outer_products() -> None:
-    # One token more than a chunk, so that the last chunk holds a single row.
-    x = torch.randn(CHUNK + 1, 5, dtype=torch.float64)
-    weights = torch.rand(CHUNK + 1, dtype=torch.float64)
-    found = second_moments(x.float(), weights.float())
+def test_moments_are_weighted_sums_of_outer_products() -> None:
+    # Two chunks, the second of a single row.
+    x, y = torch.randn(9, 5, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
+    weights = torch.rand(9, dtype=torch.float64)
+    found = Moments(5, (3,))
+    for part in (slice(0, 8), slice(8, 9)):
+        found.add(x[part].float(), weights[part].float(), y[part].float())
     expected = torch.einsum("t,ti,tj->ij", weights, x, x)
-    torch.testing.assert_close(found.total.double(), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.total.double(), expected, rtol=1e-4, atol=1e-4)
+    crossed = torch.einsum("t,ti,tj->ij", weights, x, y)
+    torch.testing.assert_close(found.cross[0].double(), crossed, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.weight, float(weights.sum()), rtol=1e-6, atol=0)
-    torch.testing.assert_close(found.mean(), found.total / found.weight)
-
-
-def test_tokens_with_inf_or_nan_are_dropped_and_counted() -> None:
-    x = torch.randn(6, 3)
-    weights = torch.ones(6)
-    clean = second_moments(x[[0, 2, 5]], weights[[0, 2, 5]])
-    x[1, 2], x[3, 0], weights[4] = float("inf"), float("nan"), float("nan")
-    found = second_moments(x, weights)
-    assert (found.tokens, found.dropped) == (3, 3)
-    assert torch.equal(found.total, clean.total)
 
 
 def test_an_expert_without_tokens_gets_the_prior() -> None:
     prior = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
-    none = second_moments(torch.zeros(0, 3), torch.zeros(0))
-    torch.testing.assert_close(shrink(none, prior, strength=7.0), prior)
+    torch.testing.assert_close(Moments(3).blend(prior, 7.0), prior)
 
 
 def test_without_tokens_and_prior_it_is_the_identity() -> None:
-    none = second_moments(torch.zeros(0, 3), torch.zeros(0))
-    assert torch.equal(shrink(none, torch.zeros(3, 3), 0.0), torch.eye(3))
-    assert torch.equal(shrink(none, torch.full((3, 3), float("nan")), 1.0), torch.eye(3))
+    assert torch.equal(Moments(3).blend(torch.zeros(3, 3), 0.0), torch.eye(3))
+    assert torch.equal(Moments(3).blend(torch.full((3, 3), float("nan")), 1.0), torch.eye(3))
 
 
-def test_shrinking_weighs_by_tokens() -> None:
+def test_blending_weighs_by_tokens() -> None:
     own = moments_of(30 * torch.eye(2), weight=10.0)
-    torch.testing.assert_close(shrink(own, torch.eye(2), 10.0), 2 * torch.eye(2))
+    torch.testing.assert_close(own.blend(torch.eye(2), 10.0), 2 * torch.eye(2))
+
+
+def test_one_bad_number_anywhere_is_found() -> None:
+    matrix = torch.zeros(2 * ROW_BLOCK + 1, 3)
+    assert all_finite(matrix)
+    for row in (0, ROW_BLOCK, 2 * ROW_BLOCK):
+        for bad in (float("nan"), float("inf"), float("-inf")):
+            damaged = matrix.clone()
+            damaged[row, 2] = bad
+            assert not all_finite(damaged)
 
 
 def test_factor_rebuilds_the_damped_hessian() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from erniequant.checkpoint.files import write_json
 from erniequant.checkpoint.reader import INDEX_FILE, open_checkpoint
-from erniequant.checkpoint.writer import CheckpointWriter, copy_companions, write_json
+from erniequant.checkpoint.writer import CheckpointWriter, copy_companions
 from erniequant.errors import ErnieQuantError
 
 

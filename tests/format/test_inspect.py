@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from erniequant.checkpoint.writer import write_json
+from erniequant.checkpoint.files import write_json
 from erniequant.errors import ErnieQuantError
 from erniequant.format.inspect import inspect
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import erniequant
-from erniequant.checkpoint.writer import sha256_of, write_json
+from erniequant.checkpoint.files import sha256_of, write_json
 from erniequant.errors import ErnieQuantError
 from erniequant.format.verify import verify
 

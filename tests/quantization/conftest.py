@@ -7,13 +7,9 @@ import pytest
 import torch
 
 from erniequant.codes import get_code
-from erniequant.quantization.expert import (
-    Evidence,
-    ExpertWeights,
-    LayerContext,
-    ProjectionCodes,
-)
+from erniequant.quantization.expert import ExpertWeights, LayerContext, ProjectionCodes
 from erniequant.quantization.matrix import Rotation
+from erniequant.quantization.tokens import Evidence
 from erniequant.rotation import random_signs
 
 
@@ -55,11 +51,12 @@ def evidence(x: torch.Tensor, weights: torch.Tensor) -> Evidence:
 @pytest.fixture
 def expert_weights() -> ExpertWeights:
     generator = torch.Generator().manual_seed(2)
-    return ExpertWeights(
-        torch.randn(INNER, HIDDEN, generator=generator) * 0.1,
-        torch.randn(INNER, HIDDEN, generator=generator) * 0.1,
-        torch.randn(HIDDEN, INNER, generator=generator) * 0.1,
-    )
+    matrices = {
+        "gate_proj": torch.randn(INNER, HIDDEN, generator=generator) * 0.1,
+        "up_proj": torch.randn(INNER, HIDDEN, generator=generator) * 0.1,
+        "down_proj": torch.randn(HIDDEN, INNER, generator=generator) * 0.1,
+    }
+    return ExpertWeights(matrices.__getitem__)
 
 
 @pytest.fixture

@@ -5,14 +5,20 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import linear, silu
 
+from erniequant.calibration.rows import RowPool
 from erniequant.codes import get_code
+from erniequant.models.architecture import MoeInput
+from erniequant.quantization import expert as expert_module
 from erniequant.quantization.expert import (
-    Evidence,
     ExpertWeights,
     LayerContext,
     ProjectionCodes,
-    quantize_expert,
+    QuantizedExpert,
+    inner_activations,
 )
+from erniequant.quantization.layer import LayerInput
+from erniequant.quantization.targets import inner_sensitivity
+from erniequant.quantization.tokens import CHUNK, Evidence, Tokens
 
 
 def tokens_of(x: torch.Tensor) -> Evidence:
@@ -20,37 +26,49 @@ def tokens_of(x: torch.Tensor) -> Evidence:
     return Evidence(x, x, torch.zeros_like(x), torch.ones(len(x)))
 
 
+def quantize_expert(weights: ExpertWeights, routed: Tokens, layer: LayerContext) -> QuantizedExpert:
+    return expert_module.quantize_expert(weights, routed, layer, RowPool())
+
+
+def mlp(gate_up: torch.Tensor, down: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2)
+    return linear(silu(linear(x, gate)) * linear(x, up), down)
+
+
 def output(weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
-    return linear(silu(linear(x, weights.gate)) * linear(x, weights.up), weights.down)
+    return mlp(weights.gate_up(), weights.down(), x)
+
+
+def made(found: QuantizedExpert, x: torch.Tensor) -> torch.Tensor:
+    """Output of the quantised expert."""
+    return mlp(found.gate_up.effective, found.down.effective, x)
 
 
 def test_the_quantised_expert_computes_its_effective_weights(
     expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
 ) -> None:
     found = quantize_expert(expert_weights, tokens, layer)
-    gate, up = found.gate_up.effective.chunk(2)
-    again = ExpertWeights(gate, up, found.down.effective)
-    torch.testing.assert_close(found.forward(tokens.x), output(again, tokens.x))
-    torch.testing.assert_close(found.output, output(again, tokens.x))
-    assert found.dropped == 0
+    after = found.inner.after.tensor[:500]
+    torch.testing.assert_close(
+        linear(after, found.down.effective), made(found, tokens.x), rtol=1e-4, atol=1e-5
+    )
     true = output(expert_weights, tokens.x)
-    relative = (found.forward(tokens.x) - true).square().sum() / true.square().sum()
-    assert relative < 0.2
+    before = found.inner.before.tensor[:500]
+    torch.testing.assert_close(linear(before, expert_weights.down()), true, rtol=1e-4, atol=1e-5)
+    assert (made(found, tokens.x) - true).square().sum() / true.square().sum() < 0.2
 
 
 def test_correcting_targets_lowers_the_output_error(
     expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext, monkeypatch: object
 ) -> None:
-    from erniequant.quantization import expert as module
-
     true = output(expert_weights, tokens.x)
 
     def error() -> float:
-        found = quantize_expert(expert_weights, tokens, layer).forward(tokens.x)
+        found = made(quantize_expert(expert_weights, tokens, layer), tokens.x)
         return float((tokens.weights[:, None] * (found - true).square()).sum())
 
     corrected = error()
-    monkeypatch.setattr(module, "corrected_target", lambda weight, *_: weight)  # type: ignore[attr-defined]
+    monkeypatch.setattr(expert_module, "corrected_target", lambda weight, *_: weight)  # type: ignore[attr-defined]
     assert corrected < 0.97 * error()
 
 
@@ -60,7 +78,7 @@ def test_an_expert_without_tokens_is_quantised_for_the_layer(
     none = tokens_of(torch.zeros(0, 96))
     found = quantize_expert(expert_weights, none, layer)
     true = output(expert_weights, tokens.x)
-    relative = (found.forward(tokens.x) - true).square().sum() / true.square().sum()
+    relative = (made(found, tokens.x) - true).square().sum() / true.square().sum()
     # It never saw these tokens as its own, but the layer's sample stood in.
     assert relative < 0.35
 
@@ -71,20 +89,28 @@ def test_without_any_calibration_every_direction_counts_the_same(
     none = tokens_of(torch.zeros(0, 96))
     blank = replace(layer, pooled=torch.zeros(96, 96), sample=none)
     found = quantize_expert(expert_weights, none, blank)
-    plain = (found.gate_up.effective - torch.cat([expert_weights.gate, expert_weights.up])).square()
-    assert plain.sum() / torch.cat([expert_weights.gate, expert_weights.up]).square().sum() > 0.07
+    source = expert_weights.gate_up()
+    assert (found.gate_up.effective - source).square().sum() / source.square().sum() > 0.07
     assert found.gate_up.error < 0.12 and found.down.error < 0.12
 
 
-def test_bad_tokens_are_dropped_and_counted(
+def routed_rows(tokens: Evidence) -> Tokens:
+    """The tokens as rows of a layer's tables."""
+    nothing = torch.zeros(len(tokens.x), 1)
+    quantized, original = (MoeInput(x, nothing, nothing) for x in (tokens.x, tokens.original))
+    finite = torch.isfinite(tokens.x).all(-1)
+    inputs = LayerInput(quantized, original, tokens.drift, finite)
+    return inputs.tokens(torch.arange(len(tokens.x)), tokens.weights)
+
+
+def test_bad_tokens_are_dropped(
     expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
 ) -> None:
     x = tokens.x.clone()
     x[5, 7], x[100, 0] = float("inf"), float("nan")
-    found = quantize_expert(expert_weights, replace(tokens, x=x), layer)
+    found = quantize_expert(expert_weights, routed_rows(replace(tokens, x=x)), layer)
     keep = [i for i in range(500) if i not in (5, 100)]
     clean = quantize_expert(expert_weights, tokens.rows(torch.tensor(keep)), layer)
-    assert found.dropped == 2
     assert torch.equal(found.gate_up.packed, clean.gate_up.packed)
     assert torch.equal(found.down.packed, clean.down.packed)
 
@@ -111,13 +137,12 @@ def test_an_expert_makes_up_for_what_earlier_layers_lost(
     wanted = output(expert_weights, original)
     moved = Evidence(tokens.x, original, 0.1 * wanted, tokens.weights)
     found = quantize_expert(expert_weights, moved, layer)
-    torch.testing.assert_close(found.original, wanted)
 
-    def error(made: torch.Tensor) -> float:
-        return float((made - 1.1 * wanted).square().sum() / wanted.square().sum())
+    def error(found: QuantizedExpert) -> float:
+        missed = made(found, tokens.x) - 1.1 * wanted
+        return float(missed.square().sum() / wanted.square().sum())
 
-    unaware = quantize_expert(expert_weights, tokens, layer)
-    assert error(found.output) < 0.5 * error(unaware.output)
+    assert error(found) < 0.5 * error(quantize_expert(expert_weights, tokens, layer))
 
 
 def test_gate_and_up_aim_at_their_outputs_for_the_original_inputs(
@@ -125,11 +150,11 @@ def test_gate_and_up_aim_at_their_outputs_for_the_original_inputs(
 ) -> None:
     code = get_code("cc4", 10)
     layer = replace(layer, codes=ProjectionCodes(code, 32, code, 32))
-    source = torch.cat([expert_weights.gate, expert_weights.up])
+    source = expert_weights.gate_up()
 
     def size(evidence: Evidence) -> float:
-        made = quantize_expert(expert_weights, evidence, layer).gate_up.effective
-        return float((made * source).sum() / source.square().sum())
+        found = quantize_expert(expert_weights, evidence, layer).gate_up.effective
+        return float((found * source).sum() / source.square().sum())
 
     # Inputs that have shrunk to nine tenths ask for weights of 1.11; the ridge takes a part back.
     assert 1.05 < size(replace(tokens, x=0.9 * tokens.original)) < 1.12
@@ -139,8 +164,6 @@ def test_gate_and_up_aim_at_their_outputs_for_the_original_inputs(
 def test_tokens_whose_output_cannot_suffer_do_not_shape_gate_and_up(
     expert_weights: ExpertWeights, layer: LayerContext, monkeypatch: object
 ) -> None:
-    from erniequant.quantization import expert as module
-
     # Half of the tokens live in the first 48 channels, half in the others; there, one channel
     # closes every gate, so that no error of gate or up reaches the output.
     generator = torch.Generator().manual_seed(8)
@@ -148,16 +171,75 @@ def test_tokens_whose_output_cannot_suffer_do_not_shape_gate_and_up(
     x[:400, 48:] = 0
     x[400:, :48] = 0
     x[400:, 48] = 4
-    gate = expert_weights.gate.clone()
+    gate = expert_weights.load("gate_proj").clone()
     gate[:, 48] = -8
-    weights = replace(expert_weights, gate=gate)
+    weights = ExpertWeights(lambda name: gate if name == "gate_proj" else expert_weights.load(name))
     evidence, true = tokens_of(x), output(weights, x)
     blank = replace(layer, pooled=torch.zeros(96, 96), sample=evidence.rows(torch.arange(0)))
 
     def error() -> float:
-        found = quantize_expert(weights, evidence, blank).output
+        found = made(quantize_expert(weights, evidence, blank), x)
         return float((found - true).square().sum() / true.square().sum())
 
     emphasised = error()
-    monkeypatch.setattr(module, "token_emphasis", lambda _, weights: weights)  # type: ignore[attr-defined]
+    monkeypatch.setattr(expert_module, "token_emphasis", lambda _, weights: weights)  # type: ignore[attr-defined]
     assert emphasised < 0.97 * error()
+
+
+def test_chunks_of_tokens_do_not_matter(expert_weights: ExpertWeights, layer: LayerContext) -> None:
+    # One token more than two chunks, so the last chunk holds a single row; against the moments of
+    # all tokens at once, in float64.
+    x = torch.randn(2 * CHUNK + 1, 96, generator=torch.Generator().manual_seed(1))
+    tokens = replace(tokens_of(x), original=x + 0.1 * x.roll(1, 1))
+    evidence = expert_module._WithSample(tokens, layer.sample, 0.0)
+    before = RowPool().empty(evidence.count, 64)
+    moments, _ = expert_module._gate_up_moments(
+        expert_weights.gate_up(), torch.ones(64), evidence, before, layer, emphasise=False
+    )
+    exact = x.double()
+    scale = float((exact.T @ exact).abs().max())
+    assert (moments.total - exact.T @ exact).abs().max() < 1e-5 * scale
+    missing = (tokens.original - x).double()
+    assert (moments.cross[0] - exact.T @ missing).abs().max() < 1e-5 * scale
+    assert moments.weight == len(x)
+
+
+def test_a_known_expert_gives_the_same_activations_to_the_last_bit(
+    expert_weights: ExpertWeights, layer: LayerContext
+) -> None:
+    x = torch.randn(CHUNK + 7, 96, generator=torch.Generator().manual_seed(2))
+    tokens = replace(tokens_of(x), original=1.1 * x)
+    found = quantize_expert(expert_weights, tokens, layer)
+    again = inner_activations(
+        expert_weights, found.gate_up.effective, tokens, torch.device("cpu"), RowPool()
+    )
+    for first, second in ((found.inner.before, again.before), (found.inner.after, again.after)):
+        assert torch.equal(first.tensor[: len(x)], second.tensor)
+
+
+def test_importance_sums_over_tokens_and_falls_back_to_the_columns_of_down(
+    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
+) -> None:
+    gate_up, reach = expert_weights.gate_up(), expert_weights.down().square().sum(0)
+    blank = replace(layer, sample=tokens_of(torch.zeros(0, 96)))
+
+    def importance(routed: Evidence) -> torch.Tensor:
+        evidence = expert_module._WithSample(routed, blank.sample, 0.0)
+        before = RowPool().empty(evidence.count, 64)
+        return expert_module._gate_up_moments(gate_up, reach, evidence, before, blank)[1]
+
+    sensitivity = inner_sensitivity(linear(tokens.original, gate_up), reach)
+    torch.testing.assert_close(importance(tokens), tokens.weights @ sensitivity, rtol=1e-4, atol=0)
+    assert torch.equal(importance(blank.sample), reach.repeat(2))
+
+
+def test_tokens_without_any_sensitivity_count_by_their_weights(
+    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
+) -> None:
+    evidence = expert_module._WithSample(tokens, layer.sample, 0.0)
+    before = RowPool().empty(evidence.count, 64)
+    moments, _ = expert_module._gate_up_moments(
+        expert_weights.gate_up(), torch.zeros(64), evidence, before, layer
+    )
+    expected = (tokens.x * tokens.weights[:, None]).T @ tokens.x
+    torch.testing.assert_close(moments.total, expected, rtol=1e-3, atol=1e-3)

@@ -158,9 +158,9 @@ def test_a_damaged_weight_stops_the_run_and_leaves_no_model(
     weight = tensors_of(micro_source)[name].clone()
     weight[3, 4] = float("nan")
     source = edited_source(micro_source, tmp_path / "nan", name, weight)
-    with pytest.raises(ErnieQuantError, match=f"{name} holds inf or nan"):
+    with pytest.raises(ErnieQuantError, match=f"{name} in .* holds inf or nan"):
         erniequant.quantize(source, tmp_path / "q", bits=2, calib=str(micro_text), **CALIBRATION)
-    assert not list((tmp_path / "q").glob("*"))
+    assert not (tmp_path / "q").exists()
 
 
 @pytest.mark.parametrize(

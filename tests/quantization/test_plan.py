@@ -11,15 +11,20 @@ from safetensors.torch import load_file, save_file
 
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.models.ernie45_text import TextMoe, read_config
+from erniequant.models.architecture import ModelSizes
+from erniequant.models.registry import architecture_of
 from erniequant.quantization.estimate import describe, estimate
+from erniequant.quantization.memory import MemoryPlan
 from erniequant.quantization.plan import Plan, QuantizeOptions, layer_spec, make_plan, tile_size
 
 
 def plan_for(folder: Path, **options: object) -> Plan:
     checkpoint = open_checkpoint(folder)
-    model = TextMoe.from_config(read_config(checkpoint.config))
+    model = architecture_of(checkpoint.config)
     return make_plan(checkpoint, model, QuantizeOptions(**{"bits": 2, **options}))
+
+
+MEMORY = MemoryPlan(2, False, 10**9, 0, 0)
 
 
 @pytest.fixture
@@ -56,13 +61,16 @@ def test_the_printed_plan_counts_every_tensor_once(micro_ernie: Path) -> None:
     # 8 experts in layers 1 and 2; layer 0 is dense.
     assert gate.names == "model.layers.{1..2}.mlp.experts.{0..7}.gate_proj.weight"
     assert (gate.count, gate.shape, gate.fate) == (16, (64, 96), "quantise")
-    text = describe(plan, estimate(plan, 1000, 2), 2)
+    text = describe(plan, MEMORY, estimate(plan, MEMORY, 1000))
     assert all(group.names in text for group in plan.groups)
 
 
 def test_mtp_tensors_are_copied(edited: Callable[..., Path]) -> None:
     folder = edited(lambda t: t.update({"model.mtp_block.0.norm.weight": torch.ones(4)}))
-    assert "model.mtp_block.0.norm.weight" in plan_for(folder).copied
+    plan = plan_for(folder)
+    assert "model.mtp_block.0.norm.weight" in plan.copied
+    assert plan.mtp == ("model.mtp_block.0.norm.weight",)
+    assert "1 of multi-token prediction" in describe(plan, MEMORY, estimate(plan, MEMORY, 1000))
 
 
 MATRIX = "model.layers.2.mlp.experts.5.up_proj.weight"
@@ -78,6 +86,16 @@ MATRIX = "model.layers.2.mlp.experts.5.up_proj.weight"
             lambda t: t.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.ones(64, 96)}),
             "experts.8.up_proj.weight is not part of",
         ),
+        (lambda t: t.pop("model.norm.weight"), "tensor model.norm.weight is missing"),
+        (lambda t: t.pop("model.layers.2.mlp.gate.weight"), "2.mlp.gate.weight is missing"),
+        (
+            lambda t: t.update({"model.layers.1.self_attn.q_proj.weight": torch.ones(96, 95)}),
+            r"1.self_attn.q_proj.weight has shape \(96, 95\)",
+        ),
+        (
+            lambda t: t.update({"model.layers.1.mlp.experts.gate_up_proj": torch.ones(8, 128, 96)}),
+            "save_original_format=True",
+        ),
         (lambda t: t.update({"model.layers.0.extra": torch.ones(1)}), "layers.0.extra is not part"),
     ],
 )
@@ -90,8 +108,8 @@ def test_what_does_not_fit_is_named(
         plan_for(edited(edit))
 
 
-def model_of(hidden: int, inner: int) -> TextMoe:
-    return TextMoe(hidden, inner, experts=8, top_k=2, layers=2, moe_layers=(1,), vocabulary=9)
+def model_of(hidden: int, inner: int) -> ModelSizes:
+    return ModelSizes(hidden, inner, experts=8, top_k=2, layers=2, moe_layers=(1,), vocabulary=9)
 
 
 @pytest.mark.parametrize(
@@ -143,14 +161,13 @@ def test_a_21b_model_on_two_cores_takes_more_than_a_day_at_most_effort(micro_ern
     small = plan_for(micro_ernie, effort="max")
     settings = json.loads((micro_ernie / "config.json").read_text())
     assert settings["num_hidden_layers"] == 3
-    model = TextMoe(2560, 1536, 64, 6, 28, tuple(range(1, 28)), 103424)
+    model = ModelSizes(2560, 1536, 64, 6, 28, tuple(range(1, 28)), 103424)
     weights = 27 * 64 * 3 * 2560 * 1536
     large = Plan(
-        model, small.options, layer_spec(model, small.options), (), (),
+        model, small.options, layer_spec(model, small.options), (), (), (), (),
         weights, 21_830_000_000, 43_660_000_000, weights // 4, 2_900_000_000, (),
     )  # fmt: skip
-    predicted = estimate(large, 131_072, 2)
+    predicted = estimate(large, MEMORY, 131_072)
     assert predicted.seconds > 86_400
-    text = describe(large, predicted, 2)
-    assert "more than a day" in text
-    assert estimate(small, 1000, 2).seconds < 60
+    assert "more than a day" in describe(large, MEMORY, predicted)
+    assert estimate(small, MEMORY, 1000).seconds < 60

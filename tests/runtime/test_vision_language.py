@@ -8,7 +8,7 @@ import torch
 
 import erniequant
 from erniequant.checkpoint import CheckpointWriter, open_checkpoint
-from erniequant.checkpoint.writer import write_json
+from erniequant.checkpoint.files import write_json
 from erniequant.format.decoding import encode_scale
 from erniequant.format.inspect import inspect
 from erniequant.format.schema import (

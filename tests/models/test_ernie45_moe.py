@@ -11,37 +11,38 @@ from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeD
 
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.models import ernie45_text as text_moe
+from erniequant.models.architecture import EXPERT_MATRICES
+from erniequant.models.ernie45_moe import Ernie45Moe
+from erniequant.models.registry import architecture_of
 
 CPU = torch.device("cpu")
 
 
 def test_layer_by_layer_equals_the_stock_model(micro_ernie: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
+    stock = AutoModelForCausalLM.from_pretrained(
         micro_ernie, dtype=torch.float32, experts_implementation="eager"
     )
     ids = torch.randint(0, 128, (1, 37), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = model(ids, output_hidden_states=True).hidden_states
+        expected = stock(ids, output_hidden_states=True).hidden_states
 
     source = open_checkpoint(micro_ernie)
-    config = text_moe.read_config(source.config)
-    sizes = text_moe.TextMoe.from_config(config)
+    model = architecture_of(source.config)
+    sizes = model.sizes
     assert sizes.moe_layers == (1, 2)
-    positions = text_moe.position_embeddings(config, 37, CPU)
     hidden = source.tensor("model.embed_tokens.weight").float()[ids]
     for index in range(sizes.layers):
         torch.testing.assert_close(hidden, expected[index], rtol=1e-4, atol=1e-4)
-        layer = text_moe.load_layer(source, config, index, CPU)
-        hidden = text_moe.attend(layer, hidden, positions)
+        layer = model.load_layer(source, index, CPU)
+        hidden = model.attend(layer, hidden)
         if index not in sizes.moe_layers:
-            hidden = text_moe.dense_mlp(layer, hidden)
+            hidden = model.dense_mlp(layer, hidden)
             continue
-        hidden, inputs = text_moe.route(layer, hidden)
+        hidden, inputs = model.route(layer, hidden)
         for expert in range(sizes.experts):
             gate, up, down = (
-                source.tensor(text_moe.expert_matrix_name(index, expert, m)).float()
-                for m in text_moe.EXPERT_MATRICES
+                source.tensor(model.expert_matrix_name(index, expert, m)).float()
+                for m in EXPERT_MATRICES
             )
             token, slot = torch.where(inputs.expert == expert)
             x = inputs.x[token]
@@ -49,20 +50,20 @@ def test_layer_by_layer_equals_the_stock_model(micro_ernie: Path) -> None:
             hidden[0].index_add_(0, token, output * inputs.weight[token, slot][:, None])
 
 
-def router_layer(norm_min: float) -> Ernie4_5_MoeDecoderLayer:
+def router_layer(norm_min: float) -> tuple[Ernie45Moe, Ernie4_5_MoeDecoderLayer]:
     config = Ernie4_5_MoeConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, moe_num_experts=6, moe_k=3, moe_intermediate_size=8,
         moe_num_shared_experts=0, moe_layer_start_index=0, moe_norm_min=norm_min, vocab_size=16,
     )  # fmt: skip
-    config._attn_implementation = "sdpa"
-    return Ernie4_5_MoeDecoderLayer(config, 0)
+    model = Ernie45Moe(config.to_dict())
+    return model, Ernie4_5_MoeDecoderLayer(model.config, 0)
 
 
 @pytest.mark.parametrize("norm_min", [1e-12, 0.9])
 def test_routing_formula(norm_min: float) -> None:
     torch.manual_seed(1)
-    layer = router_layer(norm_min)
+    model, layer = router_layer(norm_min)
     # Experts 1 and 4 are the same, so every token has a tie; the bias changes the selection.
     weight = torch.randn(6, 8)
     weight[4] = weight[1]
@@ -71,7 +72,7 @@ def test_routing_formula(norm_min: float) -> None:
     layer.mlp.gate.moe_statics.e_score_correction_bias.data = bias[None]
     hidden = torch.randn(1, 50, 8)
     with torch.no_grad():
-        after, inputs = text_moe.route(layer, hidden)
+        after, inputs = model.route(layer, hidden)
         x = layer.post_attention_layernorm(hidden)[0]
     assert torch.equal(after, hidden)
     assert torch.equal(inputs.x, x)
@@ -91,7 +92,7 @@ def test_layers_with_experts_follow_interval_and_range() -> None:
     config = Ernie4_5_MoeConfig(
         num_hidden_layers=9, moe_layer_interval=2, moe_layer_start_index=2, moe_layer_end_index=6
     )
-    assert text_moe.TextMoe.from_config(config).moe_layers == (3, 5)
+    assert Ernie45Moe(config.to_dict()).sizes.moe_layers == (3, 5)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,7 @@ def test_layers_with_experts_follow_interval_and_range() -> None:
     [
         ({"model_type": "llama"}, "'llama'; supported: ernie4_5_moe"),
         ({"quantization_config": {}}, "already quantised"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'; only silu"),
         ({"hidden_size": "big"}, "not a valid ernie4_5_moe config"),
         ({"moe_layer_start_index": 5, "moe_layer_end_index": 4}, "no layer with experts"),
     ],
@@ -108,4 +110,4 @@ def test_other_configs_are_refused(
 ) -> None:
     settings = json.loads((micro_ernie / "config.json").read_text()) | change
     with pytest.raises(ErnieQuantError, match=message):
-        text_moe.TextMoe.from_config(text_moe.read_config(settings))
+        architecture_of(settings)

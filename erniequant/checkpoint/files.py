@@ -1,0 +1,61 @@
+"""Whole files or none: JSON and binary files that appear by write, flush and rename; checksums."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from erniequant.errors import ErnieQuantError
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Make a file by what ``write`` puts into it: temporary name, flush to disk, rename.
+
+    Raises:
+        ErnieQuantError: the disk refuses; nothing is left then.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(path, error) from error
+
+
+def write_json(path: Path, contents: dict[str, Any]) -> None:
+    """Write a JSON file as a whole."""
+    text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
+    write_file(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems cannot; files themselves are on the disk
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def disk_error(path: Path, error: Exception, doing: str = "write") -> ErnieQuantError:
+    """The one line for a disk that refuses."""
+    reason = getattr(error, "strerror", None) or error
+    return ErnieQuantError(f"cannot {doing} {path}: {reason}; check space and rights")

@@ -1,0 +1,161 @@
+"""How a run fits into memory: how many experts are under way at once, and whether tables of
+activations go to disk.
+
+Neither changes a bit of the result.
+"""
+
+import math
+import os
+import re
+import resource
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from erniequant.errors import ErnieQuantError
+from erniequant.models.architecture import Architecture
+from erniequant.quantization.layer import SAMPLE_TOKENS
+from erniequant.quantization.tokens import CHUNK
+
+BASE_BYTES = 550_000_000
+"""A process that has imported torch, transformers and numba and compiled the encoder."""
+
+SHARE_OF_AVAILABLE = 0.85
+"""Of the memory that is free when a run starts, what it takes at most unless told otherwise."""
+
+POPULARITY = 2.0
+"""Tokens of the experts under way over the mean, with which their tables are predicted."""
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+          "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run is given, and its predicted peaks in bytes.
+
+    ``tables_on_disk``: hidden states and activations are in mapped files, so that their pages do
+    not count. ``scratch_bytes``: of these files.
+    """
+
+    experts_at_once: int
+    tables_on_disk: bool
+    peak_bytes: int
+    vram_bytes: int
+    scratch_bytes: int
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Bytes of what a run holds; see `_parts`."""
+
+    layer: int
+    window: int
+    tables: int
+    context: int
+    expert: int
+    expert_tables: int
+
+
+def plan_memory(
+    model: Architecture, tokens: int, length: int, threads: int, budget: int, on_cpu: bool
+) -> MemoryPlan:
+    """The fastest way to run ``tokens`` tokens in windows of ``length`` within ``budget`` bytes.
+
+    Falls back to the least memory there is, which may be more than the budget.
+    """
+    parts = _parts(model, tokens, length)
+    most = min(threads, model.sizes.experts)
+    ways = [(most, False), *((at_once, True) for at_once in range(most, 0, -1))]
+    for at_once, on_disk in ways:
+        found = _way(parts, at_once, on_disk, threads if on_cpu else 1, on_cpu)
+        if found.peak_bytes <= budget or not tokens:
+            return found
+    return found
+
+
+def _way(parts: _Parts, at_once: int, on_disk: bool, threads: int, on_cpu: bool) -> MemoryPlan:
+    tables = parts.tables + at_once * parts.expert_tables
+    advance = parts.layer + threads * parts.window
+    experts = parts.context + at_once * parts.expert
+    return MemoryPlan(
+        at_once,
+        on_disk,
+        BASE_BYTES + max(advance, experts) + (0 if on_disk else tables),
+        0 if on_cpu else max(advance, at_once * parts.expert),
+        tables if on_disk else 0,
+    )
+
+
+def _parts(model: Architecture, tokens: int, length: int) -> _Parts:
+    """Peak bytes of: a layer without its experts; a window passing through it; hidden states,
+    inputs and drift; moments and sample that experts share; one expert under way; its tables."""
+    sizes = model.sizes
+    hidden, inner = sizes.hidden, sizes.inner
+    layers: Counter[str] = Counter()
+    for name, shape in model.required().items():
+        if name.startswith("model.layers."):
+            layers[name.split(".")[2]] += 4 * math.prod(shape)
+    widest = max(2 * getattr(model.config, "intermediate_size", 0), 4 * hidden)
+    sample = min(SAMPLE_TOKENS, tokens)
+    matrices = 4 * 2 * inner * hidden
+    # float64 Cholesky in two copies beside three float32 moments; later four float32 matrices.
+    solving = 28 * hidden**2 + 2 * matrices
+    encoding = 8 * hidden**2 + 5 * matrices
+    down = 24 * inner**2 + 4 * inner * hidden + 2 * matrices
+    chunk = 4 * min(CHUNK, max(tokens, 1)) * (6 * hidden + 9 * inner)
+    mean = tokens * sizes.top_k / sizes.experts
+    popular = min(tokens, POPULARITY * mean)
+    return _Parts(
+        max(layers.values()),
+        4 * min(length, max(tokens, 1)) * (3 * widest + 6 * hidden),
+        4 * tokens * 5 * hidden + 24 * tokens * sizes.top_k,
+        8 * hidden**2 + 4 * sample * 3 * hidden,
+        max(solving, encoding, down) + chunk,
+        int(4 * ((popular + sample) * 2 * inner + popular * 2 * hidden)),
+    )
+
+
+def default_budget() -> int:
+    """Bytes that a run may take when nobody says."""
+    return int(SHARE_OF_AVAILABLE * available_memory())
+
+
+def available_memory() -> int:
+    """Bytes that this process can still have: free memory, within its control group."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        text = Path("/proc/meminfo").read_text()
+        found = 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", text)[0])
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        found = min(found, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError, IndexError):
+        pass  # another system, or no limit ("max")
+    return found
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "16GB", "500M", "24GiB" or a plain number.
+
+    Raises:
+        ErnieQuantError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or match[2] not in _UNITS:
+        raise ErnieQuantError(f"{text!r} is not a size; write for example 16GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_vram(device: torch.device) -> int:
+    """Peak memory that torch has taken on a GPU so far, in bytes; 0 on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

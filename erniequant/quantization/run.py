@@ -1,0 +1,286 @@
+"""One pass over the layers of a checkpoint, continued where the journal ends.
+
+What is written, in this order, so that a kill at any moment loses at most the experts under way:
+an expert's words into their place in a shard, then its line in the journal; after a layer the
+hidden states, then their line; a shard gets its name when everything in it is there.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+
+from erniequant.calibration.rows import RowPool
+from erniequant.calibration.texts import CalibrationWindows
+from erniequant.checkpoint.files import sha256_of
+from erniequant.checkpoint.reader import Checkpoint
+from erniequant.checkpoint.scan import CheckedShard, changed_shards, check_shards
+from erniequant.checkpoint.shards import ShardFiles
+from erniequant.errors import ErnieQuantError
+from erniequant.format.decoding import decode_scale, decode_weight
+from erniequant.format.schema import PROJECTIONS, LayerSpec, guard_name, guard_tensor
+from erniequant.models.architecture import Architecture
+from erniequant.progress import Progress
+from erniequant.quantization.expert import ExpertWeights, ProjectionCodes
+from erniequant.quantization.layer import (
+    ExpertOutcome,
+    PackedExpert,
+    layer_context,
+    quantize_experts,
+)
+from erniequant.quantization.matrix import QuantizedMatrix, Rotation
+from erniequant.quantization.memory import MemoryPlan
+from erniequant.quantization.plan import Plan, packed_prefix
+from erniequant.quantization.report import MatrixReport
+from erniequant.quantization.streams import Streams
+from erniequant.resume.workfolder import WorkFolder
+from erniequant.rotation import pack_signs, random_signs
+
+
+class Run:
+    """A quantisation between its plan and its last file."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: Architecture,
+        plan: Plan,
+        memory: MemoryPlan,
+        device: torch.device,
+        threads: int,
+        work: WorkFolder,
+        shards: ShardFiles,
+        watch: Progress,
+    ) -> None:
+        self.checkpoint, self.model, self.plan, self.memory = checkpoint, model, plan, memory
+        self.device, self.threads, self.watch = device, threads, watch
+        self.work, self.journal, self.shards = work, work.journal, shards
+        self._pool = RowPool(work.folder if memory.tables_on_disk else None)
+        self._events = {(e["layer"], e["expert"]): e for e in self.journal.of("expert")}
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any expert is finished."""
+        return bool(self._events)
+
+    def check_source(self) -> None:
+        """Read all weights once, or make sure that they are those read before.
+
+        Raises:
+            ErnieQuantError: one is inf or nan, or a file has changed since the run was begun.
+        """
+        known = [
+            CheckedShard(e["file"], e["size"], e["mtime_ns"], e["sha256"])
+            for e in self.journal.of("checked")
+        ]
+        changed = changed_shards(self.checkpoint, known)
+        if changed:
+            raise ErnieQuantError(
+                f"{self.work.folder} holds an unfinished run for other weights: {changed[0]} of "
+                "the source has changed. Put it back to continue, or add --restart to start over"
+            )
+        done = {entry.file for entry in known}
+        for found in check_shards(self.checkpoint, self.threads, done):
+            self.journal.append("checked", **found.to_dict())
+
+    def copy_tensors(self) -> None:
+        """Copy everything that is not quantised into the shards that are not finished yet, and
+        check those that are.
+
+        Raises:
+            ErnieQuantError: a finished shard is not what was written.
+        """
+        for event in self.journal.of("shard"):
+            path = self.shards.folder / event["file"]
+            if not path.is_file() or sha256_of(path) != event["sha256"]:
+                raise ErnieQuantError(f"{path} is not what this run wrote; use --restart")
+        for name in self.plan.copied:
+            if not self.shards.finished(self.shards.shard_of(name)):
+                self.shards.copy(name, self.checkpoint)
+        self._finish_shards(0)
+
+    def quantize_layers(self, windows: CalibrationWindows | None) -> None:
+        """Quantise layer after layer; without windows nothing flows and every Hessian is the
+        identity."""
+        sizes = self.model.sizes
+        streams = Streams(
+            self.checkpoint, self.model, windows, self.device, self.threads, self._pool
+        )
+        first = self._first_layer(streams)
+        self._finish_shards(first)
+        for index in range(first, sizes.layers):
+            if index in sizes.moe_layers:
+                self._quantize_layer(index, streams)
+            else:
+                streams.through_dense_layer(index)
+            if streams.tokens and index + 1 < sizes.layers:
+                self.work.save_states(index + 1, streams.tables)
+            self.journal.append("layer", layer=index, disk_bytes=self._disk_bytes())
+            self._finish_shards(index + 1)
+
+    def matrices(self) -> Iterator[MatrixReport]:
+        """What the journal says of every matrix, in the order of layers and experts."""
+        for layer, expert in sorted(self._events):
+            event = self._events[layer, expert]
+            for name in PROJECTIONS:
+                yield MatrixReport(
+                    layer, expert, name, event["tokens"], event["dropped_tokens"], **event[name]
+                )
+
+    def disk_peak(self) -> int:
+        """The most that the result and the work folder took together, in bytes."""
+        return max((event["disk_bytes"] for event in self.journal.of("layer")), default=0)
+
+    def _first_layer(self, streams: Streams) -> int:
+        """The layer to go on with; the streams hold what goes into it."""
+        layers = self.model.sizes.layers
+        finished = {event["layer"] for event in self.journal.of("layer")}
+        if layers - 1 in finished:
+            first = layers  # which leaves no states behind
+        elif not streams.tokens:
+            first = len(finished)
+        else:
+            first = self.work.load_states(streams.tables)
+            if not first:
+                streams.embed()
+        done = [e for e in self._events.values() if e["layer"] < first]
+        if self._events:
+            under_way = len(self._events) - len(done)
+            self.watch.message(f"continuing with layer {first}, {under_way} of its experts done")
+        self.watch.advance(len(done), f"layer {first}")
+        return first
+
+    def _quantize_layer(self, index: int, streams: Streams) -> None:
+        sizes, spec = self.model.sizes, self.plan.layer
+        key = self.model.layer_key(index)
+        prefix = packed_prefix(key)
+        rotations = {
+            "gate_up_proj": self._rotation(
+                index, 0, sizes.hidden, spec.gate_up_proj.rotation_block
+            ),
+            "down_proj": self._rotation(index, 1, sizes.inner, spec.down_proj.rotation_block),
+        }
+        signs = {name: pack_signs(rotation.signs) for name, rotation in rotations.items()}
+        self.shards.write(prefix + guard_name(key), guard_tensor())
+        for name in PROJECTIONS:
+            parts = 2 if name == "gate_up_proj" else 1
+            self.shards.write(f"{prefix}{name}_signs", signs[name].expand(1, parts, -1))
+        inputs = streams.into_experts(index)
+        context = layer_context(
+            inputs,
+            _codes(spec),
+            rotations["gate_up_proj"],
+            rotations["down_proj"],
+            self.device,
+        )
+        for outcome in quantize_experts(
+            inputs,
+            context,
+            sizes.experts,
+            lambda expert: self._weights(index, expert),
+            lambda expert: self._known(index, expert, prefix, signs),
+            self._pool,
+            self.memory.experts_at_once,
+        ):
+            streams.add(outcome.quantized, outcome.original)
+            if (index, outcome.expert) not in self._events:
+                self._record(index, outcome, prefix)
+            self.watch.advance(1, f"layer {index} expert {outcome.expert}")
+
+    def _record(self, layer: int, outcome: ExpertOutcome, prefix: str) -> None:
+        """Put an expert on the disk, then into the journal."""
+        digest = hashlib.sha256()
+        names, facts = [], {}
+        matrices = (outcome.packed.gate_up, outcome.packed.down)
+        for name, matrix in zip(PROJECTIONS, matrices, strict=True):
+            for suffix, tensor in (("packed", matrix.packed), ("scale", matrix.scale_bits())):
+                names.append(f"{prefix}{name}_{suffix}")
+                self.shards.write(names[-1], tensor, outcome.expert)
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+            facts[name] = {
+                "error": matrix.error, "damping": matrix.damping, "fallback": matrix.fallback
+            }  # fmt: skip
+        self.shards.sync(names)
+        self.journal.append(
+            "expert",
+            layer=layer,
+            expert=outcome.expert,
+            tokens=outcome.tokens,
+            dropped_tokens=outcome.dropped,
+            sha256=digest.hexdigest(),
+            **facts,
+        )
+        self._events[layer, outcome.expert] = self.journal.events[-1]
+
+    def _known(
+        self, layer: int, expert: int, prefix: str, signs: dict[str, torch.Tensor]
+    ) -> PackedExpert | None:
+        """An expert that was finished before a restart, read back; None if it was not.
+
+        Raises:
+            ErnieQuantError: what is on the disk is not what was written.
+        """
+        event = self._events.get((layer, expert))
+        if event is None:
+            return None
+        digest = hashlib.sha256()
+        matrices = []
+        for name in PROJECTIONS:
+            parts = []
+            for suffix in ("packed", "scale"):
+                data = self.shards.read(f"{prefix}{name}_{suffix}", expert, 1)
+                digest.update(data)
+                parts.append(data)
+            packed, scale = self._tensors(prefix + name, parts)
+            spec = self.plan.layer.projection(name)
+            effective = decode_weight(packed, scale, signs[name], spec)
+            matrices.append(
+                QuantizedMatrix(packed, decode_scale(scale)[:, 0], effective, **event[name])
+            )
+        if digest.hexdigest() != event["sha256"]:
+            raise ErnieQuantError(
+                f"layer {layer} expert {expert} in {self.shards.folder} is not what this run "
+                "wrote; use --restart"
+            )
+        return PackedExpert(*matrices)
+
+    def _tensors(self, name: str, parts: list[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
+        shapes = {tensor.name: tensor.shape for tensor in self.plan.packed}
+        packed = torch.frombuffer(bytearray(parts[0]), dtype=torch.int32)
+        scale = torch.frombuffer(bytearray(parts[1]), dtype=torch.int16)
+        return packed.view(shapes[f"{name}_packed"][1:]), scale.view(shapes[f"{name}_scale"][1:])
+
+    def _finish_shards(self, layers: int) -> None:
+        """Finish every shard whose tensors are all there, ``layers`` layers being done."""
+        done = set(self.plan.copied)
+        for index in self.model.sizes.moe_layers:
+            if index < layers:
+                prefix = packed_prefix(self.model.layer_key(index))
+                done |= {t.name for t in self.plan.packed if t.name.startswith(prefix)}
+        recorded = {event["file"] for event in self.journal.of("shard")}
+        for shard in self.shards.shards:
+            if shard.file not in recorded and all(t.name in done for t in shard.tensors):
+                self.journal.append("shard", file=shard.file, sha256=self.shards.finish(shard))
+
+    def _rotation(self, layer: int, projection: int, inputs: int, block: int) -> Rotation:
+        seed = (self.plan.options.seed * 1_000_003 + layer) * 2 + projection
+        return Rotation(random_signs(inputs, torch.Generator().manual_seed(seed)), block)
+
+    def _weights(self, layer: int, expert: int) -> ExpertWeights:
+        def load(matrix: str) -> torch.Tensor:
+            name = self.model.expert_matrix_name(layer, expert, matrix)
+            return self.checkpoint.tensor(name).float()
+
+        return ExpertWeights(load)
+
+    def _disk_bytes(self) -> int:
+        folders = {self.work.folder, self.shards.folder}
+        files = [p for folder in folders for p in folder.iterdir() if p.is_file()]
+        named = sum(path.stat().st_blocks * 512 for path in files)
+        return named + self.memory.scratch_bytes
+
+
+def _codes(spec: LayerSpec) -> ProjectionCodes:
+    return ProjectionCodes(
+        spec.gate_up_proj.conv(), spec.gate_up_proj.tile, spec.down_proj.conv(), spec.down_proj.tile
+    )

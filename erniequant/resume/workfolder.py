@@ -1,0 +1,166 @@
+"""The folder in which an unfinished run lives: its lock, its journal, and the hidden states after
+the last finished layer.
+
+By default it is inside the destination. A folder with a journal is an unfinished run; when the run
+is complete, the folder goes.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erniequant.calibration.rows import Rows
+from erniequant.checkpoint.files import disk_error, write_file
+from erniequant.errors import ErnieQuantError
+from erniequant.resume.journal import Journal
+from erniequant.resume.lock import Lock
+
+DEFAULT_NAME = ".erniequant-work"
+_JOURNAL, _LOCK = "journal.jsonl", "lock"
+_LAST = {_JOURNAL: 1, _LOCK: 2}
+_STATES = "states-{layer:05d}.f32"
+_BLOCK = 1 << 22
+"""Numbers written or read at once."""
+
+
+class WorkFolder:
+    """A locked work folder.
+
+    Attributes:
+        journal: of the run, once `begin` was called.
+    """
+
+    def __init__(self, folder: Path):
+        """Make and lock it. Raises ErnieQuantError if that fails or another run holds it."""
+        self.folder = folder
+        self._made = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(folder, error) from error
+        foreign = sorted(p.name for p in folder.iterdir() if not _is_ours(p.name))
+        if foreign:
+            raise ErnieQuantError(
+                f"the work folder {folder} holds {foreign[0]}, which is not of erniequant; give "
+                "a folder of its own with --work-dir"
+            )
+        self._lock = Lock(folder / _LOCK)
+        self.journal: Journal
+
+    def unfinished(self) -> bool:
+        """Whether a run was begun here and not completed."""
+        return (self.folder / _JOURNAL).exists()
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Start the journal of a new run, or continue the one that is there.
+
+        Raises:
+            ErnieQuantError: the run that is there differs in ``identity``; says in what.
+        """
+        path = self.folder / _JOURNAL
+        if not path.exists():
+            self.journal = Journal.create(path, identity)
+        else:
+            self.journal = Journal.open(path)
+            changed = describe_changes(self.journal.identity, identity)
+            if changed:
+                raise ErnieQuantError(
+                    f"{self.folder} holds an unfinished run that differs: {'; '.join(changed)}. "
+                    "Repeat its command to continue it, or add --restart to start over"
+                )
+        self.journal.append("session")
+
+    def clear(self) -> None:
+        """Forget the unfinished run."""
+        for path in self.folder.iterdir():
+            if path.name != _LOCK and _is_ours(path.name):
+                path.unlink()
+
+    def save_states(self, layer: int, tables: Sequence[Rows]) -> None:
+        """Keep the hidden states that go into ``layer`` and drop those of the layer before."""
+        digest = hashlib.sha256()
+
+        def write(file: Any) -> None:
+            for block in _blocks(tables):
+                data = block.numpy().data
+                digest.update(data)
+                file.write(data)
+
+        path = self.folder / _STATES.format(layer=layer)
+        write_file(path, write)
+        self.journal.append("states", layer=layer, sha256=digest.hexdigest())
+        for old in self.folder.glob("states-*.f32"):
+            if old != path:
+                old.unlink()
+
+    def load_states(self, tables: Sequence[Rows]) -> int:
+        """Fill ``tables`` with the last states kept; returns the layer that they go into, 0
+        without any.
+
+        Raises:
+            ErnieQuantError: the file is not what was written.
+        """
+        saved = self.journal.of("states")
+        if not saved:
+            return 0
+        path = self.folder / _STATES.format(layer=saved[-1]["layer"])
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                for block in _blocks(tables):
+                    data = block.numpy().data
+                    file.readinto(data)
+                    digest.update(data)
+                rest = file.read(1)
+        except OSError as error:
+            raise disk_error(path, error, "read") from error
+        if rest or digest.hexdigest() != saved[-1]["sha256"]:
+            raise ErnieQuantError(f"{path} is damaged: its sha256 is another; use --restart")
+        return int(saved[-1]["layer"])
+
+    def release(self) -> None:
+        """Unlock; a folder that was made for nothing goes."""
+        if self.folder.exists() and not self.unfinished():
+            self.remove()
+        self._lock.release()
+
+    def remove(self) -> None:
+        """Delete everything of ours; the folder too, unless it was there before us."""
+        # The journal goes last but one: as long as it is there, the run can be continued.
+        for path in sorted(self.folder.iterdir(), key=lambda p: _LAST.get(p.name, 0)):
+            if _is_ours(path.name):
+                path.unlink()
+        if (self._made or self.folder.name == DEFAULT_NAME) and not any(self.folder.iterdir()):
+            shutil.rmtree(self.folder)
+
+
+def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two identities, one phrase each."""
+    names = [*before, *(name for name in now if name not in before)]
+    return [
+        f"{name} was {_short(before.get(name))}, now {_short(now.get(name))}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+def _is_ours(name: str) -> bool:
+    known = {_JOURNAL, _LOCK, f".{_JOURNAL}.partial"}
+    states = name.lstrip(".").removesuffix(".partial")
+    return name in known or (states.startswith("states-") and states.endswith(".f32"))
+
+
+def _blocks(tables: Sequence[Rows]) -> Iterable[torch.Tensor]:
+    for table in tables:
+        for block in table.tensor.view(-1).split(_BLOCK):
+            yield block
+            table.release()
