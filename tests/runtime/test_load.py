@@ -105,12 +105,12 @@ def edit_config(packed_ernie: Path, target: Path, edit: Callable[[dict[str, Any]
 
 def test_unknown_version(packed_ernie: Path, tmp_path: Path) -> None:
     folder = edit_config(
-        packed_ernie, tmp_path / "v2", lambda c: c["quantization_config"].update(format_version=2)
+        packed_ernie, tmp_path / "v3", lambda c: c["quantization_config"].update(format_version=3)
     )
-    assert "format_version 2" in refusal(folder)
+    assert "format_version 3" in refusal(folder)
     from transformers import AutoModelForCausalLM
 
-    with pytest.raises(ErnieQuantError, match="format_version 2"):
+    with pytest.raises(ErnieQuantError, match="format_version 3"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
