@@ -1,7 +1,9 @@
 """Fixtures shared by all tests: a micro random ERNIE 4.5 MoE and a dense one, made in-process."""
 
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
+ConfigEdit = Callable[[dict[str, Any]], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -174,3 +177,18 @@ def write_damaged(sound: Path, folder: Path, edit: Edit) -> Path:
     shutil.copy(sound / "config.json", folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture
+def with_config(tmp_path: Path) -> Callable[[Path, ConfigEdit], Path]:
+    """A function that copies a checkpoint and edits its config.json."""
+
+    def write(source: Path, edit: ConfigEdit) -> Path:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path)) / source.name
+        shutil.copytree(source, folder)
+        config = json.loads((folder / "config.json").read_text())
+        edit(config)
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return write

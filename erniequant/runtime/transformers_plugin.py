@@ -183,9 +183,8 @@ def _decoded(packed: PackedExperts, dtype: torch.dtype) -> dict[str, torch.Tenso
     if isinstance(packed, PackedMlp):
         gate, up = packed.weight("gate_up_proj", 0, dtype).chunk(2)
         down = packed.weight("down_proj", 0, dtype)
-        # Halves of one tensor would share memory, which saving takes for tied weights.
         names = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
-        return dict(zip(names, (gate.clone(), up.clone(), down), strict=True))
+        return dict(zip(names, (gate, up, down), strict=True))
     experts = range(packed.num_experts)
     return {
         projection: torch.stack([packed.weight(projection, e, dtype) for e in experts])

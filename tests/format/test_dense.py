@@ -1,7 +1,5 @@
 """Dense models on disk: an MLP is one expert, in format version 2, and damage is named."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,10 @@ from erniequant.format.verify import verify
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 Damaged = Callable[[Edit], Path]
+WithConfig = Callable[[Path, Callable[[dict[str, Any]], Any]], Path]
 PREFIX = "model.layers.1.mlp."
 # One MLP: gate, up and down of 96 x 160.
 MLP = 3 * 96 * 160
-
-
-def with_config(source: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
-    shutil.copytree(source, target)
-    config = json.loads((target / "config.json").read_text())
-    edit(config)
-    (target / "config.json").write_text(json.dumps(config))
-    return target
 
 
 def test_names_shapes_and_version(packed_dense: Path, packed_ernie: Path) -> None:
@@ -169,42 +160,42 @@ def test_packed_mlp_in_a_mixture(damaged: Damaged) -> None:
 
 
 def test_keys_must_fit_the_architecture(
-    packed_dense: Path, packed_ernie: Path, tmp_path: Path
+    packed_dense: Path, packed_ernie: Path, with_config: WithConfig
 ) -> None:
     def rename(config: dict[str, Any], old: str, new: str) -> None:
         layers = config["quantization_config"]["layers"]
         layers[new] = layers.pop(old)
         config["quantization_config"]["format_version"] = 2
 
-    dense = with_config(packed_dense, tmp_path / "dense", lambda c: rename(c, "1.mlp", "1"))
+    dense = with_config(packed_dense, lambda c: rename(c, "1.mlp", "1"))
     with pytest.raises(ErnieQuantError, match="names layer 1, but layers of model_type 'ernie4_5'"):
         check_headers(open_checkpoint(dense))
-    mixture = with_config(packed_ernie, tmp_path / "moe", lambda c: rename(c, "1", "1.mlp"))
+    mixture = with_config(packed_ernie, lambda c: rename(c, "1", "1.mlp"))
     with pytest.raises(ErnieQuantError, match=r"1\.mlp, but .*'ernie4_5_moe' have keys without"):
         check_headers(open_checkpoint(mixture))
 
 
-def test_biases_have_no_place(packed_dense: Path, tmp_path: Path) -> None:
-    folder = with_config(packed_dense, tmp_path / "b", lambda c: c.update(use_bias=True))
+def test_biases_have_no_place(packed_dense: Path, with_config: WithConfig) -> None:
+    folder = with_config(packed_dense, lambda c: c.update(use_bias=True))
     with pytest.raises(ErnieQuantError, match=r"use_bias, but quantised layer 0\.mlp"):
         check_headers(open_checkpoint(folder))
 
 
-def test_sizes_are_those_of_the_config(packed_dense: Path, tmp_path: Path) -> None:
-    folder = with_config(packed_dense, tmp_path / "i", lambda c: c.update(intermediate_size=192))
+def test_sizes_are_those_of_the_config(packed_dense: Path, with_config: WithConfig) -> None:
+    folder = with_config(packed_dense, lambda c: c.update(intermediate_size=192))
     assert any("expected [1, 12, 192]" in line for line in problems(folder))
-    folder = with_config(packed_dense, tmp_path / "n", lambda c: c.pop("intermediate_size"))
+    folder = with_config(packed_dense, lambda c: c.pop("intermediate_size"))
     with pytest.raises(ErnieQuantError, match="config.json has intermediate_size None"):
         check_headers(open_checkpoint(folder))
 
 
-def test_versions(packed_dense: Path, packed_ernie: Path, tmp_path: Path) -> None:
+def test_versions(packed_dense: Path, packed_ernie: Path, with_config: WithConfig) -> None:
     def version(number: int) -> Callable[[dict[str, Any]], Any]:
         return lambda config: config["quantization_config"].update(format_version=number)
 
     with pytest.raises(ErnieQuantError, match=r"format_version 1, but layer 0\.mlp needs 2"):
-        inspect(with_config(packed_dense, tmp_path / "one", version(1)))
+        inspect(with_config(packed_dense, version(1)))
     with pytest.raises(ErnieQuantError, match="format_version 3, this erniequant reads 1 and 2"):
-        inspect(with_config(packed_dense, tmp_path / "three", version(3)))
+        inspect(with_config(packed_dense, version(3)))
     # Version 2 only adds to version 1.
-    assert inspect(with_config(packed_ernie, tmp_path / "two", version(2))).format_version == 2
+    assert inspect(with_config(packed_ernie, version(2))).format_version == 2

@@ -1,7 +1,6 @@
 """Dense models in transformers: the logits of an export, saved as loaded, refused without us."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from erniequant.runtime.transformers_plugin import ErnieQuantConfig, ErnieQuanti
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 Damaged = Callable[[Edit], Path]
+WithConfig = Callable[[Path, Callable[[dict[str, Any]], Any]], Path]
 # 0 is padding, which generate() would mask.
 IDS = torch.randint(3, 128, (2, 19), generator=torch.Generator().manual_seed(3))
 
@@ -172,34 +172,25 @@ def test_disk_offload(packed_dense: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(load(packed_dense)))
 
 
-def test_every_layer_quantised(packed_dense: Path, export: Path) -> None:
-    # The usual case: nothing of the kind that is replaced remains.
-    from erniequant.runtime.transformers_plugin import STOCK_MLP
-
+@pytest.mark.parametrize(("every", "last"), [(True, "PackedMlp"), (False, "Ernie4_5MLP")])
+def test_loading_is_a_plain_read(packed_dense: Path, export: Path, every: bool, last: str) -> None:
     settings = AutoConfig.from_pretrained(packed_dense).quantization_config
-    settings["layers"]["2.mlp"] = settings["layers"]["0.mlp"]
-    config = AutoConfig.from_pretrained(export)
+    if every:
+        settings["layers"]["2.mlp"] = settings["layers"]["0.mlp"]
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(export))
     quantizer = ErnieQuantizer(_as_object(settings), pre_quantized=True)
     quantizer.preprocess_model(model)
-    assert STOCK_MLP not in mlps(model) and quantizer.update_weight_conversions([]) == []
+    assert mlps(model) == ["PackedMlp", "PackedMlp", last]
+    assert quantizer.update_weight_conversions([]) == []
 
 
 def _as_object(settings: dict[str, Any]) -> Any:
     return ErnieQuantConfig.from_dict(settings)
 
 
-def with_config(source: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
-    shutil.copytree(source, target)
-    config = json.loads((target / "config.json").read_text())
-    edit(config)
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
 def test_refusals_without_our_loader(
-    packed_dense: Path, packed_ernie: Path, tmp_path: Path
+    packed_dense: Path, packed_ernie: Path, with_config: WithConfig
 ) -> None:
     def add(key: str, like: str, version: int) -> Callable[[dict[str, Any]], None]:
         def edit(config: dict[str, Any]) -> None:
@@ -210,13 +201,13 @@ def test_refusals_without_our_loader(
         return edit
 
     refused = AutoModelForCausalLM.from_pretrained
-    beyond = with_config(packed_dense, tmp_path / "beyond", add("3.mlp", "0.mlp", 2))
+    beyond = with_config(packed_dense, add("3.mlp", "0.mlp", 2))
     with pytest.raises(ErnieQuantError, match=r"names layers\.3\.mlp, which the model lacks"):
         refused(beyond)
-    mixture = with_config(packed_ernie, tmp_path / "moe", add("0.mlp", "1", 2))
+    mixture = with_config(packed_ernie, add("0.mlp", "1", 2))
     with pytest.raises(ErnieQuantError, match=r"names layers\.0\.mlp, which the model lacks"):
         refused(mixture)
-    biased = with_config(packed_dense, tmp_path / "bias", lambda c: c.update(use_bias=True))
+    biased = with_config(packed_dense, lambda c: c.update(use_bias=True))
     with pytest.raises(ErnieQuantError, match="config.json has use_bias"):
         refused(biased)
 
