@@ -19,8 +19,7 @@ from erniequant.checkpoint.writer import (
 )
 from erniequant.errors import ErnieQuantError
 from erniequant.format.decoding import expert_matrices
-from erniequant.format.headers import require_sound
-from erniequant.format.schema import layer_key_of
+from erniequant.format.headers import kept_names, require_sound
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -57,12 +56,9 @@ def export(
     source = open_checkpoint(src)
     check = require_sound(source)
     dtype = DTYPES[to]
-    quantized = {layer.key: layer for layer in check.layers}
     with CheckpointWriter(dst, max_shard_bytes) as writer:
-        for name in source.names():
-            key = layer_key_of(name)
-            if key not in quantized:
-                writer.add(name, _widened(source.tensor(name), dtype))
+        for name in kept_names(source, check.layers):
+            writer.add(name, _widened(source.tensor(name), dtype))
         for layer in check.layers:
             for name, weight in expert_matrices(source, layer):
                 writer.add(name, weight.to(dtype))

@@ -1,9 +1,12 @@
-"""Fixtures shared by all tests: a micro random ERNIE 4.5 MoE made in-process."""
+"""Fixtures shared by all tests: a micro random ERNIE 4.5 MoE and a dense one, made in-process."""
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
+ConfigEdit = Callable[[dict[str, Any]], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -57,34 +61,83 @@ def packed_ernie(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     Layer 1 and 2 differ in code, register length and tile, so mixing them up shows.
     """
-    from erniequant.checkpoint import CheckpointWriter, open_checkpoint
-    from erniequant.checkpoint.files import write_json
-    from erniequant.checkpoint.writer import copy_companions
-    from erniequant.format.decoding import encode_scale
-    from erniequant.format.schema import (
-        LayerSpec,
-        MatrixSpec,
-        QuantizationMetadata,
-        experts_module,
-        guard_tensor,
-        layer_key_of,
-        layer_params,
-    )
+    from erniequant.format.schema import LayerSpec, MatrixSpec
 
     layers = {
         "1": LayerSpec(MatrixSpec("cc2", 12, 64, 32), MatrixSpec("cc4", 10, 32, 64)),
         "2": LayerSpec(MatrixSpec("cc3", 16, 32, 32), MatrixSpec("cc2", 16, 32, 1)),
     }
-    source = open_checkpoint(micro_ernie)
     folder = tmp_path_factory.mktemp("packed") / "packed_ernie"
+    return write_packed(micro_ernie, folder, layers)
+
+
+@pytest.fixture(scope="session")
+def micro_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a bf16 checkpoint of a dense ERNIE 4.5.
+
+    Hidden 96 and inner size 160 are no powers of two, 160 has no larger tile than 32, the signs of
+    neither fill a power of two of words, heads are wider than 96 / 4, and the embedding is tied.
+    """
+    from transformers import Ernie4_5Config, Ernie4_5ForCausalLM
+
+    torch.manual_seed(8)
+    config = Ernie4_5Config(
+        vocab_size=128, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Ernie4_5ForCausalLM(config).to(torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.1)
+    folder = tmp_path_factory.mktemp("micro") / "micro_dense"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed_dense(micro_dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`micro_dense` with the MLPs of layers 0 and 1 quantised to random words, differently.
+
+    Layer 2 is kept as it is, so that taking it for a quantised one shows.
+    """
+    from erniequant.format.schema import LayerSpec, MatrixSpec
+
+    layers = {
+        "0.mlp": LayerSpec(MatrixSpec("cc2", 12, 32, 32), MatrixSpec("cc4", 10, 32, 16)),
+        "1.mlp": LayerSpec(MatrixSpec("cc3", 16, 32, 16), MatrixSpec("cc2", 16, 32, 32)),
+    }
+    folder = tmp_path_factory.mktemp("packed") / "packed_dense"
+    return write_packed(micro_dense, folder, layers)
+
+
+def write_packed(original: Path, folder: Path, layers: Mapping[str, Any]) -> Path:
+    """Write ``original`` into a new folder with random words in the layers of a description."""
+    from erniequant.checkpoint import CheckpointWriter, open_checkpoint
+    from erniequant.checkpoint.files import write_json
+    from erniequant.checkpoint.writer import copy_companions
+    from erniequant.format.decoding import encode_scale
+    from erniequant.format.headers import expert_sizes, is_dense
+    from erniequant.format.schema import (
+        QuantizationMetadata,
+        experts_module,
+        guard_name,
+        guard_tensor,
+        layer_key_of,
+        layer_params,
+    )
+
+    source = open_checkpoint(original)
+    dense = is_dense(source.config)
     generator = torch.Generator().manual_seed(5)
     with CheckpointWriter(folder, max_shard_bytes=60_000) as writer:
         for name in source.names():
-            if layer_key_of(name) is None:
+            if layer_key_of(name, dense) not in layers:
                 writer.add(name, source.tensor(name))
         for key, spec in layers.items():
-            prefix = f"model.{experts_module(key)}."
-            for name, (shape, dtype) in layer_params(8, 96, 64, spec).items():
+            prefix, sizes = f"model.{experts_module(key)}.", expert_sizes(source.config, key)
+            params = layer_params(*sizes, spec, guard=guard_name(key))
+            for name, (shape, dtype) in params.items():
                 words = torch.randint(-(2**31), 2**31, shape, generator=generator)
                 tensor = words.to(dtype)
                 if name.endswith("_scale"):
@@ -95,7 +148,7 @@ def packed_ernie(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) ->
                     tensor = guard_tensor()
                 writer.add(prefix + name, tensor)
         writer.finish()
-    copy_companions(micro_ernie, folder)
+    copy_companions(original, folder)
     metadata = QuantizationMetadata(layers, producer="tests")
     write_json(folder / "config.json", {**source.config, "quantization_config": metadata.to_dict()})
     return folder
@@ -104,18 +157,39 @@ def packed_ernie(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def damaged(packed_ernie: Path, tmp_path: Path) -> Callable[[Edit], Path]:
     """A function that writes a copy of `packed_ernie` in one file after an edit of its tensors."""
+    return lambda edit: write_damaged(packed_ernie, tmp_path / "damaged", edit)
 
+
+@pytest.fixture
+def damaged_dense(packed_dense: Path, tmp_path: Path) -> Callable[[Edit], Path]:
+    """As `damaged`, for `packed_dense`."""
+    return lambda edit: write_damaged(packed_dense, tmp_path / "damaged", edit)
+
+
+def write_damaged(sound: Path, folder: Path, edit: Edit) -> Path:
+    """Write a copy of a checkpoint in one file after an edit of its tensors."""
     from safetensors.torch import load_file, save_file
 
-    def write(edit: Edit) -> Path:
-        tensors: dict[str, torch.Tensor] = {}
-        for shard in sorted(packed_ernie.glob("*.safetensors")):
-            tensors |= load_file(shard)
-        edit(tensors)
-        folder = tmp_path / "damaged"
-        folder.mkdir()
-        shutil.copy(packed_ernie / "config.json", folder)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(sound.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    edit(tensors)
+    folder.mkdir()
+    shutil.copy(sound / "config.json", folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def with_config(tmp_path: Path) -> Callable[[Path, ConfigEdit], Path]:
+    """A function that copies a checkpoint and edits its config.json."""
+
+    def write(source: Path, edit: ConfigEdit) -> Path:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path)) / source.name
+        shutil.copytree(source, folder)
+        config = json.loads((folder / "config.json").read_text())
+        edit(config)
+        (folder / "config.json").write_text(json.dumps(config))
         return folder
 
     return write

@@ -5,29 +5,35 @@ tensor that should be there, should not be there, or has another shape or dtype 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.format.schema import (
-    GUARD,
     PROJECTIONS,
     SUFFIXES,
     LayerSpec,
     QuantizationMetadata,
     experts_module,
+    guard_name,
+    is_dense_key,
     layer_key_of,
     layer_params,
 )
+
+DENSE_MODEL_TYPE = "ernie4_5"
 
 _PACKED_NAME = re.compile(rf"\.({'|'.join(PROJECTIONS)})_({'|'.join(SUFFIXES)})$")
 
 
 @dataclass(frozen=True)
 class QuantizedExperts:
-    """The experts of a layer: sizes, codes, and the prefix of their tensors, ending in a dot."""
+    """The experts of a layer: sizes, codes, and the prefix of their tensors, ending in a dot.
+
+    The MLP of a dense model is one expert.
+    """
 
     key: str
     prefix: str
@@ -45,6 +51,8 @@ class QuantizedExperts:
 
         There, vision-language models number text experts first, then vision experts.
         """
+        if is_dense_key(self.key):
+            return f"{self.prefix}{matrix}.weight"
         prefix = self.prefix.replace(".text_moe.", ".").replace(".vision_moe.", ".")
         number = expert + self.experts if self.key.endswith(".vision_moe") else expert
         return f"{prefix}{number}.{matrix}.weight"
@@ -65,6 +73,11 @@ def is_quantized(config: dict[str, Any]) -> bool:
     return isinstance(settings, dict) and settings.get("quant_method") == "erniequant"
 
 
+def is_dense(config: dict[str, Any]) -> bool:
+    """Whether a config.json describes a dense model, whose MLPs take the place of experts."""
+    return config.get("model_type") == DENSE_MODEL_TYPE
+
+
 def check_headers(checkpoint: Checkpoint) -> HeaderCheck:
     """Compare headers with `quantization_config`; problems are returned, not raised.
 
@@ -79,7 +92,7 @@ def check_headers(checkpoint: Checkpoint) -> HeaderCheck:
     metadata = QuantizationMetadata.from_dict(settings)
     layers = tuple(_experts(checkpoint, key, spec) for key, spec in metadata.layers.items())
     problems = [line for layer in layers for line in _layer_problems(checkpoint, layer)]
-    problems += _orphans(checkpoint, metadata)
+    problems += _orphans(checkpoint, layers)
     return HeaderCheck(metadata, layers, tuple(problems))
 
 
@@ -92,19 +105,37 @@ def require_sound(checkpoint: Checkpoint) -> HeaderCheck:
     return found
 
 
+def kept_names(checkpoint: Checkpoint, layers: Iterable[QuantizedExperts]) -> list[str]:
+    """Tensors outside the quantised layers, which are stored as in the original."""
+    keys, dense = {layer.key for layer in layers}, is_dense(checkpoint.config)
+    return [name for name in checkpoint.names() if layer_key_of(name, dense) not in keys]
+
+
 def expert_sizes(config: dict[str, Any], key: str) -> tuple[int, int, int]:
     """Number of experts, hidden size and inner size that config.json gives for a layer key.
 
     Raises:
-        ErnieQuantError: config.json does not say.
+        ErnieQuantError: config.json does not say, or describes a model without such layers.
     """
+    dense = is_dense(config)
+    if dense != is_dense_key(key):
+        wanted = "keys with .mlp" if dense else "keys without .mlp"
+        raise ErnieQuantError(
+            f"quantization_config names layer {key}, but layers of model_type "
+            f"{config.get('model_type')!r} have {wanted}; the config.json is damaged"
+        )
+    if dense and config.get("use_bias"):
+        raise ErnieQuantError(
+            f"config.json has use_bias, but quantised layer {key} has no place for the bias of an "
+            "MLP; only models without are supported"
+        )
     text = config.get("text_config", config)
-    experts = text.get("moe_num_experts", text.get("num_experts"))
-    inner = text.get("moe_intermediate_size")
+    inner_name = "intermediate_size" if dense else "moe_intermediate_size"
+    experts = 1 if dense else text.get("moe_num_experts", text.get("num_experts"))
+    inner = text.get(inner_name)
     if isinstance(inner, list):
         inner = inner[1 if key.endswith(".vision_moe") else 0]
-    sizes = {"moe_num_experts": experts, "hidden_size": text.get("hidden_size"),
-             "moe_intermediate_size": inner}  # fmt: skip
+    sizes = {"moe_num_experts": experts, "hidden_size": text.get("hidden_size"), inner_name: inner}
     for name, value in sizes.items():
         if not isinstance(value, int):
             raise ErnieQuantError(f"config.json has {name} {value!r}; expected an integer")
@@ -112,10 +143,14 @@ def expert_sizes(config: dict[str, Any], key: str) -> tuple[int, int, int]:
 
 
 def _experts(checkpoint: Checkpoint, key: str, spec: LayerSpec) -> QuantizedExperts:
-    module = experts_module(key)
+    module, dense = experts_module(key), is_dense_key(key)
     # A headless model is saved without "model.", a vision-language one may be saved with more.
     prefix = next(
-        (name[: name.index(module)] for name in checkpoint.names() if layer_key_of(name) == key),
+        (
+            name[: name.index(module)]
+            for name in checkpoint.names()
+            if layer_key_of(name, dense) == key
+        ),
         "model.",
     )
     experts, hidden, inner = expert_sizes(checkpoint.config, key)
@@ -123,9 +158,10 @@ def _experts(checkpoint: Checkpoint, key: str, spec: LayerSpec) -> QuantizedExpe
 
 
 def _layer_problems(checkpoint: Checkpoint, layer: QuantizedExperts) -> Iterator[str]:
+    guard = guard_name(layer.key)
     try:
         expected = layer_params(
-            layer.experts, layer.hidden, layer.inner, layer.spec, f"layer {layer.key}"
+            layer.experts, layer.hidden, layer.inner, layer.spec, f"layer {layer.key}", guard=guard
         )
     except ErnieQuantError as error:
         yield str(error)
@@ -134,7 +170,7 @@ def _layer_problems(checkpoint: Checkpoint, layer: QuantizedExperts) -> Iterator
         name = layer.prefix + suffix
         header = checkpoint.headers.get(name)
         if header is None:
-            what = "the guard tensor" if suffix == GUARD else "tensor"
+            what = "the guard tensor" if suffix == guard else "tensor"
             yield f"{what} {name} is missing"
         elif header.dtype != dtype:
             wanted = str(dtype).removeprefix("torch.")
@@ -143,12 +179,14 @@ def _layer_problems(checkpoint: Checkpoint, layer: QuantizedExperts) -> Iterator
             yield f"tensor {name} has shape {list(header.shape)}, expected {list(shape)}"
     known = {layer.prefix + suffix for suffix in expected}
     for name in checkpoint.names():
-        if layer_key_of(name) == layer.key and name not in known:
+        if layer_key_of(name, is_dense_key(layer.key)) == layer.key and name not in known:
             yield f"tensor {name} does not belong: its layer is quantised"
 
 
-def _orphans(checkpoint: Checkpoint, metadata: QuantizationMetadata) -> Iterator[str]:
-    for name in checkpoint.names():
-        key = layer_key_of(name)
-        if key is not None and key not in metadata.layers and _PACKED_NAME.search(name):
-            yield f"tensor {name} has no entry: quantization_config does not name layer {key}"
+def _orphans(checkpoint: Checkpoint, layers: Iterable[QuantizedExperts]) -> Iterator[str]:
+    dense = is_dense(checkpoint.config)
+    for name in kept_names(checkpoint, layers):
+        if _PACKED_NAME.search(name):
+            key = layer_key_of(name, dense)
+            layer = "its layer" if key is None else f"layer {key}"
+            yield f"tensor {name} has no entry: quantization_config does not name {layer}"

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint, read_json
-from erniequant.format.headers import QuantizedExperts, is_quantized, require_sound
+from erniequant.format.headers import (
+    QuantizedExperts,
+    is_dense,
+    is_quantized,
+    kept_names,
+    require_sound,
+)
 from erniequant.format.schema import PROJECTIONS, SUFFIXES, layer_key_of
 
 REPORT_FILE = "quantization_report.json"
@@ -41,7 +47,8 @@ class TensorSummary:
 class ModelSummary:
     """A checkpoint at a glance. Bits per weight count every stored byte, scales and signs included.
 
-    ``codes`` counts layers by description of their code; ``expert_weights`` are routed experts.
+    ``codes`` counts layers by description of their code; ``expert_weights`` are routed experts,
+    in a dense model the MLPs, whether quantised or not.
     """
 
     folder: str
@@ -94,9 +101,11 @@ def inspect(source: str | Path) -> ModelSummary:
     names = sorted(checkpoint.names(), key=_natural)
     tensors = tuple(_summary(checkpoint, name, by_key) for name in names)
     decoded = sum(3 * la.experts * la.hidden * la.inner for la in layers)
-    kept = [name for name in checkpoint.names() if layer_key_of(name) not in by_key]
-    kept_weights = {name: checkpoint.headers[name].elements for name in kept}
-    expert_names = [name for name in checkpoint.names() if layer_key_of(name) is not None]
+    kept_weights = {
+        name: checkpoint.headers[name].elements for name in kept_names(checkpoint, layers)
+    }
+    dense = is_dense(checkpoint.config)
+    expert_names = {name for name in names if layer_key_of(name, dense) is not None}
     codes: dict[str, int] = {}
     for layer in layers:
         for projection in PROJECTIONS:
@@ -105,12 +114,13 @@ def inspect(source: str | Path) -> ModelSummary:
     return ModelSummary(
         folder=str(checkpoint.folder),
         model_type=str(checkpoint.config.get("model_type")),
-        format_version=check.metadata.format_version if check else None,
+        format_version=checkpoint.config["quantization_config"]["format_version"]
+        if check
+        else None,
         producer=check.metadata.producer if check else None,
         quantized_layers=tuple(by_key),
         codes=codes,
-        expert_weights=decoded
-        + sum(n for name, n in kept_weights.items() if layer_key_of(name) is not None),
+        expert_weights=decoded + sum(n for name, n in kept_weights.items() if name in expert_names),
         expert_bytes=sum(checkpoint.headers[name].n_bytes for name in expert_names),
         total_weights=decoded + sum(kept_weights.values()),
         total_bytes=checkpoint.total_bytes,
@@ -132,7 +142,7 @@ def _summary(
     checkpoint: Checkpoint, name: str, layers: Mapping[str, QuantizedExperts]
 ) -> TensorSummary:
     header = checkpoint.headers[name]
-    layer = layers.get(layer_key_of(name) or "")
+    layer = layers.get(layer_key_of(name, is_dense(checkpoint.config)) or "")
     code = None
     if layer is not None:
         code = _GUARD_CODE

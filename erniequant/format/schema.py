@@ -1,7 +1,8 @@
-"""Names, shapes, dtypes and metadata of the on-disk format, version 1; docs/format.md specifies it.
+"""Names, shapes, dtypes and metadata of the on-disk format; docs/format.md specifies it.
 
 A quantised checkpoint is described by the `quantization_config` of its config.json. Parsing is
-strict: what this version cannot decode exactly it refuses, and says which layer is meant.
+strict: what this version cannot decode exactly it refuses, and says which layer is meant. The MLP
+of a dense model is stored as one expert.
 """
 
 import re
@@ -15,11 +16,17 @@ from erniequant.codes import ConvolutionalCode, get_code
 from erniequant.errors import ErnieQuantError
 
 FORMAT_VERSION = 1
+DENSE_FORMAT_VERSION = 2
+"""Adds the MLPs of dense models; checkpoints without them stay at `FORMAT_VERSION`."""
+
 QUANT_METHOD = "erniequant"
 PROJECTIONS = ("gate_up_proj", "down_proj")
 SUFFIXES = ("packed", "scale", "signs")
 GUARD = "down_proj"
-"""A one-element tensor with a stock parameter's name: its size stops a load without our plugin."""
+"""A one-element tensor with a stock parameter's name: its size stops a load without our plugin.
+
+`guard_name` gives the name for any layer; this is that of routed experts.
+"""
 
 TILES = (32, 64, 128, 256)
 MAX_ROTATION_BLOCK = 128
@@ -28,10 +35,11 @@ SIGN_BITS = 32
 TensorInfo = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
 
-_LAYER_KEY = re.compile(r"(\d+)(?:\.(text_moe|vision_moe))?")
+_LAYER_KEY = re.compile(r"(\d+)(?:\.(text_moe|vision_moe|mlp))?")
 _EXPERTS_PATH = re.compile(
     r"(?:^|\.)layers\.(\d+)\.mlp\.(?:(text_moe|vision_moe)\.)?experts(?:\.|$)"
 )
+_MLP_PATH = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,17 @@ class QuantizationMetadata:
     """Contents of `quantization_config`.
 
     ``layers`` is keyed by the layer index as text, for vision-language models followed by
-    ``.text_moe`` or ``.vision_moe``; other layers are stored as in the original checkpoint.
+    ``.text_moe`` or ``.vision_moe``, for dense models by ``.mlp``; other layers are stored as in
+    the original checkpoint.
     """
 
     layers: Mapping[str, LayerSpec]
     producer: str = ""
-    format_version: int = FORMAT_VERSION
+
+    @property
+    def format_version(self) -> int:
+        """The first version that can describe these layers."""
+        return DENSE_FORMAT_VERSION if any(map(is_dense_key, self.layers)) else FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; `from_dict` reads it back."""
@@ -103,16 +116,25 @@ class QuantizationMetadata:
                 f"quantization_config has quant_method {method!r}, expected {QUANT_METHOD!r}"
             )
         version = settings.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
+        readable = (FORMAT_VERSION, DENSE_FORMAT_VERSION)
+        if version not in readable or isinstance(version, bool):
             raise ErnieQuantError(
                 f"quantization_config has format_version {version!r}, this erniequant reads "
-                f"{FORMAT_VERSION}; use the erniequant version that wrote it or a newer one"
+                f"{' and '.join(map(str, readable))}; use the erniequant version that wrote it or "
+                "a newer one"
             )
         layers = settings.get("layers")
         if not isinstance(layers, Mapping) or not layers:
             raise ErnieQuantError("quantization_config has no layers; the config.json is damaged")
         parsed = {str(key): _parse_layer(str(key), value) for key, value in layers.items()}
-        return cls(parsed, str(settings.get("producer", "")), FORMAT_VERSION)
+        found = cls(parsed, str(settings.get("producer", "")))
+        if version < found.format_version:
+            key = next(filter(is_dense_key, parsed))
+            raise ErnieQuantError(
+                f"quantization_config has format_version {version}, but layer {key} needs "
+                f"{found.format_version}; the config.json is damaged"
+            )
+        return found
 
 
 def _parse_layer(key: str, value: Any) -> LayerSpec:
@@ -150,17 +172,42 @@ def _parse_matrix(where: str, value: Any) -> MatrixSpec:
     return spec
 
 
+def is_dense_key(layer_key: str) -> bool:
+    """Whether a layer key means the MLP of a dense model: ``3.mlp``."""
+    return layer_key.endswith(".mlp")
+
+
+def guard_name(layer_key: str) -> str:
+    """Name of a layer's guard after its prefix: ``down_proj``, of an MLP ``down_proj.weight``."""
+    return f"{GUARD}.weight" if is_dense_key(layer_key) else GUARD
+
+
 def experts_module(layer_key: str) -> str:
-    """Module path of a layer's experts without the model's own prefix: ``layers.3.mlp.experts``."""
+    """Module path of what takes the packed tensors, without the model's own prefix.
+
+    ``layers.3.mlp.experts`` for key ``3``, ``layers.3.mlp`` for key ``3.mlp``.
+
+    Raises:
+        ErnieQuantError: not a layer key.
+    """
     match = _LAYER_KEY.fullmatch(layer_key)
     if match is None:
         raise ErnieQuantError(f"{layer_key!r} is not a layer index")
+    if is_dense_key(layer_key):
+        return f"layers.{match[1]}.mlp"
     group = f"{match[2]}." if match[2] else ""
     return f"layers.{match[1]}.mlp.{group}experts"
 
 
-def layer_key_of(module_path: str) -> str | None:
-    """Layer key of a module or tensor path; None when it is not inside routed experts."""
+def layer_key_of(module_path: str, dense: bool = False) -> str | None:
+    """Layer key of a module or tensor path; None when it is not inside routed experts.
+
+    dense: the path is of a dense model, where the MLP takes the place of the experts. Names alone
+    do not tell: the first layers of a mixture-of-experts model have the same, and are never packed.
+    """
+    if dense:
+        match = _MLP_PATH.search(module_path)
+        return None if match is None else f"{match[1]}.mlp"
     match = _EXPERTS_PATH.search(module_path)
     if match is None:
         return None
@@ -192,16 +239,22 @@ def matrix_shapes(hidden: int, inner: int) -> dict[str, tuple[int, int]]:
 
 
 def layer_params(
-    experts: int, hidden: int, inner: int, layer: LayerSpec, where: str = "experts"
+    experts: int,
+    hidden: int,
+    inner: int,
+    layer: LayerSpec,
+    where: str = "experts",
+    *,
+    guard: str = GUARD,
 ) -> dict[str, TensorInfo]:
     """Shapes and dtypes of all tensors of a layer's experts, by name after the prefix.
 
-    The guard is among them.
+    The guard is among them, under the name that `guard_name` gives. An MLP is one expert.
 
     Raises:
         ErnieQuantError: a tile or block does not fit the sizes; ``where`` names the layer.
     """
-    found: dict[str, TensorInfo] = {GUARD: ((1,), torch.bfloat16)}
+    found: dict[str, TensorInfo] = {guard: ((1,), torch.bfloat16)}
     for name, (outputs, inputs) in matrix_shapes(hidden, inner).items():
         spec, parts = layer.projection(name), 2 if name == "gate_up_proj" else 1
         # No sequence may cross from gate to up: each half is a whole number of tiles.

@@ -14,9 +14,9 @@ from erniequant.checkpoint.files import sha256_of
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from erniequant.errors import ErnieQuantError
 from erniequant.format.decoding import expert_matrices
-from erniequant.format.headers import QuantizedExperts, check_headers
+from erniequant.format.headers import QuantizedExperts, check_headers, kept_names
 from erniequant.format.inspect import REPORT_FILE
-from erniequant.format.schema import PROJECTIONS, layer_key_of
+from erniequant.format.schema import PROJECTIONS
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,8 @@ def verify(model_dir: str | Path, reference: str | Path | None = None) -> Verify
         for name, state in checksums.items()
         if state != "ok"
     ]
-    quantized = {layer.key for layer in check.layers}
-    for name in checkpoint.names():
-        if layer_key_of(name) not in quantized:
-            problems += _kept_problems(checkpoint, name, original)
+    for name in kept_names(checkpoint, check.layers):
+        problems += _kept_problems(checkpoint, name, original)
     if original is not None:
         coded = {
             layer.original_name(expert, matrix)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from erniequant.format.decoding import decode_weight
-from erniequant.format.schema import SUFFIXES, LayerSpec, layer_params
+from erniequant.format.schema import GUARD, SUFFIXES, LayerSpec, layer_params
 from erniequant.runtime.ops import experts_forward, moe_experts, spec_text
 
 
@@ -27,18 +27,23 @@ class PackedExperts(nn.Module):
     """
 
     def __init__(
-        self, experts: int, hidden: int, inner: int, spec: LayerSpec, activation: str, where: str
-    ):
+        self, experts: int, hidden: int, inner: int, spec: LayerSpec, activation: str, where: str,
+        *, guard: str = GUARD,
+    ):  # fmt: skip
         """Parameters are left uninitialised. Raises ErnieQuantError if ``spec`` does not fit."""
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim = experts, hidden, inner
         self.spec = spec
         self.activation = activation
         self._spec_text = spec_text(spec)
-        self._stored = layer_params(experts, hidden, inner, spec, where)
+        self._stored = layer_params(experts, hidden, inner, spec, where, guard=guard)
         for name, (shape, dtype) in self._stored.items():
             parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-            self.register_parameter(name, parameter)
+            child, _, leaf = name.rpartition(".")
+            if child:
+                # A parameter's own name has no dot; only the guard of a dense layer has one.
+                self.add_module(child, nn.Module())
+            self.get_submodule(child).register_parameter(leaf, parameter)
         self._keep_decoded = False
         self._decoded: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
 
@@ -62,7 +67,7 @@ class PackedExperts(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype that the format gives a parameter."""
+        """The dtype that the format gives a parameter, the guard included."""
         return self._stored[name][1]
 
     def weight(self, projection: str, expert: int, dtype: torch.dtype) -> torch.Tensor:

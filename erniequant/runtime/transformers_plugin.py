@@ -17,16 +17,22 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from erniequant.errors import ErnieQuantError
+from erniequant.format.headers import expert_sizes
 from erniequant.format.schema import (
     PROJECTIONS,
     QUANT_METHOD,
+    LayerSpec,
     QuantizationMetadata,
     experts_module,
+    is_dense_key,
     layer_key_of,
 )
 from erniequant.runtime.experts import PackedExperts
+from erniequant.runtime.mlp import PackedMlp
 
 STOCK_EXPERTS = ("Ernie4_5_MoeExperts", "Ernie4_5_VLMoeMoeExperts")
+STOCK_MLP = "Ernie4_5MLP"
+"""Of dense models; a mixture-of-experts model has another class in its dense layers."""
 
 
 class ErnieQuantConfig(QuantizationConfigMixin):
@@ -42,7 +48,10 @@ class ErnieQuantConfig(QuantizationConfigMixin):
 
 
 class ErnieQuantizer(HfQuantizer):
-    """Replaces the experts of quantised layers before weights are loaded, and checks them after."""
+    """Replaces what is quantised before weights are loaded, and checks it after.
+
+    That is the experts of a layer, in a dense model its MLP.
+    """
 
     requires_calibration = True
     quantization_config: ErnieQuantConfig
@@ -51,28 +60,23 @@ class ErnieQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._stock: dict[str, nn.Module] = {}
         self._all_replaced = True
+        self._dense = any(map(is_dense_key, quantization_config.metadata.layers))
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing beyond torch is needed."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        config: Any = model.config
         layers = dict(self.quantization_config.metadata.layers)
         for path, module in list(model.named_modules()):
-            if type(module).__name__ not in STOCK_EXPERTS:
+            if type(module).__name__ not in (*STOCK_EXPERTS, STOCK_MLP):
                 continue
-            key = layer_key_of(path)
+            key = layer_key_of(path, dense=type(module).__name__ == STOCK_MLP)
             spec = layers.pop(key, None) if key is not None else None
-            if spec is None:
+            if key is None or spec is None:
                 self._all_replaced = False
                 continue
-            stock: Any = module
-            packed = PackedExperts(
-                stock.num_experts, stock.hidden_dim, stock.intermediate_dim, spec,
-                config.get_text_config().hidden_act, f"layer {key}",
-            )  # fmt: skip
             self._stock[path] = module
-            model.set_submodule(path, packed)
+            model.set_submodule(path, _packed(module, key, spec, model.config))
         if layers:
             missing = ", ".join(map(experts_module, layers))
             raise ErnieQuantError(f"quantization_config names {missing}, which the model lacks")
@@ -84,7 +88,7 @@ class ErnieQuantizer(HfQuantizer):
         for path, module in model.named_modules():
             if not isinstance(module, PackedExperts):
                 continue
-            for name, parameter in module.named_parameters(recurse=False):
+            for name, parameter in module.named_parameters():
                 if parameter.device.type == "meta":
                     continue  # offloaded to disk
                 # Loading makes every float parameter trainable; the guard is one.
@@ -102,9 +106,9 @@ class ErnieQuantizer(HfQuantizer):
         The stock mapping merges per-expert tensors on load. If layers that stay stock used it,
         saving applies its inverse to every name that matches, which would cut the guard (and before
         5.23, the packed tensors) into experts. A later entry wins on saving. Without stock layers
-        nothing is added and loading is a plain read.
+        nothing is added and loading is a plain read. No stock mapping concerns dense models.
         """
-        if self._all_replaced:
+        if self._all_replaced or self._dense:
             return weight_conversions
         names = [
             f"{experts_module(key)}.{projection}"
@@ -115,28 +119,26 @@ class ErnieQuantizer(HfQuantizer):
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Replicate packed experts: the stock rules would add up identical outputs of all ranks."""
-        for rule in [rule for rule in plan if _shards_experts(rule)]:
+        for rule in [rule for rule in plan if _shards_packed(rule, self._dense)]:
             del plan[rule]
 
     def update_tp_plan(self, config: Any) -> Any:
         """What older versions of transformers call instead of `update_parallel_plan`."""
-        return _without_expert_rules(config, "base_model_tp_plan")
+        return _without_packed_rules(config, "base_model_tp_plan", self._dense)
 
     def update_ep_plan(self, config: Any) -> Any:
         """As `update_tp_plan`, for expert parallelism."""
-        return _without_expert_rules(config, "base_model_ep_plan")
+        return _without_packed_rules(config, "base_model_ep_plan", self._dense)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, stock in self._stock.items():
             packed = model.get_submodule(path)
             assert isinstance(packed, PackedExperts)
-            for projection in PROJECTIONS:
-                experts = range(packed.num_experts)
-                stacked = torch.stack(
-                    [packed.weight(projection, e, wanted or torch.float32) for e in experts]
-                )
-                setattr(stock, projection, nn.Parameter(stacked, requires_grad=False))
+            for name, weight in _decoded(packed, wanted or torch.float32).items():
+                parent, _, leaf = name.rpartition(".")
+                parameter = nn.Parameter(weight, requires_grad=False)
+                setattr(stock.get_submodule(parent), leaf, parameter)
             model.set_submodule(path, stock)
         return model
 
@@ -164,16 +166,45 @@ class _Keep(ConversionOps):
         return _Keep()
 
 
-def _shards_experts(rule: str) -> bool:
+def _packed(stock: Any, key: str, spec: LayerSpec, config: Any) -> PackedExperts:
+    """What takes the place of a stock module of a quantised layer."""
+    activation = config.get_text_config().hidden_act
+    if is_dense_key(key):
+        _, hidden, inner = expert_sizes(config.to_dict(), key)
+        return PackedMlp(hidden, inner, spec, activation, key)
+    return PackedExperts(
+        stock.num_experts, stock.hidden_dim, stock.intermediate_dim, spec, activation,
+        f"layer {key}",
+    )  # fmt: skip
+
+
+def _decoded(packed: PackedExperts, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Decoded weights under the names that they have in the stock module."""
+    if isinstance(packed, PackedMlp):
+        gate, up = packed.weight("gate_up_proj", 0, dtype).chunk(2)
+        down = packed.weight("down_proj", 0, dtype)
+        names = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+        return dict(zip(names, (gate, up, down), strict=True))
+    experts = range(packed.num_experts)
+    return {
+        projection: torch.stack([packed.weight(projection, e, dtype) for e in experts])
+        for projection in PROJECTIONS
+    }
+
+
+def _shards_packed(rule: str, dense: bool) -> bool:
+    if dense:
+        return ".mlp." in rule
     return ".experts" in rule and "shared_experts" not in rule
 
 
-def _without_expert_rules(config: Any, attribute: str) -> Any:
+def _without_packed_rules(config: Any, attribute: str, dense: bool) -> Any:
     text = config.get_text_config()
     plan = getattr(text, attribute, None)
     if plan is not None:
         # A copy on the instance: the plan belongs to the class, and so to every other model.
-        setattr(text, attribute, {r: how for r, how in plan.items() if not _shards_experts(r)})
+        kept = {rule: how for rule, how in plan.items() if not _shards_packed(rule, dense)}
+        setattr(text, attribute, kept)
     return config
 
 

@@ -98,28 +98,30 @@ def decode(packed: np.ndarray, scale: np.ndarray, signs: np.ndarray, spec: dict)
 
 
 def read(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """All expert matrices of a checkpoint, float32 [N, K], under the names of the original."""
+    """All quantised matrices of a checkpoint, float32 [N, K], under the names of the original."""
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-    if settings["quant_method"] != "erniequant" or settings["format_version"] != 1:
-        raise SystemExit(f"{folder} is not of format version 1")
+    if settings["quant_method"] != "erniequant" or settings["format_version"] not in (1, 2):
+        raise SystemExit(f"{folder} is not of format version 1 or 2")
     tensors = {}
     for shard in folder.glob("*.safetensors"):
         with safe_open(shard, "np") as file:
             for name in file.keys():  # noqa: SIM118
-                if name.endswith(("_packed", "_scale", "_signs")) and ".mlp.experts." in name:
+                if name.endswith(("_packed", "_scale", "_signs")) and ".mlp." in name:
                     tensors[name] = file.get_tensor(name)
     for layer, projections in settings["layers"].items():
-        prefix = f"model.layers.{layer}.mlp.experts."
+        index, dense, _ = layer.partition(".mlp")  # an MLP is one expert, and has no number
+        prefix = f"model.layers.{index}.mlp." + ("" if dense else "experts.")
         for projection, spec in projections.items():
             parts = [tensors[f"{prefix}{projection}_{s}"] for s in ("packed", "scale", "signs")]
             for expert in range(parts[0].shape[0]):
                 matrix = decode(parts[0][expert], parts[1][expert], parts[2][0, 0], spec)
+                original = prefix if dense else f"{prefix}{expert}."
                 if projection == "down_proj":
-                    yield f"{prefix}{expert}.down_proj.weight", matrix
+                    yield f"{original}down_proj.weight", matrix
                 else:
                     gate, up = np.split(matrix, 2)
-                    yield f"{prefix}{expert}.gate_proj.weight", gate
-                    yield f"{prefix}{expert}.up_proj.weight", up
+                    yield f"{original}gate_proj.weight", gate
+                    yield f"{original}up_proj.weight", up
 
 
 if __name__ == "__main__":

@@ -16,7 +16,14 @@ from erniequant.codes import CODE_NAMES, get_code
 from erniequant.codes.labels import KEEP_BITS, TOGGLE_BITS
 from erniequant.format.decoding import decode_weight, encode_scale, expert_matrices
 from erniequant.format.headers import require_sound
-from erniequant.format.schema import FORMAT_VERSION, TILES, MatrixSpec, QuantizationMetadata
+from erniequant.format.schema import (
+    DENSE_FORMAT_VERSION,
+    FORMAT_VERSION,
+    TILES,
+    MatrixSpec,
+    QuantizationMetadata,
+    layer_params,
+)
 from erniequant.rotation import pack_signs, random_signs
 
 HERE = Path(__file__).parent
@@ -58,7 +65,8 @@ def test_multipliers() -> None:
 
 def test_label_masks_and_versions() -> None:
     assert f"(p AND 0x{KEEP_BITS:08X}) XOR 0x{TOGGLE_BITS:08X}" in PAGE
-    assert f"format, version {FORMAT_VERSION}" in PAGE
+    assert f"format, versions {FORMAT_VERSION} and {DENSE_FORMAT_VERSION}" in PAGE
+    assert f"## What version {DENSE_FORMAT_VERSION} adds" in PAGE
     assert "`tile` is " + ", ".join(map(str, TILES[:-1])) + f" or {TILES[-1]}" in PAGE
 
 
@@ -68,6 +76,18 @@ def test_description_in_the_page_parses() -> None:
     text = PAGE[PAGE.index('"quantization_config": {') : PAGE.index("* `layers` is keyed")]
     settings = json.loads("{" + text[: text.rindex("```")] + "}")["quantization_config"]
     assert QuantizationMetadata.from_dict(settings).to_dict() == settings
+
+
+def test_what_version_2_adds() -> None:
+    import json
+
+    section = PAGE[PAGE.index(f"## What version {DENSE_FORMAT_VERSION} adds") :]
+    settings = json.loads("{" + section[section.index('"quant') : section.index("\n```\n")] + "}")
+    metadata = QuantizationMetadata.from_dict(settings["quantization_config"])
+    assert metadata.to_dict() == settings["quantization_config"]
+    params = layer_params(1, 1024, 3072, metadata.layers["0.mlp"], guard="down_proj.weight")
+    named = [row[0] for row in rows("| name | type | shape, `E` = 1 |")]
+    assert named == [*(name for name in params if name != "down_proj.weight"), "down_proj.weight"]
 
 
 def test_worked_example(reader: ModuleType) -> None:
@@ -103,12 +123,17 @@ def test_reader_agrees_to_the_last_bit(reader: ModuleType, name: str, length: in
     assert theirs.dtype == np.float32 and np.array_equal(ours, theirs)
 
 
-def test_reader_reads_a_checkpoint(reader: ModuleType, packed_ernie: Path) -> None:
-    checkpoint = open_checkpoint(packed_ernie)
+# Two layers: of eight experts, or of one MLP.
+@pytest.mark.parametrize(("packed", "matrices"), [("packed_ernie", 48), ("packed_dense", 6)])
+def test_reader_reads_a_checkpoint(
+    reader: ModuleType, request: pytest.FixtureRequest, packed: str, matrices: int
+) -> None:
+    folder = request.getfixturevalue(packed)
+    checkpoint = open_checkpoint(folder)
     layers = require_sound(checkpoint).layers
     ours = {name: w for layer in layers for name, w in expert_matrices(checkpoint, layer)}
-    theirs = dict(reader.read(packed_ernie))
-    assert set(ours) == set(theirs) and len(ours) == 48
+    theirs = dict(reader.read(folder))
+    assert set(ours) == set(theirs) and len(ours) == matrices
     for name, weight in ours.items():
         assert np.array_equal(weight.numpy(), theirs[name]), name
 

@@ -13,6 +13,7 @@ from erniequant.format.schema import (
     MatrixSpec,
     QuantizationMetadata,
     experts_module,
+    guard_name,
     layer_key_of,
     layer_params,
     param_info,
@@ -44,6 +45,17 @@ def test_round_trip_through_json() -> None:
     assert metadata.to_dict() == SETTINGS
 
 
+def test_the_version_follows_from_the_keys() -> None:
+    layer = SETTINGS["layers"]["1"]
+    dense = {**SETTINGS, "format_version": 2, "layers": {"0.mlp": layer, "11.mlp": layer}}
+    metadata = QuantizationMetadata.from_dict(json.loads(json.dumps(dense)))
+    assert list(metadata.layers) == ["0.mlp", "11.mlp"] and metadata.to_dict() == dense
+    # Version 2 describes all that version 1 does; what needs no more is written as version 1.
+    assert QuantizationMetadata.from_dict({**SETTINGS, "format_version": 2}).to_dict() == SETTINGS
+    with pytest.raises(ErnieQuantError, match=r"format_version 1, but layer 0\.mlp needs 2"):
+        QuantizationMetadata.from_dict({**dense, "format_version": 1})
+
+
 DOWN = ("layers", "1", "down_proj")
 
 
@@ -51,13 +63,15 @@ DOWN = ("layers", "1", "down_proj")
     ("path", "value", "said"),
     [
         (("quant_method",), "gptq", "quant_method 'gptq'"),
-        (("format_version",), 2, "format_version 2"),
+        (("format_version",), 3, "format_version 3"),
+        (("format_version",), 0, "format_version 0"),
         (("format_version",), "1", "format_version '1'"),
         (("format_version",), True, "format_version True"),
         (("format_version",), None, "format_version None"),
         (("layers",), None, "no layers"),
         (("layers",), {}, "no layers"),
         (("layers", "first"), {}, "layer first: not a layer index"),
+        (("layers", "1.mlp.experts"), {}, "layer 1.mlp.experts: not a layer index"),
         (("layers", "1", "up_proj"), MATRIX, "layer 1: expected gate_up_proj and down_proj"),
         (DOWN, None, "layer 1: expected gate_up_proj and down_proj"),
         ((*DOWN, "tile"), None, "layer 1 down_proj: expected code"),
@@ -124,3 +138,33 @@ def test_layer_keys(name: str, key: str | None) -> None:
     assert layer_key_of(name) == key
     if key is not None:
         assert experts_module(key) in name
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("model.layers.1.mlp.gate_up_proj_packed", "1.mlp"),
+        ("layers.11.mlp", "11.mlp"),
+        ("model.layers.3.mlp.up_proj.weight", "3.mlp"),
+        ("model.layers.1.mlp_norm.weight", None),
+        ("model.layers.1.self_attn.q_proj.weight", None),
+    ],
+)
+def test_layer_keys_of_dense_models(name: str, key: str | None) -> None:
+    assert layer_key_of(name, dense=True) == key
+    assert layer_key_of(name) is None
+    if key is not None:
+        assert experts_module(key) in name and "experts" not in experts_module(key)
+
+
+def test_guards_have_names_of_stock_parameters() -> None:
+    from transformers.models.ernie4_5.modeling_ernie4_5 import Ernie4_5Config, Ernie4_5MLP
+    from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import (
+        Ernie4_5_MoeConfig,
+        Ernie4_5_MoeExperts,
+    )
+
+    with torch.device("meta"):
+        mlp, experts = Ernie4_5MLP(Ernie4_5Config()), Ernie4_5_MoeExperts(Ernie4_5_MoeConfig())
+    assert guard_name("3.mlp") in dict(mlp.named_parameters())
+    assert guard_name("3") in dict(experts.named_parameters())
