@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.micro import add_tokenizer, write_micro_ernie, write_text
+
 if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter. Its own library is decorated when it is first imported,
     # by whichever test that is, so this cannot wait for tests/kernels.
@@ -28,31 +30,22 @@ def _same_numbers_in_any_order() -> None:
 
 @pytest.fixture(scope="session")
 def micro_ernie(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a bf16 checkpoint with Baidu's per-expert tensor names.
+    """Folder of `write_micro_ernie`."""
+    return write_micro_ernie(tmp_path_factory.mktemp("micro") / "micro_ernie")
 
-    Hidden 96 is not a power of two (largest rotation block 32), the first layer is dense, routers
-    are float32 as in published models, their bias is not zero, and the embedding is tied.
-    """
-    from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
-    torch.manual_seed(7)
-    config = Ernie4_5_MoeConfig(
-        vocab_size=128, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        moe_num_experts=8, moe_k=2, moe_intermediate_size=64, moe_num_shared_experts=2,
-        moe_layer_start_index=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = Ernie4_5_MoeForCausalLM(config).to(torch.bfloat16)
-    for layer in model.model.layers[1:]:
-        layer.mlp.gate.float()
-    for name, parameter in model.named_parameters():
-        if name.endswith("e_score_correction_bias"):
-            parameter.data.normal_(0, 0.02)
-        elif parameter.dim() > 1:
-            parameter.data.normal_(0, 0.1)
-    folder = tmp_path_factory.mktemp("micro") / "micro_ernie"
-    model.save_pretrained(folder)
-    return folder
+@pytest.fixture(scope="session")
+def micro_source(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`micro_ernie` with a tokenizer of one token per character."""
+    folder = tmp_path_factory.mktemp("source") / "micro_source"
+    shutil.copytree(micro_ernie, folder)
+    return add_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def micro_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `write_text`."""
+    return write_text(tmp_path_factory.mktemp("text") / "micro.txt")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,12 @@
 """The table of commands. Each lives in a file of its own and imports the library when it runs."""
 
+import os
+import sys
+
 import typer
 
 from erniequant_cli import bench, demo, evaluate, export, generate, inspect, quantize, verify
-from erniequant_cli.errors import GuardedCommand
+from erniequant_cli.errors import INTERRUPTED, GuardedCommand
 
 app = typer.Typer(
     name="erniequant",
@@ -49,4 +52,12 @@ def _root(
 
 def main() -> None:
     """Entry point of the `erniequant` command."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            # Threads at work on an expert would be waited for, which takes up to minutes.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise

@@ -1,11 +1,12 @@
 """`erniequant quantize`: make a quantised copy of a checkpoint."""
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from erniequant_cli.errors import DEGRADED, complain
+from erniequant_cli.errors import DEGRADED, INTERRUPTED, complain
 from erniequant_cli.options import Device, JsonFile, Quiet, write_json
 
 
@@ -49,6 +50,26 @@ def quantize(
     device: Device = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the rotation signs and samples.")] = 0,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory that it may take, such as 16GB; most of what is free by default.",
+        ),
+    ] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where an unfinished run is kept; inside DST by default."),
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--restart",
+            help="Insist on continuing an unfinished run, or discard it. By default one is "
+            "continued if it is there.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     max_degraded: Annotated[
         int, typer.Option(min=0, help="Exit with 3 if more expert matrices than this degraded.")
@@ -56,9 +77,10 @@ def quantize(
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Make a quantised copy of an ERNIE 4.5 mixture-of-experts checkpoint.
+    """Make a quantised copy of an ERNIE 4.5 checkpoint.
 
-    Only the routed experts are quantised; every other tensor is copied as it is.
+    Only the routed experts are quantised (in a dense model, the MLPs); every other tensor is
+    copied as it is. Interrupted in any way, the same command continues.
 
     [bold]Examples[/bold]
 
@@ -66,31 +88,38 @@ def quantize(
 
       erniequant quantize ./ernie ./ernie-4bit --bits 4 --calib chats.jsonl --chat-template apply
 
-      erniequant quantize ./ernie ./ernie-3bit --bits 3 --dry-run
+      erniequant quantize ./ernie ./ernie-3bit --bits 3 --max-memory 8GB --dry-run
     """
     from erniequant.quantization.pipeline import quantize as make
     from erniequant_cli.loading import hush
     from erniequant_cli.progress import make_progress
 
     hush()
-    report = make(
-        src,
-        dst,
-        bits=int(bits.value),
-        calib=calib,
-        calib_samples=calib_samples,
-        calib_length=calib_length,
-        chat_template=chat_template.value,
-        no_calib=no_calib,
-        effort=effort.value,
-        max_tp=max_tp,
-        device=device,
-        threads=threads,
-        seed=seed,
-        dry_run=dry_run,
-        max_degraded=max_degraded,
-        progress=make_progress(quiet),
-    )
+    try:
+        report = make(
+            src,
+            dst,
+            bits=int(bits.value),
+            calib=calib,
+            calib_samples=calib_samples,
+            calib_length=calib_length,
+            chat_template=chat_template.value,
+            no_calib=no_calib,
+            effort=effort.value,
+            max_tp=max_tp,
+            device=device,
+            threads=threads,
+            seed=seed,
+            work_dir=work_dir,
+            max_memory=max_memory,
+            resume=resume,
+            dry_run=dry_run,
+            max_degraded=max_degraded,
+            progress=make_progress(quiet),
+        )
+    except KeyboardInterrupt:
+        complain("interrupted; repeat the command to go on where it stopped")
+        raise typer.Exit(INTERRUPTED) from None
     write_json(json, report.to_dict())
     if dry_run:
         return

@@ -3,6 +3,7 @@ work."""
 
 import importlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,9 @@ DEFAULTS = {
     "device": "auto",
     "threads": None,
     "seed": 0,
+    "work_dir": None,
+    "max_memory": None,
+    "resume": None,
     "dry_run": False,
     "max_degraded": 0,
 }
@@ -34,6 +38,9 @@ OTHERS = {
     "device": "cpu",
     "threads": 1,
     "seed": 9,
+    "work_dir": Path("elsewhere"),
+    "max_memory": "8GB",
+    "resume": True,
     "dry_run": True,
     "max_degraded": 5,
 }
@@ -71,6 +78,22 @@ def test_every_option_reaches_the_library(run, library):
     del library.seen[2]["progress"]
     assert library.seen[2] == OTHERS
     assert all(OTHERS[name] != default for name, default in DEFAULTS.items())
+    run("quantize", "a", "b", "--bits", 2, "--restart", "--quiet")
+    assert library.seen[2]["resume"] is False
+
+
+def test_ctrl_c_says_how_to_go_on(run, library, monkeypatch):
+    module = importlib.import_module("erniequant.quantization.pipeline")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "quantize", interrupted)
+    result = run("quantize", "a", "b", "--bits", 2)
+    assert result.exit_code == 130
+    assert result.stderr.strip() == (
+        "erniequant: interrupted; repeat the command to go on where it stopped"
+    )
 
 
 # 1 of 0 allowed, 3 of 2, as many as allowed, none.

@@ -1,7 +1,4 @@
-"""A micro checkpoint with a tokenizer, and one expert's worth of random data."""
-
-import shutil
-from pathlib import Path
+"""One expert's worth of random data."""
 
 import pytest
 import torch
@@ -11,34 +8,6 @@ from erniequant.quantization.expert import ExpertWeights, LayerContext, Projecti
 from erniequant.quantization.matrix import Rotation
 from erniequant.quantization.tokens import Evidence
 from erniequant.rotation import random_signs
-
-
-@pytest.fixture(scope="session")
-def micro_source(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`micro_ernie` with a tokenizer of one token per character."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("source") / "micro_source"
-    shutil.copytree(micro_ernie, folder)
-    vocabulary = {"<unk>": 0, "</s>": 1} | {chr(30 + i): i for i in range(2, 96)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def micro_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """3,000 characters, enough for 40 windows of 64 tokens."""
-    generator = torch.Generator().manual_seed(11)
-    letters = torch.randint(32, 125, (3000,), generator=generator).tolist()
-    path = tmp_path_factory.mktemp("text") / "micro.txt"
-    path.write_text("".join(map(chr, letters)))
-    return path
-
 
 HIDDEN, INNER = 96, 64
 

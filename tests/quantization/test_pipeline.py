@@ -12,8 +12,7 @@ import erniequant
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.format.verify import verify
-
-CALIBRATION = {"calib_samples": 12, "calib_length": 64, "max_tp": 1, "effort": "fast"}
+from tests.micro import CALIBRATION
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
