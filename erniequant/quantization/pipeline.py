@@ -199,12 +199,14 @@ def _opened(
         destination.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(destination, error) from error
-    work = WorkFolder(Path(work_dir).expanduser() if work_dir else destination / DEFAULT_NAME)
     try:
-        _prepare_destination(destination, work, resume)
-        yield work
+        work = WorkFolder(Path(work_dir).expanduser() if work_dir else destination / DEFAULT_NAME)
+        try:
+            _prepare_destination(destination, work, resume)
+            yield work
+        finally:
+            work.release()
     finally:
-        work.release()
         if made and not any(destination.iterdir()):
             destination.rmdir()
 

@@ -2,10 +2,11 @@
 
 Reads one JSON request a line on stdin, answers with one JSON object a line on stdout. A child
 counts what it does to the disk (writes, flushes, renames, deletions) and kills itself at a given
-count; a write is cut in half first. Without threads of its own at the time of the fork, or the
-children could hang.
+count (a write is cut in half first), or has a full disk from a count on. This process has no
+threads of its own at the time of the fork, or the children could hang.
 """
 
+import errno
 import json
 import os
 import resource
@@ -54,7 +55,7 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _child(request: dict[str, Any], writing: int) -> None:
-    events = _count_events(request.get("kill_at"))
+    events = _count_events(request.get("kill_at"), request.get("full_at"))
     if request.get("file_limit"):
         limit = request["file_limit"]
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -81,7 +82,7 @@ def _least_memory(src: str, options: dict[str, Any]) -> int:
     return plan_memory(model, tokens, length, 1, 0, True).peak_bytes
 
 
-def _count_events(kill_at: int | None) -> list[int]:
+def _count_events(kill_at: int | None, full_at: int | None) -> list[int]:
     events = [0]
 
     def counted(name: str, original: Any) -> Any:
@@ -91,6 +92,8 @@ def _count_events(kill_at: int | None) -> list[int]:
                 if name == "pwrite":
                     original(args[0], bytes(args[1])[: len(args[1]) // 2], args[2])
                 os.kill(os.getpid(), signal.SIGKILL)
+            if full_at is not None and events[0] >= full_at and name != "replace":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return original(*args)
 
         return call
