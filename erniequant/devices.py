@@ -1,4 +1,7 @@
-"""Which device a name means."""
+"""Which device a name means, and giving memory back to the system."""
+
+import contextlib
+import ctypes
 
 import torch
 
@@ -24,3 +27,24 @@ def resolve_device(device: str) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ErnieQuantError(f"device {device}: torch finds no GPU here; use --device cpu")
     return found
+
+
+def return_freed_memory() -> None:
+    """From now on, have freed matrices go back to the system, where its C library can (glibc).
+
+    By itself it raises the size from which it does that with every matrix freed; others leave
+    holes that the next does not fit. That was 0.4 GB after a few experts of the 21B model.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
+_M_MMAP_THRESHOLD = -3
+_MAPPED_BYTES = 8 << 20
+"""Smaller ones are reused at once: fresh pages for them cost more time than they save memory."""
+
+
+def trim_memory() -> None:
+    """Give what has been freed so far back to the system, where its C library can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -23,7 +23,7 @@ from erniequant.checkpoint.layout import index_of
 from erniequant.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint, open_checkpoint
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.checkpoint.writer import MAX_SHARD_BYTES, copy_companions
-from erniequant.devices import resolve_device
+from erniequant.devices import resolve_device, return_freed_memory
 from erniequant.errors import ErnieQuantError
 from erniequant.format.schema import QuantizationMetadata
 from erniequant.models.architecture import Architecture
@@ -131,6 +131,7 @@ def quantize(
         _single_threaded_products(),
         torch.no_grad(),
     ):
+        return_freed_memory()
         work.begin(identity)
         _note_processor(work, watch)
         run = Run(checkpoint, model, plan, memory, target, threads, work, shards, watch)
@@ -162,6 +163,7 @@ def quantize(
             measured,
             {event["file"]: event["sha256"] for event in work.journal.of("shard")},
             sessions=len(work.journal.of("session")),
+            layer_seconds=tuple(work.journal.seconds_of("layer")),
         )
         _complete(checkpoint, model, plan, shards, report)
         work.remove()

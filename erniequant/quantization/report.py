@@ -48,7 +48,8 @@ class QuantizationReport:
     """Result of `erniequant.quantize`; ``matrices`` is empty after a dry run.
 
     ``measured`` has what ``predicted`` predicts, None after a dry run; ``sessions`` counts how
-    often the run was begun or continued.
+    often the run was begun or continued; ``layer_seconds`` are the times worked when each layer
+    was finished.
     """
 
     plan: Plan
@@ -59,6 +60,7 @@ class QuantizationReport:
     measured: Estimate | None
     sha256: dict[str, str]
     sessions: int = 1
+    layer_seconds: tuple[float, ...] = ()
     dry_run: bool = False
 
     @property
@@ -117,6 +119,7 @@ class QuantizationReport:
             "mtp_tensors": list(plan.mtp),
             "seconds": self.seconds,
             "sessions": self.sessions,
+            "layer_seconds": list(self.layer_seconds),
             "predicted": asdict(self.predicted),
             "measured": asdict(self.measured) if self.measured else None,
             "degraded": self.degraded,

@@ -16,6 +16,7 @@ from erniequant.checkpoint.files import sha256_of
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.checkpoint.scan import CheckedShard, changed_shards, check_shards
 from erniequant.checkpoint.shards import ShardFiles
+from erniequant.devices import trim_memory
 from erniequant.errors import ErnieQuantError
 from erniequant.format.decoding import decode_scale, decode_weight
 from erniequant.format.schema import PROJECTIONS, LayerSpec, guard_name, guard_tensor
@@ -183,6 +184,7 @@ class Run:
             self.memory.experts_at_once,
         ):
             streams.add(outcome.quantized, outcome.original)
+            trim_memory()
             if (index, outcome.expert) not in self._events:
                 self._record(index, outcome, prefix)
             self.watch.advance(1, f"layer {index} expert {outcome.expert}")

@@ -95,12 +95,23 @@ class Journal:
 
     def seconds(self) -> float:
         """Time worked in all sessions, up to the last event of each."""
+        worked = self._worked()
+        return worked[-1] if worked else 0.0
+
+    def seconds_of(self, event: str) -> list[float]:
+        """The same up to each event of a kind."""
+        pairs = zip(self.events, self._worked(), strict=True)
+        return [worked for entry, worked in pairs if entry["event"] == event]
+
+    def _worked(self) -> list[float]:
         total = last = 0.0
+        found = []
         for entry in self.events:
             if entry["event"] == "session":
-                total, last = total + last, 0.0
+                total += last
             last = entry["t"]
-        return total + last
+            found.append(total + last)
+        return found
 
 
 def _line(entry: dict[str, Any]) -> bytes:
