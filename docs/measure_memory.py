@@ -157,8 +157,9 @@ if case["budget"] == "least":
     model = architecture_of(open_checkpoint(src).config)
     least = plan_memory(model, case["tokens"], case["window"], 1, 0, True).peak_bytes
 report = quantize(
-    src, dst, bits=case["bits"], effort=case["effort"], calib_samples=case["tokens"] // case["window"],
-    calib_length=case["window"], threads=1 if least else None, max_memory=least, device="cpu",
+    src, dst, bits=case["bits"], effort=case["effort"], device="cpu",
+    calib_samples=case["tokens"] // case["window"], calib_length=case["window"],
+    threads=1 if least else None, max_memory=least,
 )
 """
 

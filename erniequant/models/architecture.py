@@ -114,6 +114,8 @@ class Architecture(ABC):
         found["model.norm.weight"] = (self.sizes.hidden,)
         if not config.tie_word_embeddings:
             found["lm_head.weight"] = embedding
+        if config.use_bias:
+            found["lm_head.bias"] = (self.sizes.vocabulary,)
         return found
 
     def load_layer(self, source: TensorSource, index: int, device: torch.device) -> Any:
