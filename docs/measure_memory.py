@@ -20,6 +20,8 @@ from typing import Any
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "memory.json"
 PLOT = DOCS / "memory.png"
+PAGE = DOCS / "large_models.md"
+BEGIN, END = "<!-- memory:begin -->", "<!-- memory:end -->"
 SHAPES: dict[str, dict[str, Any]] = {
     "21b": dict(
         hidden_size=2560, intermediate_size=12288, num_attention_heads=20, num_key_value_heads=4,
@@ -68,7 +70,33 @@ def main() -> None:
             found = measure(source, arguments.work / f"out-{arguments.shape}-{budget}", case)
             print(json.dumps({k: v for k, v in found.items() if k != "samples"}, indent=2))
             record(case, found)
-    plot(json.loads(RESULTS.read_text()))
+    entries = json.loads(RESULTS.read_text())
+    plot(entries)
+    text = PAGE.read_text()
+    before, rest = text.split(BEGIN)
+    PAGE.write_text(before + BEGIN + "\n" + table(entries) + END + rest.split(END)[1])
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """Peaks, bounds and times, one line a run."""
+    lines = [
+        "| shape | MoE layers | experts in each | tokens | budget | peak | bound | predicted | "
+        "disk, predicted | minutes, predicted | minutes for each layer |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for e in entries:
+        ends = [0.0, *e["layer_seconds"]]
+        steps = [(b - a) / 60 for a, b in zip(ends, ends[1:], strict=False)]
+        measured, predicted = e["measured"], e["predicted"]
+        lines.append(
+            f"| {e['shape']} | {e['layers']} | {e['experts']} | {e['tokens']} | {e['budget']} "
+            f"| {e['peak_bytes'] / 1e9:.2f} GB | {e['bound_bytes'] / 1e9:.2f} GB "
+            f"| {predicted['peak_memory_bytes'] / 1e9:.2f} GB "
+            f"| {measured['disk_bytes'] / 1e9:.1f}, {predicted['disk_bytes'] / 1e9:.1f} GB "
+            f"| {measured['seconds'] / 60:.1f}, {predicted['seconds'] / 60:.1f} "
+            f"| {', '.join(f'{step:.1f}' for step in steps)} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def settings_of(case: Case) -> dict[str, Any]:

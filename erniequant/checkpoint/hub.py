@@ -1,0 +1,77 @@
+"""Checkpoints on Hugging Face: small files at once, headers of shards by a few requests, shards
+when they are needed.
+
+So a plan needs no weights, and damage in an early shard is found before the last is downloaded.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from erniequant.errors import ErnieQuantError
+
+WEIGHTS = "*.safetensors"
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+
+
+class HubRepository:
+    """A model repository at the commit that its name meant when it was opened.
+
+    Attributes:
+        folder: of the local cache, which holds the small files.
+    """
+
+    def __init__(self, name: str):
+        """Download the small files. Raises ErnieQuantError if that fails."""
+        from huggingface_hub import snapshot_download
+
+        self.name = name
+        self.folder = Path(_ask(name, snapshot_download, name, allow_patterns=list(SMALL_FILES)))
+        # The cache names a snapshot's folder after its commit.
+        self._revision = self.folder.name
+
+    def remote_headers(self) -> dict[str, dict[str, Any]]:
+        """Headers of all shards by file name, as in the files: dtype, shape and data_offsets by
+        tensor.
+
+        Raises:
+            ErnieQuantError: they cannot be had.
+        """
+        from huggingface_hub import get_safetensors_metadata
+
+        found = _ask(self.name, get_safetensors_metadata, self.name, revision=self._revision)
+        return {
+            file: {
+                name: {
+                    "dtype": tensor.dtype,
+                    "shape": list(tensor.shape),
+                    "data_offsets": list(tensor.data_offsets),
+                }
+                for name, tensor in metadata.tensors.items()
+            }
+            for file, metadata in found.files_metadata.items()
+        }
+
+    def fetch(self, shard: str) -> Path:
+        """Download a shard into `folder` unless it is there.
+
+        Raises:
+            ErnieQuantError: the download fails; what has arrived is kept for the next attempt.
+        """
+        from huggingface_hub import hf_hub_download
+
+        path = self.folder / shard
+        if not path.is_file():
+            _ask(self.name, hf_hub_download, self.name, shard, revision=self._revision)
+        if not path.is_file():
+            raise ErnieQuantError(f"{self.name}: {shard} was downloaded, but is not at {path}")
+        return path
+
+
+def _ask(name: str, function: Any, *arguments: Any, **options: Any) -> Any:
+    try:
+        return function(*arguments, **options)
+    except Exception as error:  # the hub client raises many unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ErnieQuantError(
+            f"no folder {name}, and it cannot be had from Hugging Face: {reason}"
+        ) from error
