@@ -159,11 +159,18 @@ def refit_scale(
     for start in range(0, rows.shape[1], ROW_BLOCK):
         part = slice(start, start + ROW_BLOCK)
         q, w = labels[:, part], rows[:, part]
-        projected = hessian @ q
-        fitted = (projected * w).sum(0) / (projected * q).sum(0)
+        of_q, of_w = hessian @ q, hessian @ w
+        qq, qw, ww = (_inner(*pair) for pair in ((of_q, q), (of_q, w), (of_w, w)))
+        fitted = (qw / qq).float()
         usable = torch.isfinite(fitted) & (fitted > 0)
         found[part] = torch.where(usable, fitted, scale[part]).bfloat16().float()
-        error = w - q * found[part]
-        loss += float(((hessian @ error) * error).sum(dtype=torch.float64))
-        energy += float(((hessian @ w) * w).sum(dtype=torch.float64))
-    return found, loss / energy if energy > 0 else 0.0
+        # The quadratic form of w - s q from its parts: a third product would take as long as both.
+        s = found[part].double()
+        loss += float((ww - 2 * s * qw + s * s * qq).sum())
+        energy += float(ww.sum())
+    return found, max(loss, 0.0) / energy if energy > 0 else 0.0
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner products of the columns of ``[K, n]`` matrices, float64 ``[n]``."""
+    return (a * b).sum(0, dtype=torch.float64)
