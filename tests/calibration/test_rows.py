@@ -94,6 +94,8 @@ def test_a_mapped_table_is_no_memory_once_let_go(tmp_path: Path) -> None:
     assert resident() - before > 0.9 * n_bytes
     table.release()
     assert resident() - before < 0.1 * n_bytes
+    # What is no memory of the process is in a file of the folder, not elsewhere in memory.
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
     assert table.tensor[-1, -1] == 1
 
 
