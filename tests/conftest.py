@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ if not torch.cuda.is_available():
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 ConfigEdit = Callable[[dict[str, Any]], Any]
+FileLimit = Callable[[int], AbstractContextManager[None]]
+ReadOnly = Callable[[], AbstractContextManager[None]]
 
 
 @pytest.fixture(autouse=True)
@@ -186,3 +190,46 @@ def with_config(tmp_path: Path) -> Callable[[Path, ConfigEdit], Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def files_of_at_most() -> FileLimit:
+    """A context in which the system refuses to let any file grow beyond so many bytes: a disk that
+    is full, without one."""
+
+    @contextmanager
+    def limited(n_bytes: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
+
+
+@pytest.fixture
+def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReadOnly:
+    """A context in which nothing can be made, renamed or deleted in the working directory.
+
+    That is a new folder in ``tmp_path``. Rights do not bind root, who is nobody in the context.
+    """
+    folder = tmp_path / "here"
+    folder.mkdir()
+    # Nobody may not pass through tmp_path, so only relative names work.
+    monkeypatch.chdir(folder)
+
+    @contextmanager
+    def locked() -> Iterator[None]:
+        user = os.geteuid()
+        folder.chmod(0o555)
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
+
+    return locked

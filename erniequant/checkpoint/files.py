@@ -1,5 +1,6 @@
 """Whole files or none: JSON and binary files that appear by write, flush and rename; checksums."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        discard(partial)
         raise disk_error(path, error) from error
 
 
@@ -33,6 +34,22 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
     """Write a JSON file as a whole."""
     text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
     write_file(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def discard(path: Path) -> None:
+    """Delete what could not be written; a disk that refuses that as well has said why before."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def delete(path: Path) -> None:
+    """Delete a file if it is there. Raises ErnieQuantError if the disk refuses."""
+    try:
+        path.unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise disk_error(path, error, "delete") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -80,7 +80,7 @@ def index_of(shards: Iterable[PlannedShard]) -> dict[str, Any]:
 
 def _shard(file: str, tensors: list[OutputTensor]) -> PlannedShard:
     # Wide types first: every tensor is aligned to its element, as readers that map files need.
-    ordered = sorted(tensors, key=lambda t: -_item_size(t.stored_dtype))
+    ordered = sorted(tensors, key=lambda t: -_item_size(t))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for tensor in ordered:
@@ -101,6 +101,8 @@ def _shard(file: str, tensors: list[OutputTensor]) -> PlannedShard:
     return PlannedShard(file, header, tuple(ordered), offsets, position)
 
 
-def _item_size(stored_dtype: str) -> int:
-    dtype = DTYPES.get(stored_dtype)
-    return 1 if dtype is None else dtype.itemsize
+def _item_size(tensor: OutputTensor) -> int:
+    dtype = DTYPES.get(tensor.stored_dtype)
+    if dtype is not None:
+        return dtype.itemsize
+    return tensor.n_bytes // max(math.prod(tensor.shape), 1)

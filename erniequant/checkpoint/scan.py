@@ -66,7 +66,8 @@ def check_shard(checkpoint: Checkpoint, shard: str) -> CheckedShard:
     headers = [header for header in checkpoint.headers.values() if header.shard == shard]
     digest = hashlib.sha256()
     position = 0
-    for header in sorted(headers, key=lambda h: h.offset):
+    # An empty tensor begins where its neighbour does, whichever the header names first.
+    for header in sorted(headers, key=lambda h: (h.offset, h.n_bytes)):
         for block in _blocks(path, position, header.offset):
             digest.update(block.data)
         position = header.offset + header.n_bytes
@@ -81,14 +82,18 @@ def check_shard(checkpoint: Checkpoint, shard: str) -> CheckedShard:
 
 
 def changed_shards(checkpoint: Checkpoint, known: Sequence[CheckedShard]) -> list[str]:
-    """Shards that are not what they were; those of the same size and time are taken to be."""
+    """Shards that are gone or not what they were; those of the same size and time are taken to
+    be."""
     changed = []
     for entry in known:
-        status = (checkpoint.folder / entry.file).stat()
-        if (status.st_size, status.st_mtime_ns) == (entry.size, entry.mtime_ns):
-            continue
-        if check_shard(checkpoint, entry.file).sha256 != entry.sha256:
-            changed.append(entry.file)
+        path = checkpoint.folder / entry.file
+        if path.is_file():
+            status = path.stat()
+            if (status.st_size, status.st_mtime_ns) == (entry.size, entry.mtime_ns):
+                continue
+            if check_shard(checkpoint, entry.file).sha256 == entry.sha256:
+                continue
+        changed.append(entry.file)
     return changed
 
 

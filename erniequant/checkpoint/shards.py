@@ -12,7 +12,7 @@ from types import TracebackType
 
 import torch
 
-from erniequant.checkpoint.files import disk_error, sha256_of, sync_folder
+from erniequant.checkpoint.files import delete, discard, disk_error, sha256_of, sync_folder
 from erniequant.checkpoint.layout import OutputTensor, PlannedShard
 from erniequant.checkpoint.reader import Checkpoint, read_exactly
 
@@ -62,7 +62,7 @@ class ShardFiles:
         """
         for shard in self.shards:
             path = self.partial(shard)
-            if self.finished(shard) or (path.is_file() and path.stat().st_size == shard.n_bytes):
+            if self.finished(shard) or _is_prepared(path, shard):
                 continue
             try:
                 with path.open("wb") as file:
@@ -71,7 +71,7 @@ class ShardFiles:
                     _reserve(file.fileno(), shard.n_bytes)
                     os.fsync(file.fileno())
             except OSError as error:
-                path.unlink(missing_ok=True)
+                discard(path)
                 raise disk_error(path, error) from error
         sync_folder(self.folder)
 
@@ -80,7 +80,7 @@ class ShardFiles:
         planned = self._tensors[name]
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         width = planned.n_bytes // max(planned.shape[0], 1) if planned.shape else 0
-        if row * width + data.nbytes > planned.n_bytes:
+        if row < 0 or row * width + data.nbytes > planned.n_bytes:
             raise ValueError(f"{name}: rows from {row} do not fit the planned {planned.shape}")
         self._put(planned, row * width, data)
 
@@ -119,18 +119,21 @@ class ShardFiles:
     def finish(self, shard: PlannedShard) -> str:
         """Give a complete shard its name; returns its sha256. Doing it again changes nothing."""
         final = self.folder / shard.file
-        if not self.finished(shard):
-            self.sync([shard.tensors[0].name])
-            os.close(self._descriptors.pop(shard.file))
-            os.replace(self.partial(shard), final)
-            sync_folder(self.folder)
-        return sha256_of(final)
+        try:
+            if not self.finished(shard):
+                self.sync([shard.tensors[0].name])
+                os.close(self._descriptors.pop(shard.file))
+                os.replace(self.partial(shard), final)
+                sync_folder(self.folder)
+            return sha256_of(final)
+        except OSError as error:
+            raise disk_error(final, error) from error
 
     def remove(self) -> None:
-        """Delete every shard, partial or finished."""
+        """Delete every shard, partial or finished. Raises ErnieQuantError if the disk refuses."""
         for shard in self.shards:
-            self.partial(shard).unlink(missing_ok=True)
-            (self.folder / shard.file).unlink(missing_ok=True)
+            delete(self.partial(shard))
+            delete(self.folder / shard.file)
 
     def _descriptor(self, shard: PlannedShard) -> int:
         if shard.file not in self._descriptors:
@@ -147,6 +150,18 @@ class ShardFiles:
                 data, position = data[count:], position + count
         except OSError as error:
             raise disk_error(self.partial(shard), error) from error
+
+
+def _is_prepared(path: Path, shard: PlannedShard) -> bool:
+    """Whether a partial shard was made to its end. Its size alone does not tell: the power may have
+    gone before its header was on the disk."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(shard.header)) == shard.header and (
+                os.fstat(file.fileno()).st_size == shard.n_bytes
+            )
+    except OSError:
+        return False
 
 
 def _reserve(descriptor: int, size: int) -> None:

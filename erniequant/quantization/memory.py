@@ -69,10 +69,11 @@ def plan_memory(
     """
     parts = _parts(model, tokens, length)
     most = min(threads, model.sizes.experts)
-    ways = [(most, False), *((at_once, True) for at_once in range(most, 0, -1))]
+    # Without tokens there are no tables to put on disk.
+    ways = [(most, False), *((at_once, tokens > 0) for at_once in range(most, 0, -1))]
     for at_once, on_disk in ways:
         found = _way(parts, at_once, on_disk, threads if on_cpu else 1, on_cpu)
-        if found.peak_bytes <= budget or not tokens:
+        if found.peak_bytes <= budget:
             return found
     return found
 

@@ -77,14 +77,19 @@ class Journal:
         """Record an event; on return it is on the disk.
 
         Raises:
-            ErnieQuantError: the disk refuses.
+            ErnieQuantError: the disk refuses; the event never happened then.
         """
         entry = {"event": event, "t": round(time.perf_counter() - self._started, 3), **facts}
         try:
-            with self.path.open("ab") as file:
-                file.write(_line(entry))
-                file.flush()
-                os.fsync(file.fileno())
+            end = self.path.stat().st_size
+            try:
+                with self.path.open("ab") as file:
+                    file.write(_line(entry))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                os.truncate(self.path, end)  # half a line would spoil the next
+                raise
         except OSError as error:
             raise disk_error(self.path, error) from error
         self.events.append(entry)

@@ -5,8 +5,9 @@ By default it is inside the destination. A folder with a journal is an unfinishe
 is complete, the folder goes.
 """
 
+import contextlib
 import hashlib
-import shutil
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from erniequant.calibration.rows import Rows
-from erniequant.checkpoint.files import disk_error, write_file
+from erniequant.checkpoint.files import delete, disk_error, write_file
 from erniequant.errors import ErnieQuantError
 from erniequant.resume.journal import Journal
 from erniequant.resume.lock import Lock
@@ -23,6 +24,12 @@ DEFAULT_NAME = ".erniequant-work"
 _JOURNAL, _LOCK = "journal.jsonl", "lock"
 _LAST = {_JOURNAL: 1, _LOCK: 2}
 _STATES = "states-{layer:05d}.f32"
+_KEPT = re.compile(r"states-\d{5,}\.f32")
+# The last are mapped tables, which have a name for a moment where files without one cannot be made.
+_OURS = re.compile(
+    rf"journal\.jsonl|lock|{_KEPT.pattern}|\.(journal\.jsonl|{_KEPT.pattern})\.partial"
+    r"|rows-[a-z0-9_]{8}"
+)
 _BLOCK = 1 << 22
 """Numbers written or read at once."""
 
@@ -37,12 +44,12 @@ class WorkFolder:
     def __init__(self, folder: Path):
         """Make and lock it. Raises ErnieQuantError if that fails or another run holds it."""
         self.folder = folder
-        self._made = not folder.exists()
+        self._made, self._removed = not folder.exists(), False
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            foreign = sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name))
         except OSError as error:
             raise disk_error(folder, error) from error
-        foreign = sorted(p.name for p in folder.iterdir() if not _is_ours(p.name))
         if foreign:
             raise ErnieQuantError(
                 f"the work folder {folder} holds {foreign[0]}, which is not of erniequant; give "
@@ -75,10 +82,10 @@ class WorkFolder:
         self.journal.append("session")
 
     def clear(self) -> None:
-        """Forget the unfinished run."""
-        for path in self.folder.iterdir():
-            if path.name != _LOCK and _is_ours(path.name):
-                path.unlink()
+        """Forget the unfinished run. Raises ErnieQuantError if the disk refuses."""
+        for path in self._files(_OURS):
+            if path.name != _LOCK:
+                delete(path)
 
     def save_states(self, layer: int, tables: Sequence[Rows]) -> None:
         """Keep the hidden states that go into ``layer`` and drop those of the layer before."""
@@ -93,9 +100,9 @@ class WorkFolder:
         path = self.folder / _STATES.format(layer=layer)
         write_file(path, write)
         self.journal.append("states", layer=layer, sha256=digest.hexdigest())
-        for old in self.folder.glob("states-*.f32"):
+        for old in self._files(_KEPT):
             if old != path:
-                old.unlink()
+                delete(old)
 
     def load_states(self, tables: Sequence[Rows]) -> int:
         """Fill ``tables`` with the last states kept; returns the layer that they go into, 0
@@ -110,32 +117,45 @@ class WorkFolder:
         path = self.folder / _STATES.format(layer=saved[-1]["layer"])
         digest = hashlib.sha256()
         try:
+            whole = path.stat().st_size == sum(table.tensor.nbytes for table in tables)
             with path.open("rb") as file:
                 for block in _blocks(tables):
                     data = block.numpy().data
                     file.readinto(data)
                     digest.update(data)
-                rest = file.read(1)
         except OSError as error:
             raise disk_error(path, error, "read") from error
-        if rest or digest.hexdigest() != saved[-1]["sha256"]:
+        if not whole or digest.hexdigest() != saved[-1]["sha256"]:
             raise ErnieQuantError(f"{path} is damaged: its sha256 is another; use --restart")
         return int(saved[-1]["layer"])
 
     def release(self) -> None:
         """Unlock; a folder that was made for nothing goes."""
-        if self.folder.exists() and not self.unfinished():
-            self.remove()
-        self._lock.release()
+        try:
+            # Once removed, whatever is there is of another run.
+            if not self._removed and not self.unfinished():
+                self.remove()
+        finally:
+            self._lock.release()
 
     def remove(self) -> None:
-        """Delete everything of ours; the folder too, unless it was there before us."""
+        """Delete everything of ours; the folder too, unless it was there before us.
+
+        Raises:
+            ErnieQuantError: the disk refuses.
+        """
         # The journal goes last but one: as long as it is there, the run can be continued.
-        for path in sorted(self.folder.iterdir(), key=lambda p: _LAST.get(p.name, 0)):
-            if _is_ours(path.name):
-                path.unlink()
-        if (self._made or self.folder.name == DEFAULT_NAME) and not any(self.folder.iterdir()):
-            shutil.rmtree(self.folder)
+        for path in sorted(self._files(_OURS), key=lambda p: _LAST.get(p.name, 0)):
+            delete(path)
+        self._removed = True
+        if self._made or self.folder.name == DEFAULT_NAME:
+            with contextlib.suppress(OSError):  # it holds something that is not ours
+                self.folder.rmdir()
+
+    def _files(self, names: re.Pattern[str]) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return [path for path in self.folder.iterdir() if names.fullmatch(path.name)]
 
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -151,12 +171,6 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}…"
-
-
-def _is_ours(name: str) -> bool:
-    known = {_JOURNAL, _LOCK, f".{_JOURNAL}.partial"}
-    states = name.lstrip(".").removesuffix(".partial")
-    return name in known or (states.startswith("states-") and states.endswith(".f32"))
 
 
 def _blocks(tables: Sequence[Rows]) -> Iterable[torch.Tensor]:
