@@ -52,6 +52,23 @@ def micro_ernie(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def micro_source(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`micro_ernie` with a tokenizer of one token per character."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("source") / "micro_source"
+    shutil.copytree(micro_ernie, folder)
+    vocabulary = {"<unk>": 0, "</s>": 1} | {chr(30 + i): i for i in range(2, 96)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def packed_ernie(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`micro_ernie` with quantised experts; any words decode, so they are random.
 

@@ -1,6 +1,5 @@
-"""A micro checkpoint with a tokenizer, and one expert's worth of random data."""
+"""A micro text to calibrate on, and one expert's worth of random data."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,23 +14,6 @@ from erniequant.quantization.expert import (
 )
 from erniequant.quantization.matrix import Rotation
 from erniequant.rotation import random_signs
-
-
-@pytest.fixture(scope="session")
-def micro_source(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`micro_ernie` with a tokenizer of one token per character."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("source") / "micro_source"
-    shutil.copytree(micro_ernie, folder)
-    vocabulary = {"<unk>": 0, "</s>": 1} | {chr(30 + i): i for i in range(2, 96)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
