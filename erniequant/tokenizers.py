@@ -4,8 +4,8 @@ out of its folder."""
 from pathlib import Path
 from typing import Any
 
-from erniequant.checkpoint.strict_json import is_plain_file_name
 from erniequant.checkpoint.reader import read_json
+from erniequant.checkpoint.strict_json import is_plain_file_name
 from erniequant.errors import ErnieQuantError, foreign_errors
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -19,8 +19,8 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder.
+def load_tokenizer(folder: Path, or_else: str = "") -> Any:
+    """The tokenizer of a checkpoint folder; ``or_else`` tells what to do when there is none.
 
     Raises:
         ErnieQuantError: it has none, or its files are damaged or name files elsewhere.
@@ -29,10 +29,9 @@ def load_tokenizer(folder: Path) -> Any:
         _refuse_paths(folder / _SETTINGS_FILE)
     from transformers import AutoTokenizer
 
-    with foreign_errors(f"no tokenizer can be loaded from {folder}"):
-        return AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+    advice = f" ({or_else})" if or_else else ""
+    with foreign_errors(f"no tokenizer can be loaded from {folder}{advice}"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def _refuse_paths(path: Path) -> None:

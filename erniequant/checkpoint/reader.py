@@ -4,7 +4,6 @@ Opening reads only headers, and finds damage that would otherwise surface hours 
 truncated shards, an index that disagrees with the files, weights that exist only as pickle.
 """
 
-import json
 import math
 import re
 import struct
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from erniequant.checkpoint.strict_json import is_plain_file_name, parse_json, read_bounded
 from erniequant.errors import ErnieQuantError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,6 +34,10 @@ DOWNLOAD_PATTERNS = (
 _LENGTH_BYTES = 8
 # The safetensors library refuses longer headers; a damaged length would ask for gigabytes.
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_JSON_BYTES = 100_000_000
+# Beyond these torch cannot make a tensor, even an empty one.
+_MAX_DIMENSIONS, _MAX_ELEMENTS = 64, 2**62
+_MAX_NAME = 1000
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 DTYPES: dict[str, torch.dtype] = {
@@ -164,6 +168,17 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorHeader]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ErnieQuantError(f"{index} has no weight_map; the index is damaged")
+    for name, shard in weight_map.items():
+        # transformers would unpickle a file of another suffix.
+        if not is_plain_file_name(shard) or not shard.endswith(".safetensors"):
+            raise ErnieQuantError(
+                f"{index} names {shard!r} for {name}, which is no safetensors file of its folder"
+            )
+    if (folder / SINGLE_FILE).is_file() and SINGLE_FILE not in weight_map.values():
+        # Which of the two is read differs between libraries.
+        raise ErnieQuantError(
+            f"{folder} has both {INDEX_FILE} and {SINGLE_FILE}, of different weights; remove one"
+        )
     headers: dict[str, TensorHeader] = {}
     for shard in dict.fromkeys(weight_map.values()):
         path = folder / shard
@@ -173,63 +188,109 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorHeader]:
                 f"{index} names {shard} (for example for {name}), but there is no such file; "
                 "complete the download or copy"
             )
-        headers |= read_header(path)
+        for name, header in read_header(path).items():
+            if weight_map.get(name) != shard:
+                raise ErnieQuantError(f"{shard} holds {name}, but {index} does not say so")
+            headers[name] = header
     for name, shard in weight_map.items():
-        if name not in headers or headers[name].shard != shard:
+        if name not in headers:
             raise ErnieQuantError(f"{index} says that {shard} holds {name}, but it does not")
     return headers
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
-    """Tensors of one safetensors file.
+    """Tensors of one safetensors file, which cover its data without gaps or overlaps.
 
     Raises:
-        ErnieQuantError: not a safetensors file, or shorter than its header promises.
+        ErnieQuantError: not a safetensors file, or shorter or longer than its header promises.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(_LENGTH_BYTES)
-        length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else size
-        if length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
-            raise ErnieQuantError(f"{path} is truncated or not safetensors (header incomplete)")
-        try:
-            entries = json.loads(file.read(length))
-            entries.pop("__metadata__", None)
-            found = {name: _entry(name, entry, path.name) for name, entry in entries.items()}
-            ends = {name: entry["data_offsets"][1] for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ErnieQuantError(f"{path} has a damaged header: {error}") from error
-    available = size - _LENGTH_BYTES - length
-    for name, end in sorted(ends.items(), key=lambda item: item[1]):
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(_LENGTH_BYTES)
+            length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else size
+            if length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
+                raise ErnieQuantError(f"{path} is truncated or not safetensors (header incomplete)")
+            text = file.read(length)
+    except OSError as error:
+        raise ErnieQuantError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        entries = _entries(text)
+        found = {name: _entry(name, entry, path.name) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ErnieQuantError(f"{path} has a damaged header: {error}") from error
+    _require_contiguous(path, entries, size - _LENGTH_BYTES - length)
+    return found
+
+
+def _entries(text: bytes) -> dict[str, Any]:
+    entries = parse_json(text)
+    # safetensors takes no space before the brace.
+    if not isinstance(entries, dict) or not text.startswith(b"{"):
+        raise ValueError("it is not a JSON object")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("__metadata__ is not an object of texts")
+    return entries
+
+
+def _entry(name: str, entry: Any, shard: str) -> TensorHeader:
+    if not isinstance(entry, dict) or not set(entry) >= {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name[:_MAX_NAME]} has no dtype, shape and data_offsets")
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"a tensor has a name of {len(name)} letters: {name[:60]}")
+    offsets, shape, stored = entry["data_offsets"], entry["shape"], entry["dtype"]
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"tensor {name} has data_offsets {str(offsets)[:60]}")
+    sound = _are_sizes(shape) and len(shape) <= _MAX_DIMENSIONS
+    # An empty tensor too has strides, which are products of the other sizes.
+    if not sound or math.prod(max(n, 1) for n in shape) > _MAX_ELEMENTS:
+        raise ValueError(f"tensor {name} has shape {str(shape)[:60]}")
+    if not isinstance(stored, str):
+        raise ValueError(f"tensor {name} has dtype {str(stored)[:60]}")
+    n_bytes = offsets[1] - offsets[0]
+    header = TensorHeader(name, tuple(shape), DTYPES.get(stored), stored, n_bytes, shard)
+    if header.dtype is not None and header.elements * header.dtype.itemsize != n_bytes:
+        raise ValueError(f"tensor {name} has {n_bytes} bytes for shape {shape} of {stored}")
+    return header
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _require_contiguous(path: Path, entries: dict[str, Any], available: int) -> None:
+    covered = 0
+    ranges = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
+    for begin, end, name in ranges:
+        if begin != covered:
+            raise ErnieQuantError(
+                f"{path} has a damaged header: tensor {name} begins at {begin}, not at {covered} "
+                "where the one before it ends"
+            )
+        covered = end
         if end > available:
             raise ErnieQuantError(
                 f"{path} is truncated: tensor {name} ends {end - available} bytes after the file; "
                 "download or copy it again"
             )
-    return found
-
-
-def _entry(name: str, entry: dict[str, Any], shard: str) -> TensorHeader:
-    begin, end = entry["data_offsets"]
-    shape, stored = tuple(entry["shape"]), entry["dtype"]
-    header = TensorHeader(name, shape, DTYPES.get(stored), stored, end - begin, shard)
-    if header.dtype is not None and header.elements * header.dtype.itemsize != header.n_bytes:
-        raise ValueError(
-            f"tensor {name} has {header.n_bytes} bytes for shape {list(shape)} of {stored}"
+    if covered < available:
+        raise ErnieQuantError(
+            f"{path} is damaged: {available - covered} bytes after the last tensor belong to none"
         )
-    return header
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ErnieQuantError if it is missing or damaged."""
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        contents = parse_json(read_bounded(path, _MAX_JSON_BYTES))
     except FileNotFoundError as error:
         raise ErnieQuantError(
             f"{path.parent} has no {path.name}; it is not a checkpoint"
         ) from error
     except (OSError, ValueError) as error:
-        raise ErnieQuantError(f"{path} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ErnieQuantError(f"{path} cannot be read: {reason}") from error
     if not isinstance(contents, dict):
         raise ErnieQuantError(f"{path} does not hold a JSON object")
     return contents

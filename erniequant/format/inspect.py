@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint, read_json
-from erniequant.format.headers import QuantizedExperts, is_quantized, require_sound
+from erniequant.format.headers import QuantizedExperts, sound_if_quantized
 from erniequant.format.schema import PROJECTIONS, SUFFIXES, layer_key_of
 
 REPORT_FILE = "quantization_report.json"
@@ -87,8 +87,7 @@ def inspect(source: str | Path) -> ModelSummary:
         ErnieQuantError: it cannot be read, or contradicts its own quantization_config.
     """
     checkpoint = open_checkpoint(source)
-    quantized = is_quantized(checkpoint.config)
-    check = require_sound(checkpoint) if quantized else None
+    check = sound_if_quantized(checkpoint)
     layers = check.layers if check else ()
     by_key = {layer.key: layer for layer in layers}
     names = sorted(checkpoint.names(), key=_natural)
@@ -147,7 +146,10 @@ def _summary(
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+    return [
+        (int(part), "") if part.isascii() and part.isdigit() else (0, part)
+        for part in name.split(".")
+    ]
 
 
 def _provenance(folder: Path) -> dict[str, Any]:

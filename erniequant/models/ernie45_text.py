@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import Ernie4_5_MoeConfig
+from transformers.activations import ACT2FN
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import (
     Ernie4_5_MoeDecoderLayer,
     Ernie4_5_MoeRotaryEmbedding,
 )
 
-from erniequant.errors import ErnieQuantError
+from erniequant.errors import ErnieQuantError, foreign_errors
 
 MODEL_TYPE = "ernie4_5_moe"
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -100,15 +101,18 @@ def read_config(settings: dict[str, Any]) -> Ernie4_5_MoeConfig:
             "the source is already quantised (config.json has quantization_config); give the "
             "bf16 checkpoint"
         )
-    try:
-        config = Ernie4_5_MoeConfig(**settings)
-    except Exception as error:  # validation has its own types, which vary with the version
-        reason = " ".join(str(error).split())
-        raise ErnieQuantError(
-            f"config.json is not a valid {MODEL_TYPE} config: {reason}"
-        ) from error
+    config = text_config(settings)
     config._attn_implementation = "sdpa"
     return config
+
+
+def text_config(settings: dict[str, Any]) -> Ernie4_5_MoeConfig:
+    """What transformers reads from the contents of a config.json; ErnieQuantError if it cannot."""
+    with foreign_errors(f"config.json is not a valid {MODEL_TYPE} config"):
+        config = Ernie4_5_MoeConfig(**settings)
+        if config.hidden_act not in ACT2FN:
+            raise ErnieQuantError(f"config.json has hidden_act {config.hidden_act!r}; unknown")
+        return config
 
 
 def position_embeddings(config: Ernie4_5_MoeConfig, length: int, device: torch.device) -> Any:

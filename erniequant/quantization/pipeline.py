@@ -26,6 +26,7 @@ from erniequant.errors import ErnieQuantError
 from erniequant.format.schema import GUARD, PROJECTIONS, LayerSpec, guard_tensor
 from erniequant.models import ernie45_text as text_moe
 from erniequant.models.ernie45_text import TextMoe
+from erniequant.models.fit import require_fit
 from erniequant.progress import NULL_PROGRESS, Progress
 from erniequant.quantization.estimate import describe, estimate, peak_memory
 from erniequant.quantization.expert import ExpertWeights, ProjectionCodes
@@ -40,6 +41,7 @@ from erniequant.quantization.report import (
 )
 from erniequant.quantization.streams import Streams
 from erniequant.rotation import pack_signs, random_signs
+from erniequant.tokenizers import load_tokenizer
 from erniequant.version import PRODUCER
 
 
@@ -91,6 +93,7 @@ def quantize(
     n_threads = threads or os.cpu_count() or 1
     checkpoint = open_checkpoint(src)
     config = text_moe.read_config(checkpoint.config)
+    require_fit(checkpoint.config, checkpoint.headers)
     plan = make_plan(checkpoint, TextMoe.from_config(config), options)
     expected_tokens = 0 if no_calib else calibration.samples * calibration.length
     plan_text = describe(plan, estimate(plan, expected_tokens, n_threads), n_threads)
@@ -226,16 +229,7 @@ def _codes(spec: LayerSpec) -> ProjectionCodes:
 def _windows(
     checkpoint: Checkpoint, config: CalibrationConfig, model: TextMoe, watch: Progress
 ) -> CalibrationWindows:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except Exception as error:  # tokenizer files fail in as many ways as there are kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ErnieQuantError(
-            f"no tokenizer can be loaded from {checkpoint.folder}: {reason}; add its files or "
-            "use --no-calib"
-        ) from error
+    tokenizer = load_tokenizer(checkpoint.folder, or_else="add its files or use --no-calib")
     windows = calibration_windows(tokenizer, config)
     top = max(int(ids.max()) for ids in windows.windows)
     if top >= model.vocabulary:

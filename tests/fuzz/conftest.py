@@ -19,7 +19,7 @@ from erniequant.tokenizers import load_tokenizer  # noqa: E402
 LINES = [
     {"text": "a quick test of lines"},
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
-    {"text": "another, with \"quotes\"", "more": [1, 2]},
+    {"text": 'another, with "quotes"', "more": [1, 2]},
     {"text": "the last of them"},
 ]
 
@@ -35,7 +35,9 @@ def resharded(source: Path, target: Path, max_bytes: int) -> Path:
     shutil.copy(source / "config.json", target)
     report = source / "quantization_report.json"
     if report.is_file():
-        write_json(target / report.name, {**json.loads(report.read_text()), "sha256": written.sha256})
+        write_json(
+            target / report.name, {**json.loads(report.read_text()), "sha256": written.sha256}
+        )
     return target
 
 

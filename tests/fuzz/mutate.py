@@ -70,7 +70,9 @@ def _damage_file(folder: Path, files: list[Path], rng: random.Random) -> str:
 
 
 def _replace(path: Path, folder: Path, rng: random.Random) -> str:
-    how = rng.choice(("remove", "folder", "link out", "loop", "dangling", "zero", "pipe", "shorter"))
+    how = rng.choice(
+        ("remove", "folder", "link out", "loop", "dangling", "zero", "pipe", "shorter")
+    )
     outside = folder.parent / "outside"
     outside.mkdir(exist_ok=True)
     if how == "link out":
@@ -104,16 +106,20 @@ def _plant(folder: Path, rng: random.Random) -> str:
         _fresh(folder / name).write_bytes(payload)
     elif how == "module":
         _fresh(folder / "evil.py").write_text(EVIL_MODULE)
-        return f"evil.py and {damage_json(_own(folder / 'config.json'), rng)}" if (
-            folder / "config.json"
-        ).is_file() else "evil.py"
+        return (
+            f"evil.py and {damage_json(_own(folder / 'config.json'), rng)}"
+            if (folder / "config.json").is_file()
+            else "evil.py"
+        )
     elif how == "decoy":
         shards = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
         if shards:
             data = shards[-1].read_bytes()
             _fresh(folder / "model.safetensors").write_bytes(data)
     elif how == "adapter":
-        _fresh(folder / "adapter_config.json").write_text('{"base_model_name_or_path": "../outside"}')
+        _fresh(folder / "adapter_config.json").write_text(
+            '{"base_model_name_or_path": "../outside"}'
+        )
     elif how == "template":
         _fresh(folder / "chat_template.jinja").write_text(rng.choice(["{{ x", "{{ 1/0 }}", "\x00"]))
     else:

@@ -133,7 +133,10 @@ def _inspect(before: Facts, after: Facts, result: Any, pristine: Any) -> str | N
     if listed != after.headers():
         return "inspect lists other tensors than the safetensors library"
     if _meaning(after.config) == _meaning(before.config):
-        same = (result.codes, result.quantized_layers) == (pristine.codes, pristine.quantized_layers)
+        same = (result.codes, result.quantized_layers) == (
+            pristine.codes,
+            pristine.quantized_layers,
+        )
         return None if same else "other codes, though quantization_config is as before"
     return None
 
