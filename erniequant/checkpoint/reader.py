@@ -54,6 +54,11 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+# Types of safetensors that torch lacks or we have no use for, and the bits of an element.
+_OTHER_BITS = {
+    "U16": 16, "U32": 32, "U64": 64, "C64": 64, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,9 @@ def _entries(text: bytes) -> dict[str, Any]:
     # safetensors takes no space before the brace.
     if not isinstance(entries, dict) or not text.startswith(b"{"):
         raise ValueError("it is not a JSON object")
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    if metadata is None:
+        return entries
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ is not an object of texts")
     return entries
@@ -246,11 +253,12 @@ def _entry(name: str, entry: Any, shard: str) -> TensorHeader:
     # An empty tensor too has strides, which are products of the other sizes.
     if not sound or math.prod(max(n, 1) for n in shape) > _MAX_ELEMENTS:
         raise ValueError(f"tensor {name} has shape {str(shape)[:60]}")
-    if not isinstance(stored, str):
+    if not isinstance(stored, str) or stored not in DTYPES.keys() | _OTHER_BITS:
         raise ValueError(f"tensor {name} has dtype {str(stored)[:60]}")
     n_bytes = offsets[1] - offsets[0]
     header = TensorHeader(name, tuple(shape), DTYPES.get(stored), stored, n_bytes, shard)
-    if header.dtype is not None and header.elements * header.dtype.itemsize != n_bytes:
+    bits = 8 * header.dtype.itemsize if header.dtype else _OTHER_BITS[stored]
+    if header.elements * bits != 8 * n_bytes:
         raise ValueError(f"tensor {name} has {n_bytes} bytes for shape {shape} of {stored}")
     return header
 

@@ -6,6 +6,7 @@ attention, norms and routing (float32 softmax, bias for selection only, clamped 
 the stock ones. Experts are never part of them: the caller streams experts one by one.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import (
 )
 
 from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.models.settings import require_harmless
 
 MODEL_TYPE = "ernie4_5_moe"
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -108,8 +110,10 @@ def read_config(settings: dict[str, Any]) -> Ernie4_5_MoeConfig:
 
 def text_config(settings: dict[str, Any]) -> Ernie4_5_MoeConfig:
     """What transformers reads from the contents of a config.json; ErnieQuantError if it cannot."""
+    require_harmless(settings)
     with foreign_errors(f"config.json is not a valid {MODEL_TYPE} config"):
-        config = Ernie4_5_MoeConfig(**settings)
+        # A copy: transformers rewrites nested settings in place.
+        config = Ernie4_5_MoeConfig(**copy.deepcopy(settings))
         if config.hidden_act not in ACT2FN:
             raise ErnieQuantError(f"config.json has hidden_act {config.hidden_act!r}; unknown")
         return config

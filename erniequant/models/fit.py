@@ -5,7 +5,6 @@ A wrong number would otherwise cost memory without bound, or give a model that r
 transformers fills what is missing with random numbers and only warns of what is left over.
 """
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -13,16 +12,9 @@ from erniequant.checkpoint.reader import TensorHeader
 from erniequant.errors import ErnieQuantError, foreign_errors
 from erniequant.format.schema import layer_key_of
 from erniequant.models.ernie45_text import MODEL_TYPE, TextMoe, expert_matrix_name, text_config
+from erniequant.models.settings import entries, require_harmless
 
 VISION_MODEL_TYPE = "ernie4_5_vl_moe"
-# Token ids and positions are larger than any tensor; no published size comes near.
-_MAX_NUMBER = 2**40
-# A name is made for every label.
-_MAX_LABELS = 2**16
-# Settings by which config.json would make transformers fetch code, or read weights of its choice.
-_NAMES_CODE = ("attn_implementation", "_attn_implementation", "experts_implementation",
-               "_experts_implementation")  # fmt: skip
-_NAMES_WEIGHTS = ("transformers_weights", "gguf_file")
 _LAYER_COUNTS = ("num_hidden_layers", "depth", "num_layers")
 _SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "moe_num_experts",
           "num_experts", "vocab_size", "num_attention_heads", "num_key_value_heads", "num_heads",
@@ -32,54 +24,26 @@ _NOT_RUN = "mtp"
 
 
 def require_bounded(settings: dict[str, Any], headers: Mapping[str, TensorHeader]) -> None:
-    """Refuse values of config.json that cost memory without bound or reach outside the folder.
+    """Refuse a config.json that is harmful by itself, or has sizes beyond every tensor.
 
     Raises:
-        ErnieQuantError: another architecture, a number that is not finite or beyond the tensors,
-            or a setting that names code or weights elsewhere.
+        ErnieQuantError: also for another architecture.
     """
     found = settings.get("model_type")
     if found not in (MODEL_TYPE, VISION_MODEL_TYPE):
         raise ErnieQuantError(
             f"config.json says model_type {found!r}; supported: {MODEL_TYPE}, {VISION_MODEL_TYPE}"
         )
+    require_harmless(settings)
     largest = max((n for header in headers.values() for n in header.shape), default=0)
-    for key, value in _entries(settings):
+    limits = dict.fromkeys(_SIZES, largest) | dict.fromkeys(_LAYER_COUNTS, len(headers))
+    for key, value in entries(settings):
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ErnieQuantError(f"config.json has {key} {number}; give a finite number")
-            if isinstance(number, int) and abs(number) > _limit(key, largest, len(headers)):
+            if isinstance(number, int) and number > limits.get(key, number):
                 raise ErnieQuantError(
-                    f"config.json has {key} {str(number)[:40]}, which is more than the tensors of "
-                    "the checkpoint can have; it is damaged or belongs to another checkpoint"
+                    f"config.json has {key} {number}, which is more than the tensors of the "
+                    "checkpoint can have; it is damaged or belongs to another checkpoint"
                 )
-        if key in _NAMES_CODE and not (value is None or _is_plain_word(value)):
-            raise ErnieQuantError(
-                f"config.json has {key} {value!r}: code from elsewhere; remove it"
-            )
-        if key in _NAMES_WEIGHTS and value is not None:
-            raise ErnieQuantError(f"config.json has {key} {value!r}: other weights; remove it")
-
-
-def _limit(key: str, largest: int, tensors: int) -> int:
-    if key in _LAYER_COUNTS:
-        return tensors
-    if key in _SIZES:
-        return largest
-    return _MAX_LABELS if key == "num_labels" else _MAX_NUMBER
-
-
-def _is_plain_word(value: Any) -> bool:
-    return isinstance(value, str) and "/" not in value and ":" not in value
-
-
-def _entries(settings: Any) -> Iterator[tuple[str, Any]]:
-    children = settings.values() if isinstance(settings, dict) else settings
-    for child in children:
-        if isinstance(child, (dict, list)):
-            yield from _entries(child)
-    if isinstance(settings, dict):
-        yield from settings.items()
 
 
 def require_fit(

@@ -24,7 +24,20 @@ def test_soak(bases) -> None:
     started, counts, failures = time.perf_counter(), Counter(), 0
     for seed in seeds:
         for case in range(first, last):
+            began = time.perf_counter()
+            import faulthandler
+
+            faulthandler.dump_traceback_later(25, exit=True)
             verdict = run_case(bases, seed, case)
+            if os.environ.get("FUZZ_TRACE"):
+                print(
+                    case,
+                    verdict.target,
+                    verdict.kind,
+                    f"{time.perf_counter() - began:.2f}",
+                    verdict.mutations,
+                    flush=True,
+                )
             counts[verdict.target, verdict.kind] += 1
             if verdict.failed:
                 failures += 1
@@ -58,6 +71,7 @@ def main() -> int:
     first, last = 0, -(-options.cases // len(seeds))
     if options.case is not None:
         first, last = options.case, options.case + 1
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ["FUZZ_SEEDS"] = " ".join(map(str, seeds))
     os.environ["FUZZ_RANGE"] = f"{first} {last}"
     return int(pytest.main([str(Path(__file__)), "-q", "-s", "--tb=no", "--durations=0"]))

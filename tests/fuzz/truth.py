@@ -83,6 +83,8 @@ def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]] | None
     found = {}
     try:
         for shard in shards:
+            if not (folder / shard).is_file():  # a pipe would be opened, and waited for
+                return None
             with safe_open(folder / shard, framework="np") as file:
                 raw = (folder / shard).read_bytes()
                 length = int.from_bytes(raw[:8], "little")
