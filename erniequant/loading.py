@@ -81,7 +81,7 @@ def _from_pretrained(
     vision = config["model_type"] == VISION_MODEL_TYPE
     auto: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     if vision:
-        require_size_on_disk(auto, config, folder, _weights(checkpoint, layers))
+        require_size_on_disk(auto, folder, _weights(checkpoint, layers))
     with foreign_errors(f"transformers cannot load {folder}"):
         model, info = auto.from_pretrained(
             folder, dtype=dtype, output_loading_info=True,

@@ -87,7 +87,7 @@ def sound_if_quantized(checkpoint: Checkpoint) -> HeaderCheck | None:
     """`require_sound` for a quantised checkpoint, None for a plain one.
 
     Raises:
-        ErnieQuantError: also if packed tensors are there and config.json does not say what they are.
+        ErnieQuantError: also for packed tensors of which config.json does not say what they are.
     """
     if is_quantized(checkpoint.config):
         return require_sound(checkpoint)

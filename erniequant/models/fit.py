@@ -1,12 +1,16 @@
-"""Does a config.json belong to the tensors beside it? Asked in plain arithmetic, before transformers
-builds a module for every layer that the file claims.
+"""Does a config.json belong to the tensors beside it? Asked in plain arithmetic, before
+transformers builds a module for every layer that the file claims.
 
 A wrong number would otherwise cost memory without bound, or give a model that runs and is wrong:
 transformers fills what is missing with random numbers and only warns of what is left over.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoConfig
 
 from erniequant.checkpoint.reader import TensorHeader
 from erniequant.errors import ErnieQuantError, foreign_errors
@@ -101,7 +105,10 @@ def _misfit(header: TensorHeader, shape: tuple[int, ...]) -> Iterator[str]:
             f"{header.name} has shape {list(header.shape)}, but config.json asks for {list(shape)}"
         )
     elif header.dtype is None or not header.dtype.is_floating_point:
-        yield f"{header.name} is stored as {header.stored_dtype}; give a bf16, fp16 or fp32 checkpoint"
+        yield (
+            f"{header.name} is stored as {header.stored_dtype}; "
+            "give a bf16, fp16 or fp32 checkpoint"
+        )
 
 
 def _require_possible(config: Any) -> None:
@@ -160,7 +167,7 @@ def _expected(
         else:
             required[f"{layer}mlp.gate.weight"] = (config.moe_num_experts, hidden)
             for name in ("mlp.moe_statics.", "mlp.gate.moe_statics."):
-                # Models without the bias do not store it; zeros, which transformers takes, are right.
+                # Models without the bias do not store it; transformers takes zeros, rightly.
                 optional[f"{layer}{name}e_score_correction_bias"] = (1, config.moe_num_experts)
             if config.moe_num_shared_experts:
                 inner = config.moe_intermediate_size * config.moe_num_shared_experts
@@ -208,15 +215,12 @@ def _experts(config: Any, prefix: str, index: int, headers: Mapping[str, TensorH
     }
 
 
-def require_size_on_disk(auto: Any, settings: dict[str, Any], folder: Any, weights: int) -> None:
+def require_size_on_disk(auto: Any, folder: Path, weights: int) -> None:
     """Refuse a model with more weights than the checkpoint, counted on one built without memory.
 
     For architectures whose tensors `misfits` does not know: whatever is missing would be filled
     with random numbers, up to the size that config.json claims.
     """
-    import torch
-    from transformers import AutoConfig
-
     with foreign_errors(f"transformers cannot build the model of {folder}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
@@ -225,6 +229,6 @@ def require_size_on_disk(auto: Any, settings: dict[str, Any], folder: Any, weigh
     biases = sum(p.numel() for n, p in model.named_parameters() if "e_score_correction" in n)
     if claimed - biases > weights:
         raise ErnieQuantError(
-            f"config.json describes {claimed} weights, but the checkpoint has {weights}; check that "
-            f"config.json and weights belong together ({settings['model_type']})"
+            f"config.json describes {claimed} weights, but the checkpoint has {weights}; "
+            "check that config.json and weights belong together"
         )

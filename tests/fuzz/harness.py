@@ -181,14 +181,14 @@ def judge(
     if list(folder.glob("EXECUTED")) or stray:
         return verdict("wrong", f"code of the checkpoint ran, or wrote elsewhere: {stray}")
     if kind == "right":
+        if target == "verify" and not found.ok and untouched(target, before, after):
+            return verdict("wrong", f"not ok though nothing it reads changed: {found.problems}")
         if pristine is None:
             return verdict("wrong", "success where even the undamaged one is refused")
         why = wrong(target, before, after, found, pristine)
         return verdict("wrong", why) if why else verdict("right", "")
     if kind == "refused" and pristine is not None and untouched(target, before, after):
         return verdict("wrong", f"refused though nothing it reads changed: {found}")
-    if kind == "right" and target == "verify" and not found.ok and untouched(target, before, after):
-        return verdict("wrong", f"not ok though nothing it reads changed: {found.problems}")
     return verdict(kind, found)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 DEEP = "@@DEEP@@"
 TWICE = "@@TWICE@@"
 
-# Sizes that overflow something (31, 63 and 64 bits, memory, the digits Python parses) and near ones.
+# Sizes that overflow something (31, 63 and 64 bits, memory, digits of Python) and near ones.
 NUMBERS: list[Any] = [
     0, -1, 1, 2, 3, 4, 7, 2**16, 2**31, 2**40, 2**63, 2**64, 10**9, 10**12, 10**30, -(2**63),
     0.0, 0.5, 1.5, 8.0, -0.0, 1e300, float("nan"), float("inf"), float("-inf"), True, False,

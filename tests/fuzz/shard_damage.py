@@ -132,9 +132,10 @@ def _damage_header(path: Path, header: dict[str, Any], data: bytes, rng: random.
         data += bytes(added)
         name = f"{new!r:.60}"
     elif how == "rename":
-        new = rng.choice([name + "x", name.replace("1", "2"), name.replace("model.", ""), name[:-1],
-                          name.replace("proj", "proj_"), "a\nb", name.replace("layers.2", "layers.02"),
-                          "model." + name])  # fmt: skip
+        new = rng.choice([
+            name + "x", name[:-1], name.replace("1", "2"), name.replace("layers.2", "layers.02"),
+            name.replace("model.", ""), name.replace("proj", "proj_"), "a\nb", "model." + name,
+        ])  # fmt: skip
         header = {new if n == name else n: e for n, e in header.items()}
     elif how == "swap":
         same = [n for n in names if header[n]["shape"] == entry["shape"]]

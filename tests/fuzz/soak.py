@@ -1,7 +1,9 @@
-"""The fuzz test for longer: python tests/fuzz/soak.py [--cases 20000] [--seeds 4] [--seed S] [--case N]
+"""The fuzz test for longer: python tests/fuzz/soak.py [--cases 20000] [--seeds 4]
+
+    python tests/fuzz/soak.py --seed S --case N     replays one case
 
 Prints how often each target ended how, and every failure; exits with 1 if there was one. Run by
-pytest underneath, for its fixtures; ``--case`` replays one case of one seed.
+pytest underneath, for its fixtures.
 """
 
 import argparse
@@ -24,20 +26,7 @@ def test_soak(bases) -> None:
     started, counts, failures = time.perf_counter(), Counter(), 0
     for seed in seeds:
         for case in range(first, last):
-            began = time.perf_counter()
-            import faulthandler
-
-            faulthandler.dump_traceback_later(25, exit=True)
             verdict = run_case(bases, seed, case)
-            if os.environ.get("FUZZ_TRACE"):
-                print(
-                    case,
-                    verdict.target,
-                    verdict.kind,
-                    f"{time.perf_counter() - began:.2f}",
-                    verdict.mutations,
-                    flush=True,
-                )
             counts[verdict.target, verdict.kind] += 1
             if verdict.failed:
                 failures += 1

@@ -7,9 +7,9 @@ inspect: the safetensors library lists the same tensors with the same shapes and
 verify: "ok" only if all tensors and what quantization_config says are the pristine ones. It cannot
     know when the report, its only witness, was changed in the same case.
 export: writes the pristine weights, bit for bit; same exception.
-load: gives the pristine logits, bit for bit, unless what changed is what a header cannot show (bytes
-    of a payload, or one float type for another of the same size) or a number of config.json that
-    no tensor determines (`FREE`): that is another model, rightly loaded.
+load: gives the pristine logits, bit for bit, unless what changed is what a header cannot show
+    (bytes of a payload, or one float type for another of the same size) or a number of
+    config.json that no tensor determines (`FREE`): that is another model, rightly loaded.
 quantize --dry-run: the pristine plan; top_k may change with config.json, a tensor's float type with
     the header, and tensors that transformers does not require may come and go.
 calibration: the windows that plain json and the tokenizer give.
