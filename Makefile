@@ -19,7 +19,7 @@ help:
 	@echo "make test    lint, type check and the whole test suite"
 	@echo "make lint    ruff and mypy only        make format   let ruff fix what it can"
 	@echo "make readme  run the demo and put its table into the README"
-	@echo "make soak    the suite ROUNDS (3) times over, each in another order, then CASES (20000) of damaged\n               input; writes docs/soak.log"
+	@echo "make soak    the suite ROUNDS (3) times over, in another order each time, then CASES (20000) damaged inputs"
 	@echo "make gpu     on a machine with a GPU: kernel tests, benchmark and encoder rate to gpu-report.json"
 	@echo "TORCH='torch==2.13.0' chooses the torch requirement, PYTHON the interpreter"
 
