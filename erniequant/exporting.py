@@ -19,10 +19,10 @@ from erniequant.checkpoint.writer import (
 )
 from erniequant.errors import ErnieQuantError
 from erniequant.format.decoding import expert_matrices
+from erniequant.format.fit import require_fit
 from erniequant.format.headers import require_sound
 from erniequant.format.report import require_as_reported
 from erniequant.format.schema import layer_key_of
-from erniequant.models.fit import require_fit
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

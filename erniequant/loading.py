@@ -69,7 +69,7 @@ def _from_pretrained(
 ) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from erniequant.models.fit import VISION_MODEL_TYPE, require_fit, require_size_on_disk
+    from erniequant.format.fit import VISION_MODEL_TYPE, require_fit, require_size_on_disk
     from erniequant.runtime.transformers_plugin import register
 
     register()

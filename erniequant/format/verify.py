@@ -12,10 +12,10 @@ import torch
 
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
 from erniequant.format.decoding import expert_matrices
+from erniequant.format.fit import misfits
 from erniequant.format.headers import QuantizedExperts, check_headers
 from erniequant.format.report import file_states, report_problems
 from erniequant.format.schema import PROJECTIONS, layer_key_of
-from erniequant.models.fit import misfits
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from erniequant.checkpoint.reader import CONFIG_FILE, Checkpoint, open_checkpoin
 from erniequant.checkpoint.writer import CheckpointWriter, copy_companions, write_json
 from erniequant.devices import resolve_device
 from erniequant.errors import ErnieQuantError
+from erniequant.format.fit import require_fit
 from erniequant.format.schema import GUARD, PROJECTIONS, LayerSpec, guard_tensor
 from erniequant.models import ernie45_text as text_moe
 from erniequant.models.ernie45_text import TextMoe
-from erniequant.models.fit import require_fit
 from erniequant.progress import NULL_PROGRESS, Progress
 from erniequant.quantization.estimate import describe, estimate, peak_memory
 from erniequant.quantization.expert import ExpertWeights, ProjectionCodes

@@ -131,12 +131,13 @@ def _mappings(node: Any) -> list[dict[str, Any]]:
 def _restructure(contents: dict[str, Any], rng: random.Random) -> str:
     node: Any = contents
     where = ""
-    # Half of the time a step deeper, so that keys near the top are met most often.
     while True:
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))
         if not keys:
             return f"nothing at {where}"
-        key = rng.choice(keys)
+        # What the format says of its codes is nested deep; half of the time that way.
+        nested = [key for key in keys if isinstance(node[key], (dict, list)) and node[key]]
+        key = rng.choice(nested if nested and rng.random() < 0.5 else keys)
         where += f"/{key}"
         child = node[key]
         if not (isinstance(child, (dict, list)) and child) or rng.random() < 0.3:
