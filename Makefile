@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?=
 ROUNDS ?= 3
+CASES ?= 20000
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.erniequant-installed
@@ -18,7 +19,7 @@ help:
 	@echo "make test    lint, type check and the whole test suite"
 	@echo "make lint    ruff and mypy only        make format   let ruff fix what it can"
 	@echo "make readme  run the demo and put its table into the README"
-	@echo "make soak    the suite ROUNDS (3) times over, in another order each time; writes docs/soak.log"
+	@echo "make soak    the suite ROUNDS (3) times over, in another order each time, then CASES (20000) damaged inputs"
 	@echo "make gpu     on a machine with a GPU: kernel tests, benchmark and encoder rate to gpu-report.json"
 	@echo "TORCH='torch==2.13.0' chooses the torch requirement, PYTHON the interpreter"
 
@@ -54,7 +55,8 @@ soak: $(INSTALLED)
 	  PYTHONHASHSEED=$$seed $(PY) -m pytest --quiet --durations=0 --durations-min=600 \
 	    $$(ls -d tests/*/ tests/test_*.py | shuf --random-source=<(yes $$seed)) \
 	    | grep -E 'FAILED|ERROR|passed|failed' | sed "s/^/order $$seed: /" | tee -a docs/soak.log || exit 1; \
-	done
+	done; \
+	$(PY) tests/fuzz/soak.py --cases $(CASES) | tee /dev/stderr | grep '^fuzz: ' >> docs/soak.log
 
 # Uses the python it is given: a machine with a card has its own CUDA build of torch.
 gpu:

@@ -19,7 +19,9 @@ from erniequant.checkpoint.writer import (
 )
 from erniequant.errors import ErnieQuantError
 from erniequant.format.decoding import expert_matrices
+from erniequant.format.fit import require_fit
 from erniequant.format.headers import kept_names, require_sound
+from erniequant.format.report import require_as_reported
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -49,12 +51,16 @@ def export(
             computing in float32 is reproduced exactly.
 
     Raises:
-        ErnieQuantError: src is not a sound quantised checkpoint, or dst is not a new folder.
+        ErnieQuantError: src is not a sound quantised checkpoint, its files are not those that its
+            report lists, or dst is not a new folder.
     """
     if to not in DTYPES:
         raise ErnieQuantError(f"cannot export to {to!r}; use {' or '.join(DTYPES)}")
     source = open_checkpoint(src)
+    source.fetch()
     check = require_sound(source)
+    require_as_reported(source, check)
+    require_fit(source.config, source.headers, {layer.key for layer in check.layers})
     dtype = DTYPES[to]
     with CheckpointWriter(dst, max_shard_bytes) as writer:
         for name in kept_names(source, check.layers):

@@ -7,10 +7,11 @@ import torch
 
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
 from erniequant.devices import resolve_device
-from erniequant.errors import ErnieQuantError
-from erniequant.format.headers import is_quantized, require_sound
+from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.format.headers import QuantizedExperts, sound_if_quantized
+from erniequant.tokenizers import has_tokenizer, load_tokenizer
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_ADAPTER_FILE = "adapter_config.json"
 # Models without a correction bias do not store it; transformers fills in zeros, which is right.
 _OPTIONAL = "e_score_correction_bias"
 _KEEP_DECODED_BYTES = 2_000_000_000
@@ -40,14 +41,15 @@ def load(
             format says, the format version is unknown, or the device is not there.
     """
     checkpoint = open_checkpoint(source)
-    quantized = is_quantized(checkpoint.config)
-    if quantized:
-        require_sound(checkpoint)
+    checkpoint.fetch()
+    check = sound_if_quantized(checkpoint)
+    layers = check.layers if check else ()
     target = resolve_device(device)
-    model = _from_pretrained(checkpoint, target, resolve_dtype(dtype))
-    if quantized:
+    model = _from_pretrained(checkpoint, layers, target, resolve_dtype(dtype))
+    if layers:
         _keep_decoded(model, target, keep_decoded)
-    return model.eval(), _tokenizer(checkpoint.folder)
+    folder = checkpoint.folder
+    return model.eval(), load_tokenizer(folder) if has_tokenizer(folder) else None
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
@@ -60,26 +62,44 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     return found
 
 
-def _from_pretrained(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | str) -> Any:
+def _from_pretrained(
+    checkpoint: Checkpoint,
+    layers: tuple[QuantizedExperts, ...],
+    device: torch.device,
+    dtype: torch.dtype | str,
+) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    from erniequant.format.fit import VISION_MODEL_TYPE, require_fit, require_size_on_disk
     from erniequant.runtime.transformers_plugin import register
 
     register()
-    vision = "vision_config" in checkpoint.config
+    folder, config = checkpoint.folder, checkpoint.config
+    if (folder / _ADAPTER_FILE).exists():
+        # transformers would load the weights that it names on top, or instead.
+        raise ErnieQuantError(f"{folder} has an adapter ({_ADAPTER_FILE}); merge or remove it")
+    require_fit(config, checkpoint.headers, {layer.key for layer in layers})
+    vision = config["model_type"] == VISION_MODEL_TYPE
     auto: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    try:
-        model, info = auto.from_pretrained(checkpoint.folder, dtype=dtype, output_loading_info=True)
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()
-        raise ErnieQuantError(
-            f"transformers cannot load {checkpoint.folder}: {reason[0] if reason else error!r}"
-        ) from error
-    missing = sorted(name for name in info["missing_keys"] if _OPTIONAL not in name)
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ErnieQuantError(f"{checkpoint.folder}: tensor {missing[0]} is missing{more}")
-    return model.to(device)
+    if vision:
+        require_size_on_disk(auto, folder, _weights(checkpoint, layers))
+    with foreign_errors(f"transformers cannot load {folder}"):
+        model, info = auto.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True,
+            trust_remote_code=False, local_files_only=True, use_safetensors=True,
+        )  # fmt: skip
+    missing = {name for name in info["missing_keys"] if _OPTIONAL not in name}
+    for names, what in ((missing, "is missing"), (set(info["unexpected_keys"]), "is left over")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ErnieQuantError(f"{folder}: tensor {min(names)} {what}{more}")
+    with foreign_errors(f"the model of {folder} cannot be moved to {device}"):
+        return model.to(device)
+
+
+def _weights(checkpoint: Checkpoint, layers: tuple[QuantizedExperts, ...]) -> int:
+    decoded = sum(3 * layer.experts * layer.hidden * layer.inner for layer in layers)
+    return decoded + sum(header.elements for header in checkpoint.headers.values())
 
 
 def _keep_decoded(model: Any, device: torch.device, keep: bool | None) -> None:
@@ -91,14 +111,3 @@ def _keep_decoded(model: Any, device: torch.device, keep: bool | None) -> None:
         keep = device.type == "cpu" and weights * model.dtype.itemsize <= _KEEP_DECODED_BYTES
     for module in packed:
         module.keep_decoded = keep
-
-
-def _tokenizer(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, ImportError) as error:
-        raise ErnieQuantError(f"{folder}: the tokenizer cannot be loaded: {error}") from error

@@ -14,6 +14,9 @@ def read_text(path: Path) -> str:
     Raises:
         ErnieQuantError: it cannot be read, is not UTF-8, or holds nothing but space.
     """
+    if path.exists() and not path.is_file():
+        # A pipe or a device may never end.
+        raise ErnieQuantError(f"cannot read {path}: it is not a file; check the path")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

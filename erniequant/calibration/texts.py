@@ -1,7 +1,6 @@
 """Calibration text: from the built-in collection, a file, JSONL or a data set to windows of token
 ids."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 
 import torch
 
-from erniequant.errors import ErnieQuantError
+from erniequant.checkpoint.strict_json import parse_json
+from erniequant.errors import ErnieQuantError, foreign_errors
 from erniequant.texts import hash_token_ids, read_text
 
 SURPLUS = 16
@@ -74,7 +74,8 @@ def calibration_windows(tokenizer: Any, config: CalibrationConfig) -> Calibratio
     rendered = ""
     for document in documents(config, tokenizer):
         rendered = rendered or document[:400]
-        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
+        with foreign_errors(f"the tokenizer cannot read {config.source}"):
+            ids += tokenizer(document, add_special_tokens=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         if len(ids) >= wanted:
@@ -112,12 +113,13 @@ def documents(config: CalibrationConfig, tokenizer: Any) -> Iterator[str]:
 
 
 def _jsonl(path: Path, config: CalibrationConfig, tokenizer: Any) -> Iterator[str]:
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    # Not splitlines: JSON may hold other separators, which do not end a line of this format.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path} line {number}"
         try:
-            record = json.loads(line)
+            record = parse_json(line.encode("utf-8"))
         except ValueError as error:
             raise ErnieQuantError(f"{where} is not JSON: {error}") from error
         yield render(record, config, tokenizer, where)
@@ -156,7 +158,8 @@ def render(record: Any, config: CalibrationConfig, tokenizer: Any, where: str) -
             f"{where} holds chat messages but the tokenizer has no chat template; use "
             "--chat-template none"
         )
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    with foreign_errors(f"{where}: the chat template cannot render its messages"):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
 def _is_message(message: Any) -> bool:

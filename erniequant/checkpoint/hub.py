@@ -7,9 +7,8 @@ So a plan needs no weights, and damage in an early shard is found before the las
 from pathlib import Path
 from typing import Any
 
-from erniequant.errors import ErnieQuantError
+from erniequant.errors import ErnieQuantError, foreign_errors
 
-WEIGHTS = "*.safetensors"
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
 
 
@@ -68,10 +67,5 @@ class HubRepository:
 
 
 def _ask(name: str, function: Any, *arguments: Any, **options: Any) -> Any:
-    try:
+    with foreign_errors(f"no folder {name}, and it cannot be had from Hugging Face"):
         return function(*arguments, **options)
-    except Exception as error:  # the hub client raises many unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ErnieQuantError(
-            f"no folder {name}, and it cannot be had from Hugging Face: {reason}"
-        ) from error

@@ -62,21 +62,27 @@ def check_shards(
 
 def check_shard(checkpoint: Checkpoint, shard: str) -> CheckedShard:
     """Read one shard. Raises ErnieQuantError as `check_shards`."""
-    path = checkpoint.folder / shard
+    path = checkpoint.path(shard)
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise disk_error(path, error, "read") from error
     headers = [header for header in checkpoint.headers.values() if header.shard == shard]
-    digest = hashlib.sha256()
-    position = 0
     # An empty tensor begins where its neighbour does, whichever the header names first.
-    for header in sorted(headers, key=lambda h: (h.offset, h.n_bytes)):
-        for block in _blocks(path, position, header.offset):
-            digest.update(block.data)
-        position = header.offset + header.n_bytes
-        for block in _blocks(path, header.offset, position):
+    headers.sort(key=lambda h: (h.offset, h.n_bytes))
+    digest = hashlib.sha256()
+    # Tensors follow one another without gaps, or the file would not have been opened.
+    end = headers[0].offset
+    for block in _blocks(path, 0, end):
+        digest.update(block.data)
+    for header in headers:
+        end = header.offset + header.n_bytes
+        for block in _blocks(path, header.offset, end):
             digest.update(block.data)
             if not _finite(block, header.dtype):
                 raise _not_finite(header)
-    status = path.stat()
-    for block in _blocks(path, position, status.st_size):
+    # It may have grown since.
+    for block in _blocks(path, end, status.st_size):
         digest.update(block.data)
     return CheckedShard(shard, status.st_size, status.st_mtime_ns, digest.hexdigest())
 
@@ -86,9 +92,8 @@ def changed_shards(checkpoint: Checkpoint, known: Sequence[CheckedShard]) -> lis
     be."""
     changed = []
     for entry in known:
-        path = checkpoint.folder / entry.file
-        if path.is_file():
-            status = path.stat()
+        if (checkpoint.folder / entry.file).is_file():
+            status = checkpoint.path(entry.file).stat()
             if (status.st_size, status.st_mtime_ns) == (entry.size, entry.mtime_ns):
                 continue
             if check_shard(checkpoint, entry.file).sha256 == entry.sha256:

@@ -86,8 +86,9 @@ class ShardFiles:
 
     def copy(self, name: str, source: Checkpoint) -> None:
         """Copy a tensor's bytes from a source checkpoint."""
-        planned, header = self._tensors[name], source.header(name)
-        path = source.folder / header.shard
+        planned = self._tensors[name]
+        path = source.path(source.header(name).shard)
+        header = source.header(name)
         for start in range(0, header.n_bytes, COPY_BLOCK):
             block = bytearray(min(COPY_BLOCK, header.n_bytes - start))
             try:

@@ -96,6 +96,23 @@ def check_headers(checkpoint: Checkpoint) -> HeaderCheck:
     return HeaderCheck(metadata, layers, tuple(problems))
 
 
+def sound_if_quantized(checkpoint: Checkpoint) -> HeaderCheck | None:
+    """`require_sound` for a quantised checkpoint, None for a plain one.
+
+    Raises:
+        ErnieQuantError: also for packed tensors of which config.json does not say what they are.
+    """
+    if is_quantized(checkpoint.config):
+        return require_sound(checkpoint)
+    for name in checkpoint.names():
+        if layer_key_of(name) is not None and _PACKED_NAME.search(name):
+            raise ErnieQuantError(
+                f"{checkpoint.folder}: tensor {name} is quantised, but config.json has no "
+                "quantization_config of erniequant; restore it"
+            )
+    return None
+
+
 def require_sound(checkpoint: Checkpoint) -> HeaderCheck:
     """`check_headers`, raising ErnieQuantError with the first problem."""
     found = check_headers(checkpoint)
@@ -130,15 +147,17 @@ def expert_sizes(config: dict[str, Any], key: str) -> tuple[int, int, int]:
             "MLP; only models without are supported"
         )
     text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise ErnieQuantError(f"config.json has text_config {text!r}; expected an object")
     inner_name = "intermediate_size" if dense else "moe_intermediate_size"
-    experts = 1 if dense else text.get("moe_num_experts", text.get("num_experts"))
-    inner = text.get(inner_name)
-    if isinstance(inner, list):
+    experts: Any = 1 if dense else text.get("moe_num_experts", text.get("num_experts"))
+    inner: Any = text.get(inner_name)
+    if isinstance(inner, list) and len(inner) == 2:
         inner = inner[1 if key.endswith(".vision_moe") else 0]
     sizes = {"moe_num_experts": experts, "hidden_size": text.get("hidden_size"), inner_name: inner}
     for name, value in sizes.items():
-        if not isinstance(value, int):
-            raise ErnieQuantError(f"config.json has {name} {value!r}; expected an integer")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ErnieQuantError(f"config.json has {name} {value!r}; expected a positive integer")
     return experts, text["hidden_size"], inner
 
 

@@ -10,9 +10,8 @@ from erniequant.checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from erniequant.format.headers import (
     QuantizedExperts,
     is_dense,
-    is_quantized,
     kept_names,
-    require_sound,
+    sound_if_quantized,
 )
 from erniequant.format.schema import PROJECTIONS, SUFFIXES, layer_key_of
 
@@ -94,8 +93,7 @@ def inspect(source: str | Path) -> ModelSummary:
         ErnieQuantError: it cannot be read, or contradicts its own quantization_config.
     """
     checkpoint = open_checkpoint(source)
-    quantized = is_quantized(checkpoint.config)
-    check = require_sound(checkpoint) if quantized else None
+    check = sound_if_quantized(checkpoint)
     layers = check.layers if check else ()
     by_key = {layer.key: layer for layer in layers}
     names = sorted(checkpoint.names(), key=_natural)
@@ -157,7 +155,10 @@ def _summary(
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+    return [
+        (int(part), "") if part.isascii() and part.isdigit() else (0, part)
+        for part in name.split(".")
+    ]
 
 
 def _provenance(folder: Path) -> dict[str, Any]:

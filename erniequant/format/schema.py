@@ -35,11 +35,11 @@ SIGN_BITS = 32
 TensorInfo = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
 
-_LAYER_KEY = re.compile(r"(\d+)(?:\.(text_moe|vision_moe|mlp))?")
+_LAYER_KEY = re.compile(r"([0-9]{1,9})(?:\.(text_moe|vision_moe|mlp))?")
 _EXPERTS_PATH = re.compile(
-    r"(?:^|\.)layers\.(\d+)\.mlp\.(?:(text_moe|vision_moe)\.)?experts(?:\.|$)"
+    r"(?:^|\.)layers\.([0-9]{1,9})\.mlp\.(?:(text_moe|vision_moe)\.)?experts(?:\.|$)"
 )
-_MLP_PATH = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp(?:\.|$)")
+_MLP_PATH = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.mlp(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,8 @@ def _parse_matrix(where: str, value: Any) -> MatrixSpec:
         # An entry that this version does not know may change what the words mean.
         found = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
         raise ErnieQuantError(f"{where}: expected {', '.join(fields)}, found {found}")
+    if not isinstance(value["code"], str):
+        raise ErnieQuantError(f"{where}: code {value['code']!r} is not a name")
     for name in fields[1:]:
         if not isinstance(value[name], int) or isinstance(value[name], bool):
             raise ErnieQuantError(f"{where}: {name} {value[name]!r} is not an integer")

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from erniequant.checkpoint.files import sha256_of
-from erniequant.checkpoint.reader import Checkpoint, open_checkpoint, read_json
-from erniequant.errors import ErnieQuantError
+from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
 from erniequant.format.decoding import expert_matrices
+from erniequant.format.fit import misfits
 from erniequant.format.headers import QuantizedExperts, check_headers, kept_names
-from erniequant.format.inspect import REPORT_FILE
+from erniequant.format.report import file_states, report_problems
 from erniequant.format.schema import PROJECTIONS
 
 
@@ -65,15 +64,14 @@ def verify(model_dir: str | Path, reference: str | Path | None = None) -> Verify
         ErnieQuantError: it cannot be read at all: no weights, truncated shards, not quantised.
     """
     checkpoint = open_checkpoint(model_dir)
+    checkpoint.fetch()
     original = open_checkpoint(reference) if reference is not None else None
     check = check_headers(checkpoint)
     problems = list(check.problems)
-    checksums = _checksums(checkpoint.folder)
-    problems += [
-        f"file {name} is missing or was changed: its sha256 is not that of {REPORT_FILE}"
-        for name, state in checksums.items()
-        if state != "ok"
-    ]
+    quantized = {layer.key for layer in check.layers}
+    problems += misfits(checkpoint.config, checkpoint.headers, quantized)
+    checksums = file_states(checkpoint.folder)
+    problems += report_problems(checkpoint, check, checksums)
     for name in kept_names(checkpoint, check.layers):
         problems += _kept_problems(checkpoint, name, original)
     if original is not None:
@@ -140,17 +138,3 @@ def _kept_problems(checkpoint: Checkpoint, name: str, original: Checkpoint | Non
         same = tensor.dtype == exact.dtype and tensor.shape == exact.shape
         if not (same and torch.equal(tensor, exact)):
             yield f"tensor {name} differs from the reference, of which it should be a copy"
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    path = folder / REPORT_FILE
-    listed = read_json(path).get("sha256", {}) if path.is_file() else {}
-    if not isinstance(listed, dict):
-        raise ErnieQuantError(f"{path}: sha256 is not an object")
-    states = {}
-    for name, digest in listed.items():
-        file = folder / name
-        states[name] = "missing" if not file.is_file() else "ok"
-        if file.is_file() and sha256_of(file) != digest:
-            states[name] = "differs"
-    return states

@@ -6,15 +6,21 @@ attention, norms and routing are the stock ones. Matrices that are quantised are
 them: the caller streams these expert by expert.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
+from transformers.activations import ACT2FN
 
-from erniequant.errors import ErnieQuantError
+from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.models.settings import require_harmless, require_possible
 
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes of tensors by name."""
 
 
 class TensorSource(Protocol):
@@ -66,13 +72,9 @@ class Architecture(ABC):
     description: ClassVar[str]
 
     def __init__(self, config: Any, sizes: ModelSizes):
-        """Raises ErnieQuantError for an activation that the calibration does not compute."""
-        if config.hidden_act != "silu":
-            raise ErnieQuantError(
-                f"config.json has hidden_act {config.hidden_act!r}; only silu is supported"
-            )
         config._attn_implementation = "sdpa"
         self.config, self.sizes = config, sizes
+        self._required: Shapes | None = None
 
     @abstractmethod
     def layer_key(self, layer: int) -> str:
@@ -103,11 +105,13 @@ class Architecture(ABC):
         """Whether a required tensor may be missing, and is zero then."""
         return False
 
-    def required(self) -> dict[str, tuple[int, ...]]:
+    def required(self) -> Shapes:
         """Shapes of all tensors that the model has beside the quantised ones, by name on disk."""
+        if self._required is not None:
+            return self._required
         config = self.config
         embedding = (self.sizes.vocabulary, self.sizes.hidden)
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": embedding}
+        found: Shapes = {"model.embed_tokens.weight": embedding}
         for index in range(self.sizes.layers):
             for name, parameter in self._empty_layer(index).state_dict().items():
                 found[self.disk_name(index, name)] = tuple(parameter.shape)
@@ -116,6 +120,7 @@ class Architecture(ABC):
             found["lm_head.weight"] = embedding
         if config.use_bias:
             found["lm_head.bias"] = (self.sizes.vocabulary,)
+        self._required = found
         return found
 
     def load_layer(self, source: TensorSource, index: int, device: torch.device) -> Any:
@@ -166,12 +171,13 @@ def read_settings(kind: type[Any], settings: dict[str, Any], model_type: str) ->
     """The transformers config of class ``kind`` for the contents of a config.json.
 
     Raises:
-        ErnieQuantError: transformers refuses it.
+        ErnieQuantError: transformers refuses it, it does harm, or its sizes make no model.
     """
-    try:
-        return kind(**settings)
-    except Exception as error:  # validation has its own types, which vary with the version
-        reason = " ".join(str(error).split())
-        raise ErnieQuantError(
-            f"config.json is not a valid {model_type} config: {reason}"
-        ) from error
+    require_harmless(settings)
+    with foreign_errors(f"config.json is not a valid {model_type} config"):
+        # A copy: transformers rewrites nested settings in place.
+        config = kind(**copy.deepcopy(settings))
+        if config.hidden_act not in ACT2FN:
+            raise ErnieQuantError(f"config.json has hidden_act {config.hidden_act!r}; unknown")
+    require_possible(config)
+    return config

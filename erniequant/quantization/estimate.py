@@ -51,8 +51,8 @@ def _work_seconds(plan: Plan, tokens: int) -> float:
     return encode + (moments + feedback + 4 * tokens * others) / _FLOPS_PER_CORE
 
 
-def describe(plan: Plan, memory: MemoryPlan, predicted: Estimate) -> str:
-    """The plan as text: layers, sizes, time, memory and disk."""
+def describe(plan: Plan, memory: MemoryPlan, predicted: Estimate, download: int = 0) -> str:
+    """The plan as text: layers, sizes, time, memory and disk, and bytes to ``download``."""
     model = plan.model
     gate_up, down = plan.layer.gate_up_proj, plan.layer.down_proj
     where = "mapped files" if memory.tables_on_disk else "memory"
@@ -85,6 +85,8 @@ def describe(plan: Plan, memory: MemoryPlan, predicted: Estimate) -> str:
         + (f", GPU memory {_gigabytes(vram)}" if vram else "")
         + f", disk {_gigabytes(predicted.disk_bytes)}",
     ]
+    if download:
+        lines.append(f"to download before that: {_gigabytes(download)}")
     if predicted.seconds > 86_400:
         lines.append("this takes more than a day on this machine; use more cores or --effort fast")
     return "\n".join(lines)

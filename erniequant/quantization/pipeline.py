@@ -25,9 +25,9 @@ from erniequant.checkpoint.shards import ShardFiles
 from erniequant.checkpoint.writer import MAX_SHARD_BYTES, copy_companions
 from erniequant.devices import resolve_device, return_freed_memory
 from erniequant.errors import ErnieQuantError
+from erniequant.format.fit import bounded_architecture
 from erniequant.format.schema import QuantizationMetadata
 from erniequant.models.architecture import Architecture
-from erniequant.models.registry import architecture_of
 from erniequant.progress import NULL_PROGRESS, Progress
 from erniequant.quantization.estimate import Estimate, describe, estimate
 from erniequant.quantization.identity import processor, run_identity
@@ -47,6 +47,7 @@ from erniequant.quantization.report import (
 )
 from erniequant.quantization.run import Run
 from erniequant.resume.workfolder import DEFAULT_NAME, WorkFolder
+from erniequant.tokenizers import load_tokenizer
 from erniequant.version import PRODUCER
 
 SIZE_TOLERANCE = 0.01
@@ -109,13 +110,13 @@ def quantize(
     calibration = CalibrationConfig(calib, calib_samples, calib_length, chat_template, seed)
     target = resolve_device(device)
     checkpoint = open_checkpoint(src)
-    model = architecture_of(checkpoint.config)
+    model = bounded_architecture(checkpoint.config, checkpoint.headers)
     plan = make_plan(checkpoint, model, options)
     threads = threads or os.cpu_count() or 1
     tokens = 0 if no_calib else calibration.samples * calibration.length
     memory = _fit(model, tokens, calibration.length, threads, max_memory, target)
     predicted = estimate(plan, memory, tokens)
-    plan_text = describe(plan, memory, predicted)
+    plan_text = describe(plan, memory, predicted, checkpoint.absent_bytes)
     watch.plan(plan_text)
     if dry_run:
         return QuantizationReport(plan, plan_text, None, (), predicted, None, {}, dry_run=True)
@@ -274,16 +275,7 @@ def _complete(
 def _windows(
     checkpoint: Checkpoint, config: CalibrationConfig, plan: Plan, watch: Progress
 ) -> CalibrationWindows:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except Exception as error:  # tokenizer files fail in as many ways as there are kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ErnieQuantError(
-            f"no tokenizer can be loaded from {checkpoint.folder}: {reason}; add its files or "
-            "use --no-calib"
-        ) from error
+    tokenizer = load_tokenizer(checkpoint.folder, or_else="add its files or use --no-calib")
     windows = calibration_windows(tokenizer, config)
     top = max(int(ids.max()) for ids in windows.windows)
     if top >= plan.model.vocabulary:

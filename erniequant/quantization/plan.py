@@ -7,13 +7,13 @@ copied without anyone noticing.
 """
 
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from erniequant.checkpoint.layout import OutputTensor, PlannedShard, plan_shards
-from erniequant.checkpoint.reader import Checkpoint, TensorHeader
+from erniequant.checkpoint.reader import Checkpoint
 from erniequant.codes import EFFORTS, code_for_bits, register_length
 from erniequant.errors import ErnieQuantError
+from erniequant.format.fit import require_fit
 from erniequant.format.schema import (
     LayerSpec,
     MatrixSpec,
@@ -105,25 +105,23 @@ def make_plan(checkpoint: Checkpoint, model: Architecture, options: QuantizeOpti
         ErnieQuantError: a tensor is missing, has another shape, or is unknown, or no tile fits.
     """
     sizes = model.sizes
-    shapes = {
-        "gate_proj": (sizes.inner, sizes.hidden),
-        "up_proj": (sizes.inner, sizes.hidden),
-        "down_proj": (sizes.hidden, sizes.inner),
-    }
-    quantized = {
-        model.expert_matrix_name(layer, expert, matrix): shapes[matrix]
+    quantized = tuple(
+        model.expert_matrix_name(layer, expert, matrix)
         for layer in sizes.moe_layers
         for expert in range(sizes.experts)
         for matrix in EXPERT_MATRICES
-    }
-    _require_known(checkpoint, quantized, model)
-    for name, wanted in quantized.items():
-        _require(checkpoint.header(name), wanted)
-    required = model.required()
-    for name, shape in required.items():
-        if name in checkpoint.headers or not model.optional(name):
-            _require(checkpoint.header(name), shape)
-    copied = tuple(name for name in checkpoint.names() if name not in quantized)
+    )
+    if model.config.hidden_act != "silu":
+        raise ErnieQuantError(
+            f"config.json has hidden_act {model.config.hidden_act!r}; only silu can be calibrated"
+        )
+    expert_names = set(quantized)
+    known = {*expert_names, *model.required(), _HEAD}
+    for name in checkpoint.names():
+        if name not in known and not _MTP.fullmatch(name):
+            raise _unknown(name, model)
+    require_fit(checkpoint.config, checkpoint.headers)
+    copied = tuple(name for name in checkpoint.names() if name not in expert_names)
     spec = layer_spec(sizes, options)
     packed = tuple(
         tensor for index in sizes.moe_layers for tensor in packed_tensors(model, index, spec)
@@ -132,7 +130,7 @@ def make_plan(checkpoint: Checkpoint, model: Architecture, options: QuantizeOpti
         sizes,
         options,
         spec,
-        tuple(quantized),
+        quantized,
         copied,
         tuple(name for name in copied if _MTP.fullmatch(name)),
         packed,
@@ -162,32 +160,16 @@ def packed_prefix(layer_key: str) -> str:
     return f"model.{experts_module(layer_key)}."
 
 
-def _require(found: TensorHeader, shape: tuple[int, ...]) -> None:
-    if found.shape != shape:
-        raise ErnieQuantError(
-            f"{found.name} has shape {found.shape}, but config.json asks for {shape}"
+def _unknown(name: str, model: Architecture) -> ErnieQuantError:
+    if _FUSED.fullmatch(name):
+        return ErnieQuantError(
+            f"tensor {name} holds all experts of a layer in one; save the checkpoint with one "
+            "tensor per expert (transformers: save_pretrained(..., save_original_format=True))"
         )
-    if found.dtype is None or not found.dtype.is_floating_point:
-        raise ErnieQuantError(
-            f"{found.name} is stored as {found.stored_dtype}; give a bf16, fp16 or fp32 checkpoint"
-        )
-
-
-def _require_known(checkpoint: Checkpoint, quantized: Collection[str], model: Architecture) -> None:
-    """Raise ErnieQuantError for a tensor that the model does not have."""
-    known = {*quantized, *model.required(), _HEAD}
-    for name in checkpoint.names():
-        if name in known or _MTP.fullmatch(name):
-            continue
-        if _FUSED.fullmatch(name):
-            raise ErnieQuantError(
-                f"tensor {name} holds all experts of a layer in one; save the checkpoint with one "
-                "tensor per expert (transformers: save_pretrained(..., save_original_format=True))"
-            )
-        raise ErnieQuantError(
-            f"tensor {name} is not part of an {model.description} as config.json describes it; "
-            "check that config.json and weights belong together"
-        )
+    return ErnieQuantError(
+        f"tensor {name} is not part of an {model.description} as config.json describes it; "
+        "check that config.json and weights belong together"
+    )
 
 
 def layer_spec(model: ModelSizes, options: QuantizeOptions) -> LayerSpec:

@@ -50,15 +50,13 @@ def planned(tensors: Mapping[str, torch.Tensor], bound: int = 10_000) -> tuple[P
     return plan_shards(wanted, bound)
 
 
-def write_stored(path: Path, tensors: Mapping[str, Stored], gap: int = 0) -> Path:
-    """A safetensors file of raw bytes with ``gap`` bytes that no tensor owns after each; beside it
-    a config, so that the folder is a checkpoint."""
+def write_stored(path: Path, tensors: Mapping[str, Stored]) -> Path:
+    """A safetensors file of raw bytes; beside it a config, so that the folder is a checkpoint."""
     entries, data = {}, b""
     for name, (dtype, shape, content) in tensors.items():
         offsets = [len(data), len(data) + len(content)]
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-        # All bits set: nan in every type, so a gap that is taken for a tensor shows.
-        data += content + b"\xff" * gap
+        data += content
     text = json.dumps(entries).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     (path.parent / "config.json").write_text("{}")

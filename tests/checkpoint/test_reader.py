@@ -108,25 +108,3 @@ def test_sources_that_are_no_folder(tmp_path: Path) -> None:
     file.write_bytes(b"")
     assert "is a file" in refusal(file)
     assert "no folder" in refusal(tmp_path / "nowhere")
-
-
-def test_hub_id_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    asked = []
-
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append(name)
-        assert "*.safetensors" in allow_patterns and "*.bin" not in allow_patterns
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert open_checkpoint("someone/some-model").folder == folder
-    assert asked == ["someone/some-model"]
-
-    def fail(name: str, allow_patterns: list[str]) -> str:
-        raise OSError("offline\nsecond line")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ErnieQuantError, match=r"someone/other.*offline$"):
-        open_checkpoint("someone/other")

@@ -38,9 +38,9 @@ BITS: dict[str, tuple[str, list[int], list[int]]] = {
 }
 
 
-def write(folder: Path, stored: dict[str, Stored], gap: int = 0, file: str = SHARD) -> Checkpoint:
+def write(folder: Path, stored: dict[str, Stored], file: str = SHARD) -> Checkpoint:
     folder.mkdir(exist_ok=True)
-    write_stored(folder / file, stored, gap)
+    write_stored(folder / file, stored)
     return open_checkpoint(folder)
 
 
@@ -79,11 +79,11 @@ def test_borders_of_blocks_do_not_matter(
     for count in (23, 24, 25):
         # Three bytes before it and five after each put all borders askew.
         stored = {"askew": ("U8", (3,), b"\xff" * 3), "weights": numbers(dtype, count)}
-        checkpoint = write(tmp_path, stored, gap=5)
+        checkpoint = write(tmp_path, stored)
         assert check_shard(checkpoint, SHARD).sha256 == sha256(tmp_path / SHARD)
         for place in range(count):
             stored["weights"] = numbers(dtype, count, BITS[dtype][1][0], place)
-            checkpoint = write(tmp_path, stored, gap=5)
+            checkpoint = write(tmp_path, stored)
             with pytest.raises(ErnieQuantError, match="weights in"):
                 check_shard(checkpoint, SHARD)
 
@@ -94,7 +94,7 @@ def test_only_numbers_of_known_floating_types_are_looked_at(tmp_path: Path) -> N
     stored: dict[str, Stored] = {name: (name, (n,), ones) for name, n in integers.items()}
     stored |= {"BOOL": ("BOOL", (2,), b"\x01\x00"), "empty": ("F32", (0, 2), b"")}
     stored |= {"scalar": ("F64", (), numbers("F64", 1)[2])}
-    checkpoint = write(tmp_path, stored, gap=1)
+    checkpoint = write(tmp_path, stored)
     found = check_shard(checkpoint, SHARD)
     path = tmp_path / SHARD
     assert found == CheckedShard(SHARD, path.stat().st_size, path.stat().st_mtime_ns, sha256(path))

@@ -94,7 +94,7 @@ def test_tensors_are_copied_in_blocks(
         "scalar": ("BF16", (), b"\x80\x3f"),
     }
     (tmp_path / "source").mkdir()
-    write_stored(tmp_path / "source" / "model.safetensors", stored, gap=3)
+    write_stored(tmp_path / "source" / "model.safetensors", stored)
     source = open_checkpoint(tmp_path / "source")
     shards = plan_shards([OutputTensor.copy_of(h) for h in source.headers.values()], 40)
     assert len(shards) == 3

@@ -100,7 +100,8 @@ def test_layers_with_experts_follow_interval_and_range() -> None:
     [
         ({"model_type": "llama"}, "'llama'; supported: ernie4_5_moe"),
         ({"quantization_config": {}}, "already quantised"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'; only silu"),
+        ({"hidden_act": "geluu"}, "hidden_act 'geluu'; unknown"),
+        ({"moe_layer_interval": 0}, "moe_layer_interval 0; expected a positive integer"),
         ({"hidden_size": "big"}, "not a valid ernie4_5_moe config"),
         ({"moe_layer_start_index": 5, "moe_layer_end_index": 4}, "no layer with experts"),
     ],

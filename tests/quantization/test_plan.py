@@ -90,7 +90,7 @@ MATRIX = "model.layers.2.mlp.experts.5.up_proj.weight"
         (lambda t: t.pop("model.layers.2.mlp.gate.weight"), "2.mlp.gate.weight is missing"),
         (
             lambda t: t.update({"model.layers.1.self_attn.q_proj.weight": torch.ones(96, 95)}),
-            r"1.self_attn.q_proj.weight has shape \(96, 95\)",
+            r"1.self_attn.q_proj.weight has shape \[96, 95\]",
         ),
         (
             lambda t: t.update({"model.layers.1.mlp.experts.gate_up_proj": torch.ones(8, 128, 96)}),

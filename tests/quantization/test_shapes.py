@@ -144,6 +144,7 @@ def test_mtp_tensors_are_listed_and_verbatim(micro_text: Path, tmp_path: Path) -
             "shared_experts.up_proj.weight is not part of",
         ),
         ({"moe_layer_interval": 2}, lambda t: t.update(MTPX=torch.ones(2)), "MTPX is not part of"),
+        ({"hidden_act": "gelu"}, nothing, "hidden_act 'gelu'; only silu can be calibrated"),
         ({"moe_intermediate_size": 48}, nothing, "48, is not a multiple of 32"),
     ],
 )

@@ -1,0 +1,190 @@
+"""Does a config.json belong to the tensors beside it? Asked in plain arithmetic, before
+transformers builds a module for every layer that the file claims.
+
+A wrong number would otherwise cost memory without bound, or give a model that runs and is wrong:
+transformers fills what is missing with random numbers and only warns of what is left over.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from erniequant.checkpoint.reader import TensorHeader
+from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.format.headers import is_dense
+from erniequant.format.schema import experts_module, layer_key_of
+from erniequant.models.architecture import EXPERT_MATRICES, Architecture, Shapes
+from erniequant.models.registry import ARCHITECTURES, architecture_of
+from erniequant.models.settings import entries, require_harmless
+
+VISION_MODEL_TYPE = "ernie4_5_vl_moe"
+_LAYER_COUNTS = ("num_hidden_layers", "depth", "num_layers")
+_SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "moe_num_experts",
+          "num_experts", "vocab_size", "num_attention_heads", "num_key_value_heads", "num_heads",
+          "head_dim", "embed_dim")  # fmt: skip
+_MAX_INTERMEDIATE = 2**20
+# Not run by transformers, which leaves them out, and so need not be there.
+_NOT_RUN = "mtp"
+
+
+def require_bounded(settings: dict[str, Any], headers: Mapping[str, TensorHeader]) -> None:
+    """Refuse a config.json that is harmful by itself, or has sizes beyond every tensor.
+
+    Raises:
+        ErnieQuantError: also for another architecture.
+    """
+    found = settings.get("model_type")
+    known = (*ARCHITECTURES, VISION_MODEL_TYPE)
+    if found not in known:
+        raise ErnieQuantError(
+            f"config.json says model_type {found!r}; supported: {', '.join(known)}"
+        )
+    require_harmless(settings)
+    largest = max((n for header in headers.values() for n in header.shape), default=0)
+    limits = dict.fromkeys(_SIZES, largest) | dict.fromkeys(_LAYER_COUNTS, len(headers))
+    # Without a layer that is not quantised, no tensor has it.
+    limits["intermediate_size"] = max(largest, _MAX_INTERMEDIATE)
+    for key, value in entries(settings):
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > limits.get(key, number):
+                raise ErnieQuantError(
+                    f"config.json has {key} {number}, which is more than the tensors of the "
+                    "checkpoint can have; it is damaged or belongs to another checkpoint"
+                )
+
+
+def require_fit(
+    settings: dict[str, Any], headers: Mapping[str, TensorHeader], packed: Collection[str] = ()
+) -> None:
+    """Refuse a checkpoint of a text model with the first of its `misfits`; bounds come first.
+
+    Raises:
+        ErnieQuantError: also for what `require_bounded` refuses.
+    """
+    for line in misfits(settings, headers, packed):
+        raise ErnieQuantError(line)
+
+
+def bounded_architecture(
+    settings: dict[str, Any], headers: Mapping[str, TensorHeader]
+) -> Architecture:
+    """The architecture of a plain checkpoint to be quantised.
+
+    Raises:
+        ErnieQuantError: what `require_bounded` and `architecture_of` refuse.
+    """
+    require_bounded(settings, headers)
+    return architecture_of(settings)
+
+
+def misfits(
+    settings: dict[str, Any], headers: Mapping[str, TensorHeader], packed: Collection[str] = ()
+) -> Iterator[str]:
+    """Every tensor that is missing, left over, of another shape, or of no float type.
+
+    packed: keys of quantised layers, whose experts are checked elsewhere. Vision-language models
+    are checked for bounds only.
+
+    Raises:
+        ErnieQuantError: what `require_bounded` refuses, or sizes that make no model.
+    """
+    require_bounded(settings, headers)
+    if settings["model_type"] == VISION_MODEL_TYPE:
+        return
+    model = architecture_of({k: v for k, v in settings.items() if k != "quantization_config"})
+    embedding = next((name for name in headers if name.endswith("embed_tokens.weight")), None)
+    if embedding is None:
+        yield "tensor model.embed_tokens.weight is missing from the checkpoint"
+        return
+    # A headless model is saved without "model."
+    prefix = embedding.removesuffix("embed_tokens.weight")
+    required, optional = _expected(model, prefix, headers, packed)
+    known = required | optional
+    dense = is_dense(settings)
+    for name, header in headers.items():
+        if name in known:
+            yield from _misfit(header, known[name])
+        elif _NOT_RUN not in name and layer_key_of(name, dense) not in packed:
+            yield (
+                f"tensor {name} is not part of an {model.description} as config.json describes "
+                "it; check that config.json and weights belong together"
+            )
+    for name in required:
+        if name not in headers:
+            yield f"tensor {name} is missing from the checkpoint"
+
+
+def _misfit(header: TensorHeader, shape: tuple[int, ...]) -> Iterator[str]:
+    if header.shape != shape:
+        yield (
+            f"{header.name} has shape {list(header.shape)}, but config.json asks for {list(shape)}"
+        )
+    elif header.dtype is None or not header.dtype.is_floating_point:
+        yield (
+            f"{header.name} is stored as {header.stored_dtype}; "
+            "give a bf16, fp16 or fp32 checkpoint"
+        )
+
+
+def _expected(
+    model: Architecture, prefix: str, headers: Mapping[str, TensorHeader], packed: Collection[str]
+) -> tuple[Shapes, Shapes]:
+    """Shapes of the tensors that must be there, and of those that may."""
+    required: Shapes = {}
+    # A tied head may be stored although it repeats the embedding.
+    optional: Shapes = {"lm_head.weight": (model.sizes.vocabulary, model.sizes.hidden)}
+    for name, shape in model.required().items():
+        if not name.startswith("model."):
+            (required if prefix else optional)[name] = shape
+            continue
+        found = prefix + name.removeprefix("model.")
+        if model.optional(name):
+            optional[found] = shape
+            # What transformers calls it in memory.
+            optional[found.replace(".mlp.moe_statics.", ".mlp.gate.moe_statics.")] = shape
+        else:
+            required[found] = shape
+    for layer in model.sizes.moe_layers:
+        if model.layer_key(layer) not in packed:
+            required |= _matrices(model, prefix, layer, headers)
+    return required, optional
+
+
+def _matrices(
+    model: Architecture, prefix: str, layer: int, headers: Mapping[str, TensorHeader]
+) -> Shapes:
+    experts, hidden, inner = model.sizes.experts, model.sizes.hidden, model.sizes.inner
+    fused = f"{prefix}{experts_module(model.layer_key(layer))}."
+    if f"{fused}gate_up_proj" in headers:
+        return {f"{fused}gate_up_proj": (experts, 2 * inner, hidden),
+                f"{fused}down_proj": (experts, hidden, inner)}  # fmt: skip
+    shapes = dict(
+        zip(EXPERT_MATRICES, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True)
+    )
+    return {
+        prefix + model.expert_matrix_name(layer, expert, matrix).removeprefix("model."): shape
+        for expert in range(experts)
+        for matrix, shape in shapes.items()
+    }
+
+
+def require_size_on_disk(auto: Any, folder: Path, weights: int) -> None:
+    """Refuse a model with more weights than the checkpoint, counted on one built without memory.
+
+    For architectures whose tensors `misfits` does not know: whatever is missing would be filled
+    with random numbers, up to the size that config.json claims.
+    """
+    with foreign_errors(f"transformers cannot build the model of {folder}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            model = auto.from_config(config, trust_remote_code=False)
+    claimed = sum(parameter.numel() for parameter in model.parameters())
+    biases = sum(p.numel() for n, p in model.named_parameters() if "e_score_correction" in n)
+    if claimed - biases > weights:
+        raise ErnieQuantError(
+            f"config.json describes {claimed} weights, but the checkpoint has {weights}; "
+            "check that config.json and weights belong together"
+        )

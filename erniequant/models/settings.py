@@ -1,0 +1,92 @@
+"""Values of a config.json that no checkpoint needs and that do harm: numbers without bound, code or
+weights from elsewhere. Looked at before transformers sees them."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from erniequant.errors import ErnieQuantError
+
+# Token ids and positions; no published one comes near.
+_MAX_NUMBER = 2**40
+# transformers makes a name for every label.
+_MAX_LABELS = 2**16
+_NAMES_CODE = (
+    "attn_implementation", "_attn_implementation", "experts_implementation",
+    "_experts_implementation",
+)  # fmt: skip
+_NAMES_WEIGHTS = ("transformers_weights", "gguf_file")
+
+
+def require_harmless(settings: dict[str, Any]) -> None:
+    """Look at every entry of a config.json, at any depth.
+
+    Raises:
+        ErnieQuantError: a number that is not finite or beyond all bounds, or a setting that names
+            code or weights elsewhere.
+    """
+    for key, value in entries(settings):
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ErnieQuantError(f"config.json has {key} {number}; give a finite number")
+            limit = _MAX_LABELS if key == "num_labels" else _MAX_NUMBER
+            if isinstance(number, (int, float)) and abs(number) > limit:
+                raise ErnieQuantError(f"config.json has {key} {str(number)[:40]}; at most {limit}")
+        if key in _NAMES_CODE and not (value is None or _is_plain_word(value)):
+            # A name with a slash is fetched from the hub, and run.
+            raise ErnieQuantError(
+                f"config.json has {key} {value!r}: code from elsewhere; remove it"
+            )
+        if key in _NAMES_WEIGHTS and value is not None:
+            raise ErnieQuantError(f"config.json has {key} {value!r}: other weights; remove it")
+        if key == "return_dict" and value is not True:
+            # The stock modules do not run with tuples in place of their outputs.
+            raise ErnieQuantError(f"config.json has return_dict {value!r}; remove it")
+
+
+def entries(settings: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and its value, of nested objects too; what reads them must bound their depth."""
+    for child in settings.values() if isinstance(settings, dict) else settings:
+        if isinstance(child, (dict, list)):
+            yield from entries(child)
+    if isinstance(settings, dict):
+        yield from settings.items()
+
+
+def _is_plain_word(value: Any) -> bool:
+    return isinstance(value, str) and "/" not in value and ":" not in value
+
+
+def require_possible(config: Any) -> None:
+    """Look at the sizes of a transformers config of a text model, mixture or dense.
+
+    Raises:
+        ErnieQuantError: they make no model.
+    """
+    for name in _POSITIVE + _NOT_NEGATIVE:
+        if not hasattr(config, name) and name not in _ALWAYS:
+            continue  # a dense model has no experts
+        value = getattr(config, name, None)
+        least = 1 if name in _POSITIVE else 0
+        if type(value) is not int or value < least:
+            wanted = "a positive integer" if least else "an integer"
+            raise ErnieQuantError(f"config.json has {name} {value!r}; expected {wanted}")
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if heads % groups or type(size) is not int or size < 2 or size % 2:
+        raise ErnieQuantError(
+            f"config.json has {heads} attention heads of size {size} for {groups} keys and values; "
+            "heads must be a multiple of these and their size even"
+        )
+    if getattr(config, "moe_k", 0) > getattr(config, "moe_num_experts", 0):
+        raise ErnieQuantError(
+            f"config.json has moe_k {config.moe_k} of {config.moe_num_experts} experts"
+        )
+
+
+_ALWAYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings",
+)  # fmt: skip
+_POSITIVE = (*_ALWAYS, "moe_num_experts", "moe_intermediate_size", "moe_k", "moe_layer_interval")
+_NOT_NEGATIVE = ("moe_layer_start_index", "moe_layer_end_index", "moe_num_shared_experts")

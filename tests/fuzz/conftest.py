@@ -1,0 +1,61 @@
+"""The checkpoints that are damaged: plain in shards, quantised in one file and in shards."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import Bases  # noqa: E402
+
+import erniequant  # noqa: E402
+from erniequant.checkpoint import CheckpointWriter, open_checkpoint  # noqa: E402
+from erniequant.checkpoint.writer import copy_companions, write_json  # noqa: E402
+from erniequant.tokenizers import load_tokenizer  # noqa: E402
+
+LINES = [
+    {"text": "a quick test of lines"},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+    {"text": 'another, with "quotes"', "more": [1, 2]},
+    {"text": "the last of them"},
+]
+
+
+def resharded(source: Path, target: Path, max_bytes: int) -> Path:
+    """The same checkpoint in more shards; a report is brought up to date."""
+    checkpoint = open_checkpoint(source)
+    with CheckpointWriter(target, max_bytes) as writer:
+        for name in checkpoint.names():
+            writer.add(name, checkpoint.tensor(name))
+        written = writer.finish()
+    copy_companions(source, target)
+    shutil.copy(source / "config.json", target)
+    report = source / "quantization_report.json"
+    if report.is_file():
+        write_json(
+            target / report.name, {**json.loads(report.read_text()), "sha256": written.sha256}
+        )
+    return target
+
+
+@pytest.fixture(scope="session")
+def bases(micro_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    """All of them, made once."""
+    root = tmp_path_factory.mktemp("fuzz")
+    erniequant.quantize(
+        micro_source, root / "packed", bits=2, no_calib=True, max_tp=1, effort="fast", threads=1
+    )
+    lines = root / "lines.jsonl"
+    lines.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return Bases(
+        {
+            "plain": resharded(micro_source, root / "plain", 150_000),
+            "packed": root / "packed",
+            "sharded": resharded(root / "packed", root / "sharded", 60_000),
+        },
+        lines,
+        load_tokenizer(micro_source),
+    )
