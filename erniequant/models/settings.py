@@ -15,6 +15,7 @@ _NAMES_CODE = (
     "attn_implementation", "_attn_implementation", "experts_implementation",
     "_experts_implementation",
 )  # fmt: skip
+_DTYPES = ("bfloat16", "float16", "float32")
 _NAMES_WEIGHTS = ("transformers_weights", "gguf_file")
 
 
@@ -22,8 +23,8 @@ def require_harmless(settings: dict[str, Any]) -> None:
     """Look at every entry of a config.json, at any depth.
 
     Raises:
-        ErnieQuantError: a number that is not finite or beyond all bounds, or a setting that names
-            code or weights elsewhere.
+        ErnieQuantError: a number that is not finite or beyond all bounds, a type that nothing
+            computes in, or a setting that names code or weights elsewhere.
     """
     for key, value in entries(settings):
         for number in value if isinstance(value, list) else [value]:
@@ -39,6 +40,9 @@ def require_harmless(settings: dict[str, Any]) -> None:
             )
         if key in _NAMES_WEIGHTS and value is not None:
             raise ErnieQuantError(f"config.json has {key} {value!r}: other weights; remove it")
+        if key in ("dtype", "torch_dtype") and value not in (None, *_DTYPES):
+            # Others load, but the stock products of experts do not take them.
+            raise ErnieQuantError(f"config.json has {key} {value!r}; use {', '.join(_DTYPES)}")
         if key == "return_dict" and value is not True:
             # The stock modules do not run with tuples in place of their outputs.
             raise ErnieQuantError(f"config.json has return_dict {value!r}; remove it")

@@ -134,6 +134,7 @@ REFUSED: dict[str, tuple[str, str, Edit]] = {
     "an interval of zero": ("dry_run", "plain", config(moe_layer_interval=0)),
     "no number of experts": ("dry_run", "plain", config(moe_k=None)),
     "return_dict": ("load", "packed", config(return_dict=False)),
+    "a dtype that products do not take": ("load", "plain", config(dtype="float64")),
     "heads of an odd size": ("load", "packed", config(num_attention_heads=32,
                                                       num_key_value_heads=16)),
     "more experts per token than there are": ("load", "packed", config(moe_k=9)),
