@@ -92,7 +92,7 @@ def changed_shards(checkpoint: Checkpoint, known: Sequence[CheckedShard]) -> lis
     be."""
     changed = []
     for entry in known:
-        if (checkpoint.folder / entry.file).is_file():
+        if entry.file in checkpoint.shards and (checkpoint.folder / entry.file).is_file():
             status = checkpoint.path(entry.file).stat()
             if (status.st_size, status.st_mtime_ns) == (entry.size, entry.mtime_ns):
                 continue

@@ -159,7 +159,7 @@ def quantize(
             plan,
             plan_text,
             _calibration_report(calibration, windows),
-            tuple(run.matrices()),
+            run.matrices(),
             predicted,
             measured,
             {event["file"]: event["sha256"] for event in work.journal.of("shard")},

@@ -1,10 +1,12 @@
 """What a quantisation did: sizes, errors, tokens per expert, fallbacks; also written as JSON
 beside the weights."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from erniequant.calibration.hessian import DEGRADED_DAMPING
+from erniequant.errors import ErnieQuantError
 from erniequant.quantization.estimate import Estimate
 from erniequant.quantization.plan import Plan
 
@@ -24,6 +26,31 @@ class MatrixReport:
     error: float
     damping: float
     fallback: str | None
+
+    @classmethod
+    def from_event(cls, event: Mapping[str, Any], projection: str) -> "MatrixReport":
+        """What the journal's line on an expert says of one of its matrices.
+
+        Raises:
+            ErnieQuantError: the line is not of this program.
+        """
+        found = event[projection]
+        error, damping, fallback = (found.get(key) for key in ("error", "damping", "fallback"))
+        if not isinstance(error, float | int) or not isinstance(damping, float | int):
+            raise ErnieQuantError(
+                f"the journal has no error of layer {event['layer']} expert {event['expert']}; "
+                "use --restart"
+            )
+        return cls(
+            event["layer"],
+            event["expert"],
+            projection,
+            event["tokens"],
+            event["dropped_tokens"],
+            float(error),
+            float(damping),
+            None if fallback is None else str(fallback),
+        )
 
     def degraded(self, calibrated: bool) -> bool:
         """Quantised on less than the calibration was meant to give: no tokens, bad values or heavy

@@ -6,7 +6,7 @@ hidden states, then their line; a shard gets its name when everything in it is t
 """
 
 import hashlib
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -37,6 +37,20 @@ from erniequant.quantization.streams import Streams
 from erniequant.resume.workfolder import WorkFolder
 from erniequant.rotation import pack_signs, random_signs
 
+# What the journal's lines say, by kind of event.
+_FACTS: dict[str, dict[str, type]] = {
+    "session": {},
+    "processor": {"processor": str},
+    "checked": {"file": str, "size": int, "mtime_ns": int, "sha256": str},
+    "shard": {"file": str, "sha256": str},
+    "expert": {
+        "layer": int, "expert": int, "tokens": int, "dropped_tokens": int, "sha256": str,
+        "gate_up_proj": dict, "down_proj": dict,
+    },
+    "states": {"layer": int, "sha256": str},
+    "layer": {"layer": int, "disk_bytes": int},
+}  # fmt: skip
+
 
 class Run:
     """A quantisation between its plan and its last file."""
@@ -56,6 +70,7 @@ class Run:
         self.checkpoint, self.model, self.plan, self.memory = checkpoint, model, plan, memory
         self.device, self.threads, self.watch = device, threads, watch
         self.work, self.journal, self.shards = work, work.journal, shards
+        self.journal.require(_FACTS)
         self._pool = RowPool(work.folder if memory.tables_on_disk else None)
         self._events = {(e["layer"], e["expert"]): e for e in self.journal.of("expert")}
 
@@ -91,9 +106,11 @@ class Run:
         Raises:
             ErnieQuantError: a finished shard is not what was written.
         """
+        planned = {shard.file for shard in self.shards.shards}
         for event in self.journal.of("shard"):
             path = self.shards.folder / event["file"]
-            if not path.is_file() or sha256_of(path) != event["sha256"]:
+            known = event["file"] in planned and path.is_file()
+            if not known or sha256_of(path) != event["sha256"]:
                 raise ErnieQuantError(f"{path} is not what this run wrote; use --restart")
         for name in self.plan.copied:
             if not self.shards.finished(self.shards.shard_of(name)):
@@ -108,6 +125,7 @@ class Run:
             self.checkpoint, self.model, windows, self.device, self.threads, self._pool
         )
         first = self._first_layer(streams)
+        self._check_experts(first)
         self._finish_shards(first)
         for index in range(first, sizes.layers):
             if index in sizes.moe_layers:
@@ -119,14 +137,13 @@ class Run:
             self.journal.append("layer", layer=index, disk_bytes=self._disk_bytes())
             self._finish_shards(index + 1)
 
-    def matrices(self) -> Iterator[MatrixReport]:
+    def matrices(self) -> tuple[MatrixReport, ...]:
         """What the journal says of every matrix, in the order of layers and experts."""
-        for layer, expert in sorted(self._events):
-            event = self._events[layer, expert]
-            for name in PROJECTIONS:
-                yield MatrixReport(
-                    layer, expert, name, event["tokens"], event["dropped_tokens"], **event[name]
-                )
+        return tuple(
+            MatrixReport.from_event(self._events[key], name)
+            for key in sorted(self._events)
+            for name in PROJECTIONS
+        )
 
     def disk_peak(self) -> int:
         """The most that the result and the work folder took together, in bytes."""
@@ -225,32 +242,70 @@ class Run:
         event = self._events.get((layer, expert))
         if event is None:
             return None
-        digest = hashlib.sha256()
+        parts = self._stored(event, prefix)
         matrices = []
         for name in PROJECTIONS:
-            parts = []
-            for suffix in ("packed", "scale"):
-                data = self.shards.read(f"{prefix}{name}_{suffix}", expert, 1)
-                digest.update(data)
-                parts.append(data)
             packed, scale = self._tensors(prefix + name, parts)
             spec = self.plan.layer.projection(name)
             effective = decode_weight(packed, scale, signs[name], spec)
+            told = MatrixReport.from_event(event, name)
             matrices.append(
-                QuantizedMatrix(packed, decode_scale(scale)[:, 0], effective, **event[name])
-            )
-        if digest.hexdigest() != event["sha256"]:
+                QuantizedMatrix(
+                    packed, decode_scale(scale)[:, 0], effective, told.error, told.damping,
+                    told.fallback,
+                )
+            )  # fmt: skip
+        return PackedExpert(*matrices)
+
+    def _stored(self, event: dict[str, Any], prefix: str) -> dict[str, bytes]:
+        """The bytes of an expert in the shards, by name of the tensor.
+
+        Raises:
+            ErnieQuantError: they are not those that were written.
+        """
+        layer, expert = event["layer"], event["expert"]
+        parts = {
+            name: self.shards.read(name, expert, 1)
+            for name in (f"{prefix}{p}_{s}" for p in PROJECTIONS for s in ("packed", "scale"))
+        }
+        if hashlib.sha256(b"".join(parts.values())).hexdigest() != event["sha256"]:
             raise ErnieQuantError(
                 f"layer {layer} expert {expert} in {self.shards.folder} is not what this run "
                 "wrote; use --restart"
             )
-        return PackedExpert(*matrices)
+        return parts
 
-    def _tensors(self, name: str, parts: list[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _check_experts(self, first: int) -> None:
+        """Make sure that every expert of the layers before ``first`` is there, and none that the
+        model lacks; read back those in unfinished shards, whose checksums are not known yet.
+
+        Raises:
+            ErnieQuantError: the journal and the shards do not agree.
+        """
+        sizes = self.model.sizes
+        possible = {(layer, e) for layer in sizes.moe_layers for e in range(sizes.experts)}
+        done = {key for key in possible if key[0] < first}
+        known = set(self._events)
+        if not done <= known <= possible:
+            layer, expert = min((done - known) | (known - possible))
+            raise ErnieQuantError(
+                f"the journal in {self.work.folder} is wrong about layer {layer} expert {expert}; "
+                "use --restart"
+            )
+        for layer, expert in sorted(done):
+            prefix = packed_prefix(self.model.layer_key(layer))
+            if not self.shards.finished(self.shards.shard_of(f"{prefix}down_proj_packed")):
+                self._stored(self._events[layer, expert], prefix)
+
+    def _tensors(self, name: str, parts: dict[str, bytes]) -> tuple[torch.Tensor, torch.Tensor]:
         shapes = {tensor.name: tensor.shape for tensor in self.plan.packed}
-        packed = torch.frombuffer(bytearray(parts[0]), dtype=torch.int32)
-        scale = torch.frombuffer(bytearray(parts[1]), dtype=torch.int16)
-        return packed.view(shapes[f"{name}_packed"][1:]), scale.view(shapes[f"{name}_scale"][1:])
+        found = [
+            torch.frombuffer(bytearray(parts[f"{name}_{suffix}"]), dtype=dtype).view(
+                shapes[f"{name}_{suffix}"][1:]
+            )
+            for suffix, dtype in (("packed", torch.int32), ("scale", torch.int16))
+        ]
+        return found[0], found[1]
 
     def _finish_shards(self, layers: int) -> None:
         """Finish every shard whose tensors are all there, ``layers`` layers being done."""

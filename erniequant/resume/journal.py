@@ -8,6 +8,7 @@ import json
 import os
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,17 @@ class Journal:
         """All events of a kind, oldest first."""
         return [entry for entry in self.events if entry["event"] == event]
 
+    def require(self, facts: Mapping[str, Mapping[str, type]]) -> None:
+        """Refuse events of other kinds than those of ``facts``, or without their facts.
+
+        Raises:
+            ErnieQuantError: names the first.
+        """
+        for number, entry in enumerate(self.events, start=2):
+            wanted = facts.get(entry["event"])
+            if wanted is None or not all(_is(entry.get(n), kind) for n, kind in wanted.items()):
+                raise ErnieQuantError(f"{self.path} line {number} is damaged; use --restart")
+
     def seconds(self) -> float:
         """Time worked in all sessions, up to the last event of each."""
         worked = self._worked()
@@ -135,3 +147,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     sound = isinstance(entry, dict) and isinstance(entry.get("event"), str)
     timed = sound and (entry["event"] == "run" or isinstance(entry.get("t"), float | int))
     return entry if timed else None
+
+
+def _is(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
