@@ -6,6 +6,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 ROUNDS ?= 3
 CASES ?= 20000
+KILLS ?= 200
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.erniequant-installed
@@ -19,7 +20,7 @@ help:
 	@echo "make test    lint, type check and the whole test suite"
 	@echo "make lint    ruff and mypy only        make format   let ruff fix what it can"
 	@echo "make readme  run the demo and put its table into the README"
-	@echo "make soak    the suite ROUNDS (3) times over, in another order each time, then CASES (20000) damaged inputs"
+	@echo "make soak    the suite ROUNDS (3) times over, in another order each time, then damaged inputs and killed runs"
 	@echo "make gpu     on a machine with a GPU: kernel tests, benchmark and encoder rate to gpu-report.json"
 	@echo "TORCH='torch==2.13.0' chooses the torch requirement, PYTHON the interpreter"
 
@@ -56,7 +57,8 @@ soak: $(INSTALLED)
 	    $$(ls -d tests/*/ tests/test_*.py | shuf --random-source=<(yes $$seed)) \
 	    | grep -E 'FAILED|ERROR|passed|failed' | sed "s/^/order $$seed: /" | tee -a docs/soak.log || exit 1; \
 	done; \
-	$(PY) tests/fuzz/soak.py --cases $(CASES) | tee /dev/stderr | grep '^fuzz: ' >> docs/soak.log
+	$(PY) tests/fuzz/soak.py --cases $(CASES) | tee /dev/stderr | grep '^fuzz: ' >> docs/soak.log; \
+	$(PY) tests/resume/soak.py --kills $(KILLS) | tee /dev/stderr | grep '^resume: ' >> docs/soak.log
 
 # Uses the python it is given: a machine with a card has its own CUDA build of torch.
 gpu:

@@ -134,8 +134,8 @@ def quantize(
     ):
         return_freed_memory()
         work.begin(identity)
-        _note_processor(work, watch)
         run = Run(checkpoint, model, plan, memory, target, threads, work, shards, watch)
+        _note_processor(work, watch)
         watch.start(len(plan.model.moe_layers) * plan.model.experts)
         try:
             shards.prepare()

@@ -3,6 +3,7 @@ beside the weights."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from erniequant.calibration.hessian import DEGRADED_DAMPING
@@ -28,8 +29,8 @@ class MatrixReport:
     fallback: str | None
 
     @classmethod
-    def from_event(cls, event: Mapping[str, Any], projection: str) -> "MatrixReport":
-        """What the journal's line on an expert says of one of its matrices.
+    def from_event(cls, event: Mapping[str, Any], projection: str, where: Path) -> "MatrixReport":
+        """What a line of the journal ``where`` says of one matrix of an expert.
 
         Raises:
             ErnieQuantError: the line is not of this program.
@@ -38,7 +39,7 @@ class MatrixReport:
         error, damping, fallback = (found.get(key) for key in ("error", "damping", "fallback"))
         if not isinstance(error, float | int) or not isinstance(damping, float | int):
             raise ErnieQuantError(
-                f"the journal has no error of layer {event['layer']} expert {event['expert']}; "
+                f"{where} has no error of layer {event['layer']} expert {event['expert']}; "
                 "use --restart"
             )
         return cls(

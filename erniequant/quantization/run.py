@@ -73,6 +73,7 @@ class Run:
         self.journal.require(_FACTS)
         self._pool = RowPool(work.folder if memory.tables_on_disk else None)
         self._events = {(e["layer"], e["expert"]): e for e in self.journal.of("expert")}
+        self.matrices()  # damage to their lines shows now, not at the end
 
     @property
     def has_experts(self) -> bool:
@@ -139,11 +140,11 @@ class Run:
 
     def matrices(self) -> tuple[MatrixReport, ...]:
         """What the journal says of every matrix, in the order of layers and experts."""
-        return tuple(
-            MatrixReport.from_event(self._events[key], name)
-            for key in sorted(self._events)
-            for name in PROJECTIONS
-        )
+        events = (self._events[key] for key in sorted(self._events))
+        return tuple(self._report(event, name) for event in events for name in PROJECTIONS)
+
+    def _report(self, event: dict[str, Any], projection: str) -> MatrixReport:
+        return MatrixReport.from_event(event, projection, self.journal.path)
 
     def disk_peak(self) -> int:
         """The most that the result and the work folder took together, in bytes."""
@@ -248,7 +249,7 @@ class Run:
             packed, scale = self._tensors(prefix + name, parts)
             spec = self.plan.layer.projection(name)
             effective = decode_weight(packed, scale, signs[name], spec)
-            told = MatrixReport.from_event(event, name)
+            told = self._report(event, name)
             matrices.append(
                 QuantizedMatrix(
                     packed, decode_scale(scale)[:, 0], effective, told.error, told.damping,

@@ -2,9 +2,15 @@
 
 import json
 import random
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
+
+from tests.resume.kills import Driver, contents
+
+KILL = 135
+"""Of the 175 times that a run touches the disk, one in the second MoE layer."""
 
 ODD_VALUES = [
     None,
@@ -24,6 +30,36 @@ ODD_VALUES = [
     [[]],
     {"error": "x"},
 ]
+
+
+def survive_damage(
+    driver: Driver,
+    source: Path,
+    options: dict[str, Any],
+    folder: Path,
+    expected: dict[str, bytes],
+    cases: int,
+    seed: int,
+) -> tuple[int, int, list[str]]:
+    """Damage what a killed run left, and go on: how often that was refused in one line, how often
+    it gave the right bytes, and everything else, one line each."""
+    base, dst = folder / "base", folder / "q"
+    assert driver.run(source, base, options, kill_at=KILL) == {"signal": 9}
+    refused, right, problems = 0, 0, []
+    for case in range(cases):
+        rng = random.Random(f"{seed} {case}")
+        shutil.copytree(base, dst)
+        done = damage(dst / ".erniequant-work", dst / ".model.safetensors.partial", rng)
+        outcome = driver.run(source, dst, options)
+        error = outcome.get("error", "")
+        if outcome.get("ok") and contents(dst) == expected:
+            right += 1
+        elif error.isprintable() and str(folder) in error:
+            refused += 1
+        else:
+            problems.append(f"seed {seed} case {case}, {done}: {outcome}")
+        shutil.rmtree(dst)
+    return refused, right, problems
 
 
 def damage(work: Path, partial: Path, rng: random.Random) -> str:

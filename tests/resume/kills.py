@@ -1,15 +1,10 @@
-"""Kill a quantisation at random points, go on, and compare with one that was never interrupted.
+"""Kill a quantisation at random points, go on, and compare with one that was never interrupted."""
 
-As a program: ``python tests/resume/kills.py --kills 200``, on a micro model that it makes.
-"""
-
-import argparse
 import json
 import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,30 +102,3 @@ def survive_kills(
         say(f"{done} kills, {len(problems)} problems")
         shutil.rmtree(dst)
     return problems
-
-
-def main() -> None:
-    sys.path.insert(0, str(ROOT))
-    from tests.micro import CALIBRATION, add_tokenizer, write_micro_ernie, write_text
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    arguments = parser.parse_args()
-    driver = Driver()
-    with tempfile.TemporaryDirectory() as folder:
-        source = add_tokenizer(write_micro_ernie(Path(folder) / "source"))
-        text = write_text(Path(folder) / "text.txt")
-        options = {"bits": 2, "calib": str(text), **CALIBRATION}
-        problems = survive_kills(
-            driver, source, options, Path(folder), arguments.kills, arguments.seed
-        )
-    driver.close()
-    for line in problems:
-        print(line)
-    print(f"{arguments.kills} kills, seed {arguments.seed}: {len(problems)} problems")
-    sys.exit(bool(problems))
-
-
-if __name__ == "__main__":
-    main()

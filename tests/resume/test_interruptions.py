@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from erniequant.resume.lock import Lock
+from tests.resume.hostile import KILL
 from tests.resume.kills import Driver, contents, survive_kills
 
 KILLS = 8
-KILL = 135
-"""Of the 175 times that a run touches the disk, one in the second MoE layer."""
 WORK = ".erniequant-work"
 Whole = tuple[dict[str, bytes], int]
 
