@@ -76,7 +76,7 @@ def require_possible(config: Any) -> None:
             wanted = "a positive integer" if least else "an integer"
             raise ErnieQuantError(f"config.json has {name} {value!r}; expected {wanted}")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    size = getattr(config, "head_dim", config.hidden_size // heads)
     if heads % groups or type(size) is not int or size < 2 or size % 2:
         raise ErnieQuantError(
             f"config.json has {heads} attention heads of size {size} for {groups} keys and values; "

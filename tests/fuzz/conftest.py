@@ -1,4 +1,5 @@
-"""The checkpoints that are damaged: plain in shards, quantised in one file and in shards."""
+"""The checkpoints that are damaged: plain in shards, quantised in one file and in shards, and dense
+ones in one file each."""
 
 import json
 import shutil
@@ -13,7 +14,8 @@ from harness import Bases  # noqa: E402
 
 import erniequant  # noqa: E402
 from erniequant.checkpoint import CheckpointWriter, open_checkpoint  # noqa: E402
-from erniequant.checkpoint.writer import copy_companions, write_json  # noqa: E402
+from erniequant.checkpoint.files import write_json  # noqa: E402
+from erniequant.checkpoint.writer import copy_companions  # noqa: E402
 from erniequant.tokenizers import load_tokenizer  # noqa: E402
 
 LINES = [
@@ -42,12 +44,13 @@ def resharded(source: Path, target: Path, max_bytes: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bases(micro_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bases:
+def bases(micro_source: Path, micro_dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Bases:
     """All of them, made once."""
     root = tmp_path_factory.mktemp("fuzz")
-    erniequant.quantize(
-        micro_source, root / "packed", bits=2, no_calib=True, max_tp=1, effort="fast", threads=1
-    )
+    for source, name in ((micro_source, "packed"), (micro_dense, "packed_dense")):
+        erniequant.quantize(
+            source, root / name, bits=2, no_calib=True, max_tp=1, effort="fast", threads=1
+        )
     lines = root / "lines.jsonl"
     lines.write_text("".join(json.dumps(line) + "\n" for line in LINES))
     return Bases(
@@ -55,6 +58,8 @@ def bases(micro_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bases
             "plain": resharded(micro_source, root / "plain", 150_000),
             "packed": root / "packed",
             "sharded": resharded(root / "packed", root / "sharded", 60_000),
+            "dense": micro_dense,
+            "packed_dense": root / "packed_dense",
         },
         lines,
         load_tokenizer(micro_source),

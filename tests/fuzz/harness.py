@@ -144,9 +144,10 @@ def run_case(bases: Bases, seed: int, case: int) -> Verdict:
     """Draw target, checkpoint and 1 to 3 mutations from seed and case, and judge what happens."""
     rng = random.Random(f"{seed} {case}")
     target = rng.choices(list(TARGETS), list(TARGETS.values()))[0]
-    bases_of = {"dry_run": ["plain"], "verify": ["packed", "sharded"], "calibration": ["lines"],
-                "export": ["packed", "sharded"]}  # fmt: skip
-    base = rng.choice(bases_of.get(target, ["plain", "packed", "sharded"]))
+    quantized = ["packed", "sharded", "packed", "sharded", "packed_dense"]
+    bases_of = {"dry_run": ["plain", "plain", "dense"], "verify": quantized, "export": quantized,
+                "calibration": ["lines"]}  # fmt: skip
+    base = rng.choice(bases_of.get(target, [*quantized, "plain", "plain", "dense"]))
     count = rng.choices((1, 2, 3), (6, 2, 1))[0]
     with tempfile.TemporaryDirectory() as root:
         work = Path(root)
