@@ -177,13 +177,15 @@ _CHILD = """
 import json, sys
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.models.registry import architecture_of
-from erniequant.quantization.memory import plan_memory
+from erniequant.quantization.memory import largest_layer, plan_memory
 from erniequant.quantization.pipeline import quantize
 src, dst, case = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 least = None
 if case["budget"] == "least":
-    model = architecture_of(open_checkpoint(src).config)
-    least = plan_memory(model, case["tokens"], case["window"], 1, 0, True).peak_bytes
+    checkpoint = open_checkpoint(src)
+    model = architecture_of(checkpoint.config)
+    layer = largest_layer(checkpoint, model)
+    least = plan_memory(model, layer, case["tokens"], case["window"], 1, 0, True).peak_bytes
 report = quantize(
     src, dst, bits=case["bits"], effort=case["effort"], device="cpu",
     calib_samples=case["tokens"] // case["window"], calib_length=case["window"],
@@ -226,22 +228,19 @@ def measure(source: Path, out: Path, case: Case) -> dict[str, Any]:
 
 def bound(source: Path, case: Case) -> int:
     """What the run may take: 1.5 layers of experts and 2 GB; with the least budget four experts,
-    32 bytes for every entry of the largest Hessian, a layer without experts, 1 GB. All weights in
-    bfloat16. Hidden states are on disk in the latter, so that none are resident."""
+    32 bytes for every entry of the largest Hessian, the largest layer without experts, 1 GB. All
+    weights in bfloat16. Of the activations, which are on disk in the latter, none count."""
     from erniequant.checkpoint.reader import open_checkpoint
     from erniequant.models.registry import architecture_of
+    from erniequant.quantization.memory import largest_layer
 
     checkpoint = open_checkpoint(source)
-    sizes = architecture_of(checkpoint.config).sizes
-    expert = 2 * 3 * sizes.hidden * sizes.inner
+    model = architecture_of(checkpoint.config)
+    expert = 2 * 3 * model.sizes.hidden * model.sizes.inner
     if case.budget == "default":
-        return int(1.5 * sizes.experts * expert + 2e9)
-    layer = sum(
-        2 * header.elements
-        for header in checkpoint.headers.values()
-        if header.name.startswith("model.layers.1.") and ".experts." not in header.name
-    )
-    return int(4 * expert + 32 * max(sizes.hidden, sizes.inner) ** 2 + layer + 1e9)
+        return int(1.5 * model.sizes.experts * expert + 2e9)
+    hessian = max(model.sizes.hidden, model.sizes.inner) ** 2
+    return int(4 * expert + 32 * hessian + largest_layer(checkpoint, model) + 1e9)
 
 
 def record(case: Case, found: dict[str, Any]) -> None:

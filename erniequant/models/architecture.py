@@ -15,6 +15,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.models.linear import StoredLinear, store_linears
 from erniequant.models.settings import require_harmless, require_possible
 
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -124,12 +125,16 @@ class Architecture(ABC):
         return found
 
     def load_layer(self, source: TensorSource, index: int, device: torch.device) -> Any:
-        """A decoder layer in float32, without the matrices that are quantised.
+        """A decoder layer that computes in float32, without the matrices that are quantised.
+
+        Weights of linear layers keep the type that they are stored in.
 
         Raises:
             ErnieQuantError: a tensor of the layer is missing or has another shape.
         """
         layer = self._empty_layer(index)
+        store_linears(layer)
+        stored = {f"{n}." for n, m in layer.named_modules() if isinstance(m, StoredLinear)}
         present = set(source.names())
         state = {}
         for name, parameter in layer.state_dict().items():
@@ -143,7 +148,8 @@ class Architecture(ABC):
                     f"{disk} has shape {tuple(tensor.shape)}, but config.json asks for "
                     f"{tuple(parameter.shape)}"
                 )
-            state[name] = tensor.to(device=device, dtype=torch.float32)
+            keep = f"{name.rpartition('.')[0]}." in stored
+            state[name] = tensor.to(device=device, dtype=tensor.dtype if keep else torch.float32)
         layer.load_state_dict(state, assign=True)
         return layer.eval().requires_grad_(False)
 

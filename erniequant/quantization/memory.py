@@ -4,7 +4,6 @@ activations go to disk.
 Neither changes a bit of the result.
 """
 
-import math
 import os
 import re
 import resource
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from erniequant.checkpoint.reader import Checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.models.architecture import Architecture
 from erniequant.quantization.layer import SAMPLE_TOKENS
@@ -61,13 +61,21 @@ class _Parts:
 
 
 def plan_memory(
-    model: Architecture, tokens: int, length: int, threads: int, budget: int, on_cpu: bool
+    model: Architecture,
+    layer: int,
+    tokens: int,
+    length: int,
+    threads: int,
+    budget: int,
+    on_cpu: bool,
 ) -> MemoryPlan:
     """The fastest way to run ``tokens`` tokens in windows of ``length`` within ``budget`` bytes.
 
+    layer: of `largest_layer`.
+
     Falls back to the least memory there is, which may be more than the budget.
     """
-    parts = _parts(model, tokens, length)
+    parts = _parts(model, layer, tokens, length)
     most = min(threads, model.sizes.experts)
     # Without tokens there are no tables to put on disk.
     ways = [(most, False), *((at_once, tokens > 0) for at_once in range(most, 0, -1))]
@@ -91,15 +99,11 @@ def _way(parts: _Parts, at_once: int, on_disk: bool, threads: int, on_cpu: bool)
     )
 
 
-def _parts(model: Architecture, tokens: int, length: int) -> _Parts:
+def _parts(model: Architecture, layer: int, tokens: int, length: int) -> _Parts:
     """Peak bytes of: a layer without its experts; a window passing through it; hidden states,
     inputs and drift; moments and sample that experts share; one expert under way; its tables."""
     sizes = model.sizes
     hidden, inner = sizes.hidden, sizes.inner
-    layers: Counter[str] = Counter()
-    for name, shape in model.required().items():
-        if name.startswith("model.layers."):
-            layers[name.split(".")[2]] += 4 * math.prod(shape)
     widest = max(2 * getattr(model.config, "intermediate_size", 0), 4 * hidden)
     sample = min(SAMPLE_TOKENS, tokens)
     matrices = 4 * 2 * inner * hidden
@@ -111,13 +115,22 @@ def _parts(model: Architecture, tokens: int, length: int) -> _Parts:
     mean = tokens * sizes.top_k / sizes.experts
     popular = min(tokens, POPULARITY * mean)
     return _Parts(
-        max(layers.values()),
+        layer,
         4 * min(length, max(tokens, 1)) * (3 * widest + 6 * hidden),
         4 * tokens * 5 * hidden + 24 * tokens * sizes.top_k,
         8 * hidden**2 + 4 * sample * 3 * hidden,
         max(solving, encoding, down) + chunk,
         int(4 * ((popular + sample) * 2 * inner + popular * 2 * hidden)),
     )
+
+
+def largest_layer(checkpoint: Checkpoint, model: Architecture) -> int:
+    """Bytes of the largest layer without the matrices that are quantised, as it is stored."""
+    layers: Counter[str] = Counter()
+    for name in model.required():
+        if name.startswith("model.layers.") and name in checkpoint.headers:
+            layers[name.split(".")[2]] += checkpoint.header(name).n_bytes
+    return max(layers.values())
 
 
 def default_budget() -> int:

@@ -34,6 +34,7 @@ from erniequant.quantization.identity import processor, run_identity
 from erniequant.quantization.memory import (
     MemoryPlan,
     default_budget,
+    largest_layer,
     parse_size,
     peak_memory,
     peak_vram,
@@ -114,7 +115,8 @@ def quantize(
     plan = make_plan(checkpoint, model, options)
     threads = threads or os.cpu_count() or 1
     tokens = 0 if no_calib else calibration.samples * calibration.length
-    memory = _fit(model, tokens, calibration.length, threads, max_memory, target)
+    layer = largest_layer(checkpoint, model)
+    memory = _fit(model, layer, tokens, calibration.length, threads, max_memory, target)
     predicted = estimate(plan, memory, tokens)
     plan_text = describe(plan, memory, predicted, checkpoint.absent_bytes)
     watch.plan(plan_text)
@@ -173,6 +175,7 @@ def quantize(
 
 def _fit(
     model: Architecture,
+    layer: int,
     tokens: int,
     length: int,
     threads: int,
@@ -182,7 +185,7 @@ def _fit(
     """How the run goes within its memory; an explicit bound that is too small is refused."""
     asked = parse_size(str(max_memory)) if max_memory is not None else None
     budget = default_budget() if asked is None else asked
-    found = plan_memory(model, tokens, length, threads, budget, device.type == "cpu")
+    found = plan_memory(model, layer, tokens, length, threads, budget, device.type == "cpu")
     if asked is not None and found.peak_bytes > asked:
         raise ErnieQuantError(
             f"--max-memory {max_memory} is too little: with one expert at a time and activations "

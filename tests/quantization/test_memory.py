@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.models.registry import architecture_of
 from erniequant.quantization import memory
@@ -16,6 +17,7 @@ from erniequant.quantization.memory import (
     MemoryPlan,
     available_memory,
     default_budget,
+    largest_layer,
     parse_size,
     plan_memory,
 )
@@ -29,10 +31,15 @@ SETTINGS: dict[str, Any] = dict(
 )  # fmt: skip
 
 
+LAYER = 150_000
+"""Bytes of the largest layer without experts, as stored."""
+
+
 def plan(
     budget: int, tokens: int = 900, threads: int = 4, length: int = 64, on_cpu: bool = True
 ) -> MemoryPlan:
-    return plan_memory(architecture_of(SETTINGS), tokens, length, threads, budget, on_cpu)
+    model = architecture_of(SETTINGS)
+    return plan_memory(model, LAYER, tokens, length, threads, budget, on_cpu)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +135,6 @@ def test_more_text_and_more_threads_never_take_less(budget: int) -> None:
 
 def test_the_prediction_is_what_its_parts_add_up_to() -> None:
     # 900 tokens in windows of 64, three threads; hidden 96, inner 64, six experts of which two.
-    # A layer without experts: queries, keys, values, output, two norms, and the dense MLP of layer
-    # 0, which is larger than the router and shared expert of the others.
-    attention = 96 * 96 + 2 * 48 * 96 + 96 * 96 + 2 * 96
-    dense, moe = 3 * 96 * 160, 6 * 96 + 6 + 3 * 96 * 64
-    assert dense > moe
-    layer = 4 * (attention + dense)
     # A window in it, of 4 * 96 channels at the widest (2 * 160 is less).
     window = 4 * 64 * (3 * 384 + 6 * 96)
     # Both streams of hidden states, both inputs and their drift; ids and weights of two experts.
@@ -146,7 +147,7 @@ def test_the_prediction_is_what_its_parts_add_up_to() -> None:
     # Its tables: it may have twice the mean of 900 * 2 / 6 tokens, and has the sample.
     own = 4 * ((600 + 900) * 2 * 64 + 600 * 2 * 96)
     found = plan(10**12, threads=3)
-    assert layer + 3 * window < shared + 3 * expert
+    assert LAYER + 3 * window < shared + 3 * expert
     assert found.peak_bytes == BASE_BYTES + shared + 3 * expert + tables + 3 * own
     assert (found.vram_bytes, found.scratch_bytes) == (0, 0)
     least = plan(0, threads=3)
@@ -154,11 +155,22 @@ def test_the_prediction_is_what_its_parts_add_up_to() -> None:
     assert least.scratch_bytes == tables + own
     # Forty windows at once take more than one expert.
     wide = plan(0, threads=40)
-    assert wide.peak_bytes == BASE_BYTES + layer + 40 * window
+    assert wide.peak_bytes == BASE_BYTES + LAYER + 40 * window
     # On a GPU, windows pass one at a time.
     gpu = plan(0, threads=40, on_cpu=False)
     assert gpu.peak_bytes == least.peak_bytes
-    assert gpu.vram_bytes == max(layer + window, expert)
+    assert gpu.vram_bytes == max(LAYER + window, expert)
+
+
+def test_the_largest_layer_is_counted_as_it_is_stored(micro_ernie: Path) -> None:
+    # Queries, keys, values, output, two norms, and the dense MLP of layer 0, which is larger than
+    # the router and shared experts of the others; bfloat16.
+    attention = 96 * 96 + 2 * 48 * 96 + 96 * 96 + 2 * 96
+    dense, moe = 3 * 96 * 160, 2 * (8 * 96 + 8) + 3 * 96 * 128
+    assert dense > moe
+    checkpoint = open_checkpoint(micro_ernie)
+    found = largest_layer(checkpoint, architecture_of(checkpoint.config))
+    assert found == 2 * (attention + dense)
 
 
 def test_available_memory_is_between_nothing_and_all_there_is() -> None:

@@ -23,7 +23,7 @@ from erniequant.codes import get_code
 from erniequant.codes.viterbi import encoder
 from erniequant.errors import ErnieQuantError
 from erniequant.models.registry import architecture_of
-from erniequant.quantization.memory import plan_memory
+from erniequant.quantization.memory import largest_layer, plan_memory
 from erniequant.quantization.pipeline import quantize
 
 COUNTED = ("pwrite", "fsync", "fdatasync", "replace", "posix_fallocate")
@@ -77,9 +77,11 @@ def _child(request: dict[str, Any], writing: int) -> None:
 
 def _least_memory(src: str, options: dict[str, Any]) -> int:
     """The least that a run can do with: one expert at a time, tables on disk."""
-    model = architecture_of(open_checkpoint(src).config)
+    checkpoint = open_checkpoint(src)
+    model = architecture_of(checkpoint.config)
+    layer = largest_layer(checkpoint, model)
     tokens, length = options["calib_samples"] * options["calib_length"], options["calib_length"]
-    return plan_memory(model, tokens, length, 1, 0, True).peak_bytes
+    return plan_memory(model, layer, tokens, length, 1, 0, True).peak_bytes
 
 
 def _count_events(kill_at: int | None, full_at: int | None) -> list[int]:
