@@ -43,14 +43,17 @@ def decode_weight(
 def expert_matrices(
     source: Checkpoint, layer: QuantizedExperts
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Decoded matrices of a layer, float32 ``[N, K]``, under the original checkpoint's names."""
+    """Decoded matrices of a layer, float32 ``[N, K]``, under the original checkpoint's names; one
+    expert is in memory at a time."""
     for projection in PROJECTIONS:
-        packed = source.tensor(layer.name(projection, "packed"))
-        scale = source.tensor(layer.name(projection, "scale"))
         signs = source.tensor(layer.name(projection, "signs"))[0, 0]
         spec = layer.spec.projection(projection)
         for expert in range(layer.experts):
-            weight = decode_weight(packed[expert], scale[expert], signs, spec)
+            packed, scale = (
+                source.rows(layer.name(projection, suffix), expert, expert + 1)[0]
+                for suffix in ("packed", "scale")
+            )
+            weight = decode_weight(packed, scale, signs, spec)
             if projection == "gate_up_proj":
                 gate, up = weight.chunk(2)
                 yield layer.original_name(expert, "gate_proj"), gate

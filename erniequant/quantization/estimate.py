@@ -79,8 +79,8 @@ def describe(plan: Plan, memory: MemoryPlan, predicted: Estimate, download: int 
         f"size {_gigabytes(plan.source_bytes)} -> {_gigabytes(plan.output_bytes)}: "
         f"{plan.expert_bits_per_weight:.3f} bits per expert weight, "
         f"{plan.total_bits_per_weight:.3f} in all",
-        f"predicted time {_duration(predicted.seconds)}, {memory.experts_at_once} experts at a "
-        f"time, activations in {where}",
+        f"predicted time {_duration(predicted.seconds)}, experts at a time: "
+        f"{memory.experts_at_once}, activations in {where}",
         f"predicted peak memory {_gigabytes(predicted.peak_memory_bytes)}"
         + (f", GPU memory {_gigabytes(vram)}" if vram else "")
         + f", disk {_gigabytes(predicted.disk_bytes)}",

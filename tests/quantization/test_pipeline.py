@@ -9,9 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import erniequant
+from erniequant.checkpoint.layout import PlannedShard
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.format.verify import verify
+from erniequant.models.registry import architecture_of
+from erniequant.quantization.memory import largest_layer, plan_memory
 from tests.micro import CALIBRATION
 
 
@@ -183,3 +186,58 @@ def test_a_destination_in_use_is_left_alone(micro_source: Path, tmp_path: Path) 
     with pytest.raises(ErnieQuantError, match="not empty"):
         erniequant.quantize(micro_source, tmp_path, bits=2, no_calib=True, max_tp=1)
     assert [p.name for p in tmp_path.iterdir()] == ["keep.txt"]
+
+
+def test_a_result_of_another_size_than_planned_is_refused(
+    micro_source: Path, micro_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from erniequant.checkpoint.shards import ShardFiles
+
+    finish = ShardFiles.finish
+
+    def longer(self: ShardFiles, shard: PlannedShard) -> str:
+        digest = finish(self, shard)
+        with (self.folder / shard.file).open("ab") as file:
+            file.write(bytes(int(0.02 * shard.n_bytes)))
+        return digest
+
+    monkeypatch.setattr(ShardFiles, "finish", longer)
+    with pytest.raises(ErnieQuantError, match="bytes, but .* were planned"):
+        erniequant.quantize(
+            micro_source, tmp_path / "q", bits=2, calib=str(micro_text), **CALIBRATION
+        )
+    assert not (tmp_path / "q" / "config.json").exists()
+
+
+def test_the_report_has_what_was_predicted_beside_what_was_measured(quantized: Path) -> None:
+    report = json.loads((quantized / "quantization_report.json").read_text())
+    predicted, measured = report["predicted"], report["measured"]
+    assert set(predicted) == set(measured) == {
+        "seconds", "peak_memory_bytes", "peak_vram_bytes", "disk_bytes"
+    }  # fmt: skip
+    assert measured["peak_vram_bytes"] == 0 < measured["peak_memory_bytes"]
+    weights = sum(path.stat().st_size for path in quantized.glob("*.safetensors"))
+    # States of 768 tokens: two streams, of one layer at the time of measuring.
+    assert weights < measured["disk_bytes"] <= predicted["disk_bytes"] + 100_000
+    # The dense layer and both others; the last is the whole.
+    seconds = report["layer_seconds"]
+    assert len(seconds) == 3 and seconds == sorted(seconds) and seconds[-1] <= measured["seconds"]
+
+
+def test_tables_on_disk_and_fewer_experts_at_once_do_not_change_a_bit(
+    quantized: Path, micro_source: Path, micro_text: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(micro_source)
+    model = architecture_of(checkpoint.config)
+    layer = largest_layer(checkpoint, model)
+    least = plan_memory(model, layer, 12 * 64, 64, 3, 0, True)
+    assert (least.experts_at_once, least.tables_on_disk) == (1, True)
+    bound = least.peak_bytes
+    options = {"bits": 2, "calib": str(micro_text), "threads": 3, **CALIBRATION}
+    report = erniequant.quantize(micro_source, tmp_path / "q", max_memory=bound, **options)
+    assert "experts at a time: 1, activations in mapped files" in report.plan_text
+    first = (quantized / "model.safetensors").read_bytes()
+    assert first == (tmp_path / "q" / "model.safetensors").read_bytes()
+    with pytest.raises(ErnieQuantError, match=f"--max-memory {bound - 1} is too little"):
+        erniequant.quantize(micro_source, tmp_path / "less", max_memory=bound - 1, **options)
+    assert not (tmp_path / "less").exists()
