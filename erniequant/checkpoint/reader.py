@@ -21,6 +21,8 @@ from erniequant.errors import ErnieQuantError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+WORK_FOLDER = ".erniequant-work"
+"""Where `erniequant.resume` keeps an unfinished run, inside its destination."""
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pdparams")
 _LENGTH_BYTES = 8
 # The safetensors library refuses longer headers; a damaged length would ask for gigabytes.
@@ -217,6 +219,10 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     hub = HubRepository(str(source)) if folder is None else None
     folder = hub.folder if hub is not None else folder
     assert folder is not None
+    if not (folder / CONFIG_FILE).exists() and (folder / WORK_FOLDER).is_dir():
+        raise ErnieQuantError(
+            f"{folder} holds an unfinished quantisation; repeat its command to complete it"
+        )
     config = read_json(folder / CONFIG_FILE)
     index = folder / INDEX_FILE
     single = (folder / SINGLE_FILE).is_file()

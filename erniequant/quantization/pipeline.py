@@ -20,7 +20,13 @@ from erniequant.calibration.texts import (
 )
 from erniequant.checkpoint.files import disk_error, write_json
 from erniequant.checkpoint.layout import index_of
-from erniequant.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint, open_checkpoint
+from erniequant.checkpoint.reader import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WORK_FOLDER,
+    Checkpoint,
+    open_checkpoint,
+)
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.checkpoint.writer import MAX_SHARD_BYTES, copy_companions
 from erniequant.devices import resolve_device, return_freed_memory
@@ -47,7 +53,7 @@ from erniequant.quantization.report import (
     QuantizationReport,
 )
 from erniequant.quantization.run import Run
-from erniequant.resume.workfolder import DEFAULT_NAME, WorkFolder
+from erniequant.resume.workfolder import WorkFolder
 from erniequant.tokenizers import load_tokenizer
 from erniequant.version import PRODUCER
 
@@ -206,7 +212,7 @@ def _opened(
     except OSError as error:
         raise disk_error(destination, error) from error
     try:
-        work = WorkFolder(Path(work_dir).expanduser() if work_dir else destination / DEFAULT_NAME)
+        work = WorkFolder(Path(work_dir).expanduser() if work_dir else destination / WORK_FOLDER)
         try:
             _prepare_destination(destination, work, resume)
             yield work

@@ -16,11 +16,11 @@ import torch
 
 from erniequant.calibration.rows import Rows
 from erniequant.checkpoint.files import delete, disk_error, write_file
+from erniequant.checkpoint.reader import WORK_FOLDER
 from erniequant.errors import ErnieQuantError
 from erniequant.resume.journal import Journal
 from erniequant.resume.lock import Lock
 
-DEFAULT_NAME = ".erniequant-work"
 _JOURNAL, _LOCK = "journal.jsonl", "lock"
 _LAST = {_JOURNAL: 1, _LOCK: 2}
 _STATES = "states-{layer:05d}.f32"
@@ -148,7 +148,7 @@ class WorkFolder:
         for path in sorted(self._files(_OURS), key=lambda p: _LAST.get(p.name, 0)):
             delete(path)
         self._removed = True
-        if self._made or self.folder.name == DEFAULT_NAME:
+        if self._made or self.folder.name == WORK_FOLDER:
             with contextlib.suppress(OSError):  # it holds something that is not ours
                 self.folder.rmdir()
 

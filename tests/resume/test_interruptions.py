@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import erniequant
+from erniequant.errors import ErnieQuantError
 from erniequant.resume.lock import Lock
 from tests.resume.hostile import KILL
 from tests.resume.kills import Driver, contents, survive_kills
@@ -36,6 +38,11 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
 ) -> None:
     seed = datetime.date.today().toordinal()
     assert survive_kills(driver, micro_source, options, tmp_path, KILLS, seed) == []
+
+
+def test_an_unfinished_run_is_not_taken_for_a_model(killed: Path) -> None:
+    with pytest.raises(ErnieQuantError, match="unfinished quantisation; repeat its command"):
+        erniequant.load(killed)
 
 
 def test_going_on_does_not_begin_anew(

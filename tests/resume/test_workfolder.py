@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from erniequant.calibration.rows import RowPool, Rows
+from erniequant.checkpoint.reader import WORK_FOLDER
 from erniequant.errors import ErnieQuantError
 from erniequant.resume import workfolder
 from erniequant.resume.journal import Journal
-from erniequant.resume.workfolder import DEFAULT_NAME, WorkFolder
+from erniequant.resume.workfolder import WorkFolder
 from tests.conftest import FileLimit, ReadOnly
 
 IDENTITY = {"--bits": 2, "--calib": "builtin", "the calibration text": "ab" * 32}
@@ -228,7 +229,7 @@ def test_clearing_forgets_the_run_and_keeps_the_lock(work: WorkFolder) -> None:
 # Made by the run; there before; there before, but by its name ours: left by a run that was killed.
 @pytest.mark.parametrize(
     ("name", "before", "stays"),
-    [("w", False, False), ("w", True, True), (DEFAULT_NAME, True, False)],
+    [("w", False, False), ("w", True, True), (WORK_FOLDER, True, False)],
 )
 def test_the_folder_goes_unless_someone_else_made_it(
     tmp_path: Path, name: str, before: bool, stays: bool
