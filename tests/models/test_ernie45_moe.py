@@ -112,3 +112,27 @@ def test_other_configs_are_refused(
     settings = json.loads((micro_ernie / "config.json").read_text()) | change
     with pytest.raises(ErnieQuantError, match=message):
         architecture_of(settings)
+
+
+def test_a_missing_tensor_is_named_and_only_the_bias_may_be(micro_ernie: Path) -> None:
+    source = open_checkpoint(micro_ernie)
+    model = architecture_of(source.config)
+
+    class Without:
+        def __init__(self, missing: str):
+            self.missing = missing
+
+        def names(self) -> list[str]:
+            return [name for name in source.names() if name != self.missing]
+
+        def tensor(self, name: str) -> torch.Tensor:
+            if name == self.missing:
+                raise ErnieQuantError(f"tensor {name} is missing")
+            return source.tensor(name)
+
+    name = "model.layers.1.post_attention_layernorm.weight"
+    with pytest.raises(ErnieQuantError, match=f"{name} is missing"):
+        model.load_layer(Without(name), 1, CPU)
+    bias = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
+    layer = model.load_layer(Without(bias), 1, CPU)
+    assert not layer.mlp.gate.moe_statics.e_score_correction_bias.any()

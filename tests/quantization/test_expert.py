@@ -243,3 +243,21 @@ def test_tokens_without_any_sensitivity_count_by_their_weights(
     )
     expected = (tokens.x * tokens.weights[:, None]).T @ tokens.x
     torch.testing.assert_close(moments.total, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_sample_has_no_part_in_the_moments_of_gate_and_up(
+    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
+) -> None:
+    # It counts for outputs and for down; for gate and up the layer's pooled moments stand in.
+    evidence = expert_module._WithSample(tokens, tokens_of(100 * torch.ones(9, 96)), 50.0)
+    before = RowPool().empty(evidence.count, 64)
+    moments, importance = expert_module._gate_up_moments(
+        expert_weights.gate_up(), torch.ones(64), evidence, before, layer, emphasise=False
+    )
+    expected = (tokens.x * tokens.weights[:, None]).T @ tokens.x
+    torch.testing.assert_close(moments.total, expected, rtol=1e-3, atol=1e-3)
+    own = expert_module._WithSample(tokens, tokens_of(torch.zeros(0, 96)), 0.0)
+    _, less = expert_module._gate_up_moments(
+        expert_weights.gate_up(), torch.ones(64), own, before, layer, emphasise=False
+    )
+    assert importance.sum() > 2 * less.sum()

@@ -8,7 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import erniequant
-from erniequant.calibration.texts import CalibrationConfig, calibration_windows
+from erniequant.calibration.rows import RowPool
+from erniequant.calibration.texts import (
+    CalibrationConfig,
+    CalibrationWindows,
+    calibration_windows,
+)
+from erniequant.checkpoint.reader import open_checkpoint
+from erniequant.models.registry import architecture_of
 from erniequant.quantization import run
 from erniequant.quantization.streams import Streams
 
@@ -51,3 +58,28 @@ def test_streams_end_where_the_models_end(
         torch.testing.assert_close(states, expected, rtol=1e-3, atol=1e-3)
     # Two bits on random weights: the streams are far apart, so neither stands in for the other.
     assert (original - quantized).norm() > 0.03 * original.norm()
+
+
+@pytest.mark.parametrize("bad", ["quantised input", "original input", "drift"])
+def test_tokens_with_a_bad_number_in_either_model_are_marked(
+    micro_source: Path, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    checkpoint = open_checkpoint(micro_source)
+    model = architecture_of(checkpoint.config)
+    ids = torch.arange(20) + 3
+    windows = CalibrationWindows((ids[:12], ids[12:]), "", "")
+    streams = Streams(checkpoint, model, windows, torch.device("cpu"), 1, RowPool())
+    streams.embed()
+    streams.through_dense_layer(0)
+    route, calls = model.route, [0]
+
+    def damaged(layer: Any, hidden: torch.Tensor) -> Any:
+        calls[0] += 1
+        moved, found = route(layer, hidden)
+        # Both windows of the quantised model, then both of the original; a token of each second.
+        if calls[0] == {"quantised input": 2, "original input": 4, "drift": 4}[bad]:
+            (moved[0] if bad == "drift" else found.x)[3, 7] = float("inf")
+        return moved, found
+
+    monkeypatch.setattr(model, "route", damaged)
+    assert (~streams.into_experts(1).finite).nonzero().flatten().tolist() == [12 + 3]
