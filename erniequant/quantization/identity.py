@@ -5,6 +5,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def run_identity(
         "--max-tp": plan.options.max_tp,
         "--seed": plan.options.seed,
         "--device": device.type,
+        "the plan": _plan_digest(plan),
         "calibration": "none" if windows is None else "text",
         "the source's config.json": sha256_of(checkpoint.folder / CONFIG_FILE),
         "the source's tensors": _digest([json.dumps(header).encode() for header in headers]),
@@ -55,6 +57,12 @@ def run_identity(
 def processor() -> str:
     """What kind of processor computes; another one rounds differently."""
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _plan_digest(plan: Plan) -> str:
+    """Of what is written: codes and every tensor. The options alone do not say it for ever."""
+    tensors = [[t.name, t.stored_dtype, *t.shape] for t in plan.packed]
+    return _digest([json.dumps([asdict(plan.layer), tensors, plan.copied]).encode()])
 
 
 def _files_digest(folder: Path) -> str:
