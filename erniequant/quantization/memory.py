@@ -20,7 +20,7 @@ from erniequant.models.architecture import Architecture
 from erniequant.quantization.layer import SAMPLE_TOKENS
 from erniequant.quantization.tokens import CHUNK
 
-BASE_BYTES = 640_000_000
+BASE_BYTES = 700_000_000
 """A process that has imported torch, transformers and numba and compiled the encoder (555 MB), and
 what its allocator keeps."""
 
