@@ -8,7 +8,6 @@ an unfinished file for a finished one.
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -32,12 +31,7 @@ class ShardFiles:
     def __enter__(self) -> "ShardFiles":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()

@@ -14,8 +14,7 @@ from transformers import AutoConfig
 
 from erniequant.checkpoint.reader import TensorHeader
 from erniequant.errors import ErnieQuantError, foreign_errors
-from erniequant.format.headers import is_dense
-from erniequant.format.schema import experts_module, layer_key_of
+from erniequant.format.schema import experts_module, is_dense_key, layer_key_of
 from erniequant.models.architecture import EXPERT_MATRICES, Architecture, Shapes
 from erniequant.models.registry import ARCHITECTURES, architecture_of
 from erniequant.models.settings import entries, require_harmless
@@ -95,6 +94,13 @@ def misfits(
     if settings["model_type"] == VISION_MODEL_TYPE:
         return
     model = architecture_of({k: v for k, v in settings.items() if k != "quantization_config"})
+    yield from tensor_misfits(model, headers, packed)
+
+
+def tensor_misfits(
+    model: Architecture, headers: Mapping[str, TensorHeader], packed: Collection[str] = ()
+) -> Iterator[str]:
+    """`misfits` where the architecture is known already."""
     embedding = next((name for name in headers if name.endswith("embed_tokens.weight")), None)
     if embedding is None:
         yield "tensor model.embed_tokens.weight is missing from the checkpoint"
@@ -103,18 +109,23 @@ def misfits(
     prefix = embedding.removesuffix("embed_tokens.weight")
     required, optional = _expected(model, prefix, headers, packed)
     known = required | optional
-    dense = is_dense(settings)
+    dense = is_dense_key(model.layer_key(0))
     for name, header in headers.items():
         if name in known:
             yield from _misfit(header, known[name])
         elif _NOT_RUN not in name and layer_key_of(name, dense) not in packed:
-            yield (
-                f"tensor {name} is not part of an {model.description} as config.json describes "
-                "it; check that config.json and weights belong together"
-            )
+            yield not_part_of(name, model)
     for name in required:
         if name not in headers:
             yield f"tensor {name} is missing from the checkpoint"
+
+
+def not_part_of(name: str, model: Architecture) -> str:
+    """The line for a tensor that the model does not have."""
+    return (
+        f"tensor {name} is not part of an {model.description} as config.json describes it; "
+        "check that config.json and weights belong together"
+    )
 
 
 def _misfit(header: TensorHeader, shape: tuple[int, ...]) -> Iterator[str]:

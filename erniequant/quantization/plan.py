@@ -13,7 +13,7 @@ from erniequant.checkpoint.layout import OutputTensor, PlannedShard, plan_shards
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.codes import EFFORTS, code_for_bits, register_length
 from erniequant.errors import ErnieQuantError
-from erniequant.format.fit import require_fit
+from erniequant.format.fit import not_part_of, tensor_misfits
 from erniequant.format.schema import (
     LayerSpec,
     MatrixSpec,
@@ -120,7 +120,8 @@ def make_plan(checkpoint: Checkpoint, model: Architecture, options: QuantizeOpti
     for name in checkpoint.names():
         if name not in known and not _MTP.fullmatch(name):
             raise _unknown(name, model)
-    require_fit(checkpoint.config, checkpoint.headers)
+    for line in tensor_misfits(model, checkpoint.headers):
+        raise ErnieQuantError(line)
     copied = tuple(name for name in checkpoint.names() if name not in expert_names)
     spec = layer_spec(sizes, options)
     packed = tuple(
@@ -166,10 +167,7 @@ def _unknown(name: str, model: Architecture) -> ErnieQuantError:
             f"tensor {name} holds all experts of a layer in one; save the checkpoint with one "
             "tensor per expert (transformers: save_pretrained(..., save_original_format=True))"
         )
-    return ErnieQuantError(
-        f"tensor {name} is not part of an {model.description} as config.json describes it; "
-        "check that config.json and weights belong together"
-    )
+    return ErnieQuantError(not_part_of(name, model))
 
 
 def layer_spec(model: ModelSizes, options: QuantizeOptions) -> LayerSpec:

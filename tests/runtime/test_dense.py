@@ -20,23 +20,11 @@ from erniequant.runtime import experts as experts_module
 from erniequant.runtime import ops
 from erniequant.runtime.mlp import PackedMlp
 from erniequant.runtime.transformers_plugin import ErnieQuantConfig, ErnieQuantizer
+from tests.runtime.models import IDS, load, logits
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 Damaged = Callable[[Edit], Path]
 WithConfig = Callable[[Path, Callable[[dict[str, Any]], Any]], Path]
-# 0 is padding, which generate() would mask.
-IDS = torch.randint(3, 128, (2, 19), generator=torch.Generator().manual_seed(3))
-
-
-def load(folder: Path, **options: Any) -> Any:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(info.values()), info
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(IDS).logits.float()
 
 
 def mlps(model: Any) -> list[str]:

@@ -14,20 +14,7 @@ import erniequant
 from erniequant.checkpoint import open_checkpoint
 from erniequant.runtime.experts import PackedExperts
 from erniequant.runtime.transformers_plugin import ErnieQuantizer, register
-
-# 0 is padding, which generate() would mask.
-IDS = torch.randint(3, 128, (2, 19), generator=torch.Generator().manual_seed(3))
-
-
-def load(folder: Path, **options: Any) -> Any:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(info.values()), info
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(IDS).logits.float()
+from tests.runtime.models import IDS, load, logits
 
 
 @pytest.fixture(scope="module")
