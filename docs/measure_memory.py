@@ -129,7 +129,7 @@ def write_source(folder: Path, case: Case) -> None:
     for layer in sizes.moe_layers:
         for expert in range(sizes.experts):
             for matrix in EXPERT_MATRICES:
-                turned = (sizes.inner, sizes.hidden)
+                turned = (sizes.groups[0].inner, sizes.hidden)
                 shape = turned[::-1] if matrix == "down_proj" else turned
                 shapes[model.expert_matrix_name(layer, expert, matrix)] = shape
     tensors = [
@@ -236,10 +236,10 @@ def bound(source: Path, case: Case) -> int:
 
     checkpoint = open_checkpoint(source)
     model = architecture_of(checkpoint.config)
-    expert = 2 * 3 * model.sizes.hidden * model.sizes.inner
+    expert = 2 * 3 * model.sizes.hidden * model.sizes.groups[0].inner
     if case.budget == "default":
         return int(1.5 * model.sizes.experts * expert + 2e9)
-    hessian = max(model.sizes.hidden, model.sizes.inner) ** 2
+    hessian = max(model.sizes.hidden, model.sizes.groups[0].inner) ** 2
     return int(4 * expert + 32 * hessian + largest_layer(checkpoint, model) + 1e9)
 
 

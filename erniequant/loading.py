@@ -68,9 +68,14 @@ def _from_pretrained(
     device: torch.device,
     dtype: torch.dtype | str,
 ) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        Ernie4_5_VLMoeConfig,
+    )
 
-    from erniequant.format.fit import VISION_MODEL_TYPE, require_fit, require_size_on_disk
+    from erniequant.format.fit import require_fit
+    from erniequant.models.vl_config import MODEL_TYPE, in_terms_of_transformers
     from erniequant.runtime.transformers_plugin import register
 
     register()
@@ -79,14 +84,15 @@ def _from_pretrained(
         # transformers would load the weights that it names on top, or instead.
         raise ErnieQuantError(f"{folder} has an adapter ({_ADAPTER_FILE}); merge or remove it")
     require_fit(config, checkpoint.headers, {layer.key for layer in layers})
-    vision = config["model_type"] == VISION_MODEL_TYPE
+    settings = in_terms_of_transformers(config)
+    vision = settings["model_type"] == MODEL_TYPE
     auto: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    if vision:
-        require_size_on_disk(auto, folder, _weights(checkpoint, layers))
+    # transformers does not know the original's name of the architecture.
+    known = {} if settings is config else {"config": Ernie4_5_VLMoeConfig(**settings)}
     with foreign_errors(f"transformers cannot load {folder}"):
         model, info = auto.from_pretrained(
             folder, dtype=dtype, output_loading_info=True,
-            trust_remote_code=False, local_files_only=True, use_safetensors=True,
+            trust_remote_code=False, local_files_only=True, use_safetensors=True, **known,
         )  # fmt: skip
     missing = {name for name in info["missing_keys"] if _OPTIONAL not in name}
     for names, what in ((missing, "is missing"), (set(info["unexpected_keys"]), "is left over")):
@@ -95,11 +101,6 @@ def _from_pretrained(
             raise ErnieQuantError(f"{folder}: tensor {min(names)} {what}{more}")
     with foreign_errors(f"the model of {folder} cannot be moved to {device}"):
         return model.to(device)
-
-
-def _weights(checkpoint: Checkpoint, layers: tuple[QuantizedExperts, ...]) -> int:
-    decoded = sum(3 * layer.experts * layer.hidden * layer.inner for layer in layers)
-    return decoded + sum(header.elements for header in checkpoint.headers.values())
 
 
 def _keep_decoded(model: Any, device: torch.device, keep: bool | None) -> None:

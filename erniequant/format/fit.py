@@ -6,20 +6,15 @@ transformers fills what is missing with random numbers and only warns of what is
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig
-
 from erniequant.checkpoint.reader import TensorHeader
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.errors import ErnieQuantError
 from erniequant.format.schema import experts_module, is_dense_key, layer_key_of
-from erniequant.models.architecture import EXPERT_MATRICES, Architecture, Shapes
+from erniequant.models.architecture import EXPERT_MATRICES, Architecture, ExpertGroup, Shapes
 from erniequant.models.registry import ARCHITECTURES, architecture_of
 from erniequant.models.settings import entries, require_harmless
 
-VISION_MODEL_TYPE = "ernie4_5_vl_moe"
 _LAYER_COUNTS = ("num_hidden_layers", "depth", "num_layers")
 _SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "moe_num_experts",
           "num_experts", "vocab_size", "num_attention_heads", "num_key_value_heads", "num_heads",
@@ -36,10 +31,9 @@ def require_bounded(settings: dict[str, Any], headers: Mapping[str, TensorHeader
         ErnieQuantError: also for another architecture.
     """
     found = settings.get("model_type")
-    known = (*ARCHITECTURES, VISION_MODEL_TYPE)
-    if found not in known:
+    if found not in ARCHITECTURES:
         raise ErnieQuantError(
-            f"config.json says model_type {found!r}; supported: {', '.join(known)}"
+            f"config.json says model_type {found!r}; supported: {', '.join(ARCHITECTURES)}"
         )
     require_harmless(settings)
     largest = max((n for header in headers.values() for n in header.shape), default=0)
@@ -70,13 +64,13 @@ def require_fit(
 def bounded_architecture(
     settings: dict[str, Any], headers: Mapping[str, TensorHeader]
 ) -> Architecture:
-    """The architecture of a plain checkpoint to be quantised.
+    """The architecture of a plain checkpoint.
 
     Raises:
         ErnieQuantError: what `require_bounded` and `architecture_of` refuse.
     """
     require_bounded(settings, headers)
-    return architecture_of(settings)
+    return architecture_of(settings).adapt(headers)
 
 
 def misfits(
@@ -84,17 +78,13 @@ def misfits(
 ) -> Iterator[str]:
     """Every tensor that is missing, left over, of another shape, or of no float type.
 
-    packed: keys of quantised layers, whose experts are checked elsewhere. Vision-language models
-    are checked for bounds only.
+    packed: keys of quantised layers, whose experts are checked elsewhere.
 
     Raises:
         ErnieQuantError: what `require_bounded` refuses, or sizes that make no model.
     """
-    require_bounded(settings, headers)
-    if settings["model_type"] == VISION_MODEL_TYPE:
-        return
-    model = architecture_of({k: v for k, v in settings.items() if k != "quantization_config"})
-    yield from tensor_misfits(model, headers, packed)
+    plain = {k: v for k, v in settings.items() if k != "quantization_config"}
+    yield from tensor_misfits(bounded_architecture(plain, headers), headers, packed)
 
 
 def tensor_misfits(
@@ -109,7 +99,7 @@ def tensor_misfits(
     prefix = embedding.removesuffix("embed_tokens.weight")
     required, optional = _expected(model, prefix, headers, packed)
     known = required | optional
-    dense = is_dense_key(model.layer_key(0))
+    dense = is_dense_key(model.sizes.groups[0].layer_key(0))
     for name, header in headers.items():
         if name in known:
             yield from _misfit(header, known[name])
@@ -159,16 +149,21 @@ def _expected(
         else:
             required[found] = shape
     for layer in model.sizes.moe_layers:
-        if model.layer_key(layer) not in packed:
-            required |= _matrices(model, prefix, layer, headers)
+        for group in model.sizes.groups:
+            if group.layer_key(layer) not in packed:
+                required |= _matrices(model, group, prefix, layer, headers)
     return required, optional
 
 
 def _matrices(
-    model: Architecture, prefix: str, layer: int, headers: Mapping[str, TensorHeader]
+    model: Architecture,
+    group: ExpertGroup,
+    prefix: str,
+    layer: int,
+    headers: Mapping[str, TensorHeader],
 ) -> Shapes:
-    experts, hidden, inner = model.sizes.experts, model.sizes.hidden, model.sizes.inner
-    fused = f"{prefix}{experts_module(model.layer_key(layer))}."
+    experts, hidden, inner = group.experts, model.sizes.hidden, group.inner
+    fused = f"{prefix}{experts_module(group.layer_key(layer))}."
     if f"{fused}gate_up_proj" in headers:
         return {f"{fused}gate_up_proj": (experts, 2 * inner, hidden),
                 f"{fused}down_proj": (experts, hidden, inner)}  # fmt: skip
@@ -177,25 +172,6 @@ def _matrices(
     )
     return {
         prefix + model.expert_matrix_name(layer, expert, matrix).removeprefix("model."): shape
-        for expert in range(experts)
+        for expert in group.numbers
         for matrix, shape in shapes.items()
     }
-
-
-def require_size_on_disk(auto: Any, folder: Path, weights: int) -> None:
-    """Refuse a model with more weights than the checkpoint, counted on one built without memory.
-
-    For architectures whose tensors `misfits` does not know: whatever is missing would be filled
-    with random numbers, up to the size that config.json claims.
-    """
-    with foreign_errors(f"transformers cannot build the model of {folder}"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=False)
-    claimed = sum(parameter.numel() for parameter in model.parameters())
-    biases = sum(p.numel() for n, p in model.named_parameters() if "e_score_correction" in n)
-    if claimed - biases > weights:
-        raise ErnieQuantError(
-            f"config.json describes {claimed} weights, but the checkpoint has {weights}; "
-            "check that config.json and weights belong together"
-        )

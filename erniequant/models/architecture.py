@@ -8,6 +8,7 @@ them: the caller streams these expert by expert.
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -35,16 +36,47 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True)
+class ExpertGroup:
+    """Experts of a layer that are alike: a token chooses all of its experts from one group.
+
+    ``name`` is how keys of `quantization_config` name the group, empty for a layer's only one;
+    ``first`` is the number of its first expert among all of a layer, as they are numbered on disk.
+    """
+
+    name: str
+    experts: int
+    inner: int
+    first: int = 0
+
+    def layer_key(self, layer: int) -> str:
+        """The key of the group in a layer."""
+        return f"{layer}.{self.name}" if self.name else str(layer)
+
+    @property
+    def numbers(self) -> range:
+        """Numbers of its experts within a layer."""
+        return range(self.first, self.first + self.experts)
+
+
+@dataclass(frozen=True)
 class ModelSizes:
     """Sizes of a model and the layers whose MLP is quantised; a dense MLP counts as one expert."""
 
     hidden: int
-    inner: int
-    experts: int
+    groups: tuple[ExpertGroup, ...]
     top_k: int
     layers: int
     moe_layers: tuple[int, ...]
     vocabulary: int
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer, of all groups."""
+        return sum(group.experts for group in self.groups)
+
+    def group_of(self, expert: int) -> ExpertGroup:
+        """The group that an expert of a layer is in."""
+        return next(group for group in self.groups if expert in group.numbers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,22 +87,44 @@ class MoeInput:
     expert: torch.Tensor
     weight: torch.Tensor
 
+    def rows_of(self, group: ExpertGroup) -> torch.Tensor:
+        """Rows of the tokens that chose from a group, ascending."""
+        chosen = self.expert[:, 0]
+        return torch.where((chosen >= group.first) & (chosen < group.numbers.stop))[0]
+
     def routed_to(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of an expert's tokens, ascending, and their routing weights in float32."""
         rows, slot = torch.where(self.expert == expert)
         return rows, self.weight[rows, slot].float()
 
 
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a model takes images: token ids, and sizes in pixels and patches.
+
+    A square of ``merge`` x ``merge`` patches of ``patch`` x ``patch`` pixels is one token.
+    """
+
+    start_token: int
+    token: int
+    end_token: int
+    patch: int
+    merge: int
+    channels: int
+
+
 class Architecture(ABC):
     """One kind of model with its config.
 
     Attributes:
-        config: of transformers.
+        config: of transformers, of the decoder.
         sizes: see `ModelSizes`.
+        images: how it takes images, None for a model of text alone.
     """
 
     model_type: ClassVar[str]
     description: ClassVar[str]
+    images: ImageSettings | None = None
 
     def __init__(self, config: Any, sizes: ModelSizes):
         config._attn_implementation = "sdpa"
@@ -78,17 +132,19 @@ class Architecture(ABC):
         self._required: Shapes | None = None
 
     @abstractmethod
-    def layer_key(self, layer: int) -> str:
-        """The key of a quantised layer in `quantization_config`."""
-
-    @abstractmethod
     def expert_matrix_name(self, layer: int, expert: int, matrix: str) -> str:
         """Name on disk of one matrix (``matrix``: one of `EXPERT_MATRICES`)."""
 
     @abstractmethod
-    def route(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, MoeInput]:
+    def route(
+        self, layer: Any, hidden: torch.Tensor, vision: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, MoeInput]:
         """Split a quantised layer after attention: hidden states ``[1, T, H]`` with everything
-        added but the experts' outputs, and the experts' input."""
+        added but the experts' outputs, and the experts' input.
+
+        vision: bool ``[T]``, which tokens are of an image, in models that tell them apart; None
+        means none.
+        """
 
     @abstractmethod
     def _empty_layer(self, index: int) -> Any:
@@ -98,9 +154,21 @@ class Architecture(ABC):
     def _rotary(self) -> Any:
         """The module of position embeddings."""
 
+    def adapt(self, names: Collection[str]) -> "Architecture":
+        """Take over how a checkpoint with tensors of these names calls what has two names."""
+        return self
+
     def disk_name(self, layer: int, name: str) -> str:
         """Name on disk of a parameter of a layer."""
         return f"model.layers.{layer}.{name}"
+
+    def disk_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape on disk of a parameter of a layer that has ``shape`` in memory."""
+        return shape
+
+    def from_disk(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A parameter of a layer from the tensor that holds it."""
+        return tensor
 
     def optional(self, name: str) -> bool:
         """Whether a required tensor may be missing, and is zero then."""
@@ -115,14 +183,22 @@ class Architecture(ABC):
         found: Shapes = {"model.embed_tokens.weight": embedding}
         for index in range(self.sizes.layers):
             for name, parameter in self._empty_layer(index).state_dict().items():
-                found[self.disk_name(index, name)] = tuple(parameter.shape)
+                shape = self.disk_shape(name, tuple(parameter.shape))
+                found[self.disk_name(index, name)] = shape
         found["model.norm.weight"] = (self.sizes.hidden,)
         if not config.tie_word_embeddings:
             found["lm_head.weight"] = embedding
-        if config.use_bias:
+        if self._head_bias():
             found["lm_head.bias"] = (self.sizes.vocabulary,)
-        self._required = found
-        return found
+        self._required = found | self._other_parts()
+        return self._required
+
+    def _head_bias(self) -> bool:
+        return bool(self.config.use_bias)
+
+    def _other_parts(self) -> Shapes:
+        """Shapes of what the model has beside its decoder."""
+        return {}
 
     def load_layer(self, source: TensorSource, index: int, device: torch.device) -> Any:
         """A decoder layer that computes in float32, without the matrices that are quantised.
@@ -143,30 +219,55 @@ class Architecture(ABC):
                 state[name] = torch.zeros(parameter.shape, device=device)
                 continue
             tensor = source.tensor(disk)
-            if tensor.shape != parameter.shape:
+            shape = self.disk_shape(name, tuple(parameter.shape))
+            if tuple(tensor.shape) != shape:
                 raise ErnieQuantError(
-                    f"{disk} has shape {tuple(tensor.shape)}, but config.json asks for "
-                    f"{tuple(parameter.shape)}"
+                    f"{disk} has shape {tuple(tensor.shape)}, but config.json asks for {shape}"
                 )
+            tensor = self.from_disk(name, tensor)
             keep = f"{name.rpartition('.')[0]}." in stored
             state[name] = tensor.to(device=device, dtype=tensor.dtype if keep else torch.float32)
         layer.load_state_dict(state, assign=True)
         return layer.eval().requires_grad_(False)
 
-    def position_embeddings(self, length: int, device: torch.device) -> Any:
-        """Rotary cosine and sine of positions ``0..length-1``."""
-        rotary = self._rotary().to(device)
-        return rotary(torch.zeros(1, device=device), torch.arange(length, device=device)[None])
+    def position_embeddings(self, positions: torch.Tensor, device: torch.device) -> Any:
+        """Rotary cosine and sine of positions, int64 ``[1, T]``, or ``[3, 1, T]`` in models that
+        know images."""
+        return self._rotary().to(device)(torch.zeros(1, device=device), positions.to(device))
 
-    def attend(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, layer: Any, hidden: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Hidden states ``[1, T, H]`` of one text after the layer's attention, causal, without
-        padding."""
+        padding.
+
+        positions: int64 ``[3, T]``, of a text with images; None counts from 0.
+        """
+        where = torch.arange(hidden.shape[1]) if positions is None else positions
         attended, _ = layer.self_attn(
             hidden_states=layer.input_layernorm(hidden),
-            position_embeddings=self.position_embeddings(hidden.shape[1], hidden.device),
+            position_embeddings=self.position_embeddings(where.unsqueeze(-2), hidden.device),
             attention_mask=None,
         )
         return hidden + attended
+
+    def embed_images(
+        self,
+        source: TensorSource,
+        patches: torch.Tensor,
+        grid: torch.Tensor,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Embeddings float32 ``[P / merge**2, H]`` of the tokens of images, on the CPU.
+
+        Args:
+            patches: of all images, float32 ``[P, C * patch * patch]``.
+            grid: int64 ``[images, 3]``: time, height and width of each in patches.
+
+        Raises:
+            ErnieQuantError: the model takes no images.
+        """
+        raise ErnieQuantError(f"an {self.description} takes no images")
 
     def dense_mlp(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[1, T, H]`` after the MLP of a layer that is not quantised."""
@@ -183,7 +284,8 @@ def read_settings(kind: type[Any], settings: dict[str, Any], model_type: str) ->
     with foreign_errors(f"config.json is not a valid {model_type} config"):
         # A copy: transformers rewrites nested settings in place.
         config = kind(**copy.deepcopy(settings))
-        if config.hidden_act not in ACT2FN:
-            raise ErnieQuantError(f"config.json has hidden_act {config.hidden_act!r}; unknown")
-    require_possible(config)
+        decoder = config.get_text_config()
+        if decoder.hidden_act not in ACT2FN:
+            raise ErnieQuantError(f"config.json has hidden_act {decoder.hidden_act!r}; unknown")
+    require_possible(decoder)
     return config

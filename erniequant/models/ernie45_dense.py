@@ -10,7 +10,13 @@ from transformers.models.ernie4_5.modeling_ernie4_5 import (
     Ernie4_5RotaryEmbedding,
 )
 
-from erniequant.models.architecture import Architecture, ModelSizes, MoeInput, read_settings
+from erniequant.models.architecture import (
+    Architecture,
+    ExpertGroup,
+    ModelSizes,
+    MoeInput,
+    read_settings,
+)
 
 
 class Ernie45Dense(Architecture):
@@ -25,8 +31,7 @@ class Ernie45Dense(Architecture):
         layers = config.num_hidden_layers
         sizes = ModelSizes(
             config.hidden_size,
-            config.intermediate_size,
-            experts=1,
+            (ExpertGroup("mlp", 1, config.intermediate_size),),
             top_k=1,
             layers=layers,
             moe_layers=tuple(range(layers)),
@@ -34,13 +39,12 @@ class Ernie45Dense(Architecture):
         )
         super().__init__(config, sizes)
 
-    def layer_key(self, layer: int) -> str:
-        return f"{layer}.mlp"
-
     def expert_matrix_name(self, layer: int, expert: int, matrix: str) -> str:
         return f"model.layers.{layer}.mlp.{matrix}.weight"
 
-    def route(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, MoeInput]:
+    def route(
+        self, layer: Any, hidden: torch.Tensor, vision: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, MoeInput]:
         x = layer.post_attention_layernorm(hidden)[0]
         everything = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
         return hidden, MoeInput(x, everything, torch.ones(x.shape[0], 1, device=x.device))

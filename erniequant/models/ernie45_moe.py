@@ -14,7 +14,13 @@ from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import (
 )
 
 from erniequant.errors import ErnieQuantError
-from erniequant.models.architecture import Architecture, ModelSizes, MoeInput, read_settings
+from erniequant.models.architecture import (
+    Architecture,
+    ExpertGroup,
+    ModelSizes,
+    MoeInput,
+    read_settings,
+)
 
 BIAS = "e_score_correction_bias"
 
@@ -41,17 +47,13 @@ class Ernie45Moe(Architecture):
             )
         sizes = ModelSizes(
             config.hidden_size,
-            config.moe_intermediate_size,
-            config.num_experts,
+            (ExpertGroup("", config.num_experts, config.moe_intermediate_size),),
             config.num_experts_per_tok,
             config.num_hidden_layers,
             moe_layers,
             config.vocab_size,
         )
         super().__init__(config, sizes)
-
-    def layer_key(self, layer: int) -> str:
-        return str(layer)
 
     def expert_matrix_name(self, layer: int, expert: int, matrix: str) -> str:
         return f"model.layers.{layer}.mlp.experts.{expert}.{matrix}.weight"
@@ -63,7 +65,9 @@ class Ernie45Moe(Architecture):
         # Models trained without it do not store it; transformers uses zeros as well.
         return name.endswith(BIAS)
 
-    def route(self, layer: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, MoeInput]:
+    def route(
+        self, layer: Any, hidden: torch.Tensor, vision: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, MoeInput]:
         x = layer.post_attention_layernorm(hidden)[0]
         _, weight, expert = layer.mlp.gate(x)
         if layer.mlp.shared_experts is not None:

@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from transformers.activations import ACT2FN
+
 from erniequant.errors import ErnieQuantError
 
 # Token ids and positions; no published one comes near.
@@ -72,7 +74,12 @@ def require_possible(config: Any) -> None:
             continue  # a dense model has no experts
         value = getattr(config, name, None)
         least = 1 if name in _POSITIVE else 0
-        if type(value) is not int or value < least:
+        # Of text and of vision.
+        several = name == "moe_intermediate_size" and hasattr(config, "mlp_layer_types")
+        numbers = value if several and isinstance(value, list) and len(value) == 2 else [value]
+        if several and numbers is not value:
+            raise ErnieQuantError(f"config.json has {name} {value!r}; expected two integers")
+        if any(type(number) is not int or number < least for number in numbers):
             wanted = "a positive integer" if least else "an integer"
             raise ErnieQuantError(f"config.json has {name} {value!r}; expected {wanted}")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
@@ -88,6 +95,56 @@ def require_possible(config: Any) -> None:
         )
 
 
+def require_possible_vision(config: Any) -> None:
+    """Look at what a transformers config of a vision-language model has beside its decoder.
+
+    Raises:
+        ErnieQuantError: it makes no model.
+    """
+    vision, text = config.vision_config, config.text_config
+    for name in _VISION_SIZES:
+        value = getattr(vision, name, None)
+        if type(value) is not int or value < 1:
+            raise ErnieQuantError(
+                f"config.json has {name} {value!r} in vision_config; expected a positive integer"
+            )
+    if vision.hidden_size % vision.num_heads or vision.hidden_size // vision.num_heads % 4:
+        raise ErnieQuantError(
+            f"config.json has {vision.num_heads} heads for {vision.hidden_size} channels in "
+            "vision_config; their size must be a multiple of 4"
+        )
+    if vision.temporal_merge_size != 2:
+        raise ErnieQuantError(
+            f"config.json has temporal_merge_size {vision.temporal_merge_size}; transformers runs "
+            "2 only"
+        )
+    if vision.hidden_act not in ACT2FN:
+        raise ErnieQuantError(f"config.json has hidden_act {vision.hidden_act!r}; unknown")
+    layers, kinds = text.num_hidden_layers, text.mlp_layer_types
+    if len(kinds) != layers or not set(kinds) <= {"dense", "sparse"}:
+        raise ErnieQuantError(
+            f"config.json has mlp_layer_types of length {len(kinds)}; expected dense or sparse for "
+            f"each of {layers} layers"
+        )
+    half = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads) // 2
+    section = text.rope_parameters.get("mrope_section", [22, 22, 20])
+    # Frequencies of height and width alternate.
+    sound = isinstance(section, list) and len(section) == 3 and section[0] == section[1]
+    if not sound or sum(section) != half or not 0 < section[2] < half:
+        raise ErnieQuantError(
+            f"config.json has mrope_section {section!r}; expected [n, n, m] with a sum of {half}"
+        )
+    ids = [getattr(config, name) for name in _TOKEN_IDS]
+    if len(set(ids)) != len(ids) or not all(0 <= i < text.vocab_size for i in ids):
+        raise ErnieQuantError(
+            f"config.json has {', '.join(_TOKEN_IDS)} {ids}; expected different ids below "
+            f"{text.vocab_size}"
+        )
+
+
+_VISION_SIZES = ("depth", "hidden_size", "intermediate_size", "num_heads", "in_channels",
+                 "patch_size", "spatial_merge_size")  # fmt: skip
+_TOKEN_IDS = ("image_token_id", "image_start_token_id", "image_end_token_id")
 _ALWAYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings",

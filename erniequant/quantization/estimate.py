@@ -1,9 +1,11 @@
 """Predicted time, memory and disk of a quantisation, told before it starts. Rough: within a factor
 of two."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from erniequant.codes import register_length
+from erniequant.models.architecture import ExpertGroup
 from erniequant.quantization.memory import MemoryPlan
 from erniequant.quantization.plan import Plan
 
@@ -41,8 +43,9 @@ def _work_seconds(plan: Plan, tokens: int) -> float:
     model, options = plan.model, plan.options
     shorter = _REFERENCE_LENGTH - register_length(options.bits, options.effort)
     encode = plan.expert_weights / (_ENCODE_RATE[options.bits] * 2.0**shorter)
+    # A token goes to one group; which one is not known yet, so the largest.
+    hidden, inner = model.hidden, max(group.inner for group in model.groups)
     expert_tokens = tokens * model.top_k * len(model.moe_layers)
-    hidden, inner = model.hidden, model.inner
     # Per routed token: Hessian and cross moments of both inputs, gate and up in both models, down
     # in both models and the moments of the drift.
     moments = 2 * expert_tokens * (2 * hidden**2 + 2 * inner**2 + 7 * inner * hidden)
@@ -54,17 +57,13 @@ def _work_seconds(plan: Plan, tokens: int) -> float:
 def describe(plan: Plan, memory: MemoryPlan, predicted: Estimate, download: int = 0) -> str:
     """The plan as text: layers, sizes, time, memory and disk, and bytes to ``download``."""
     model = plan.model
-    gate_up, down = plan.layer.gate_up_proj, plan.layer.down_proj
     where = "mapped files" if memory.tables_on_disk else "memory"
     lines = [
         f"quantise {len(plan.quantized)} expert matrices ({plan.expert_weights / 1e6:.1f} M "
         "weights, "
         f"{model.experts} experts in each of {len(model.moe_layers)} layers) to "
         f"{plan.options.bits} bits",
-        f"  gate and up: {gate_up.code}, register {gate_up.register_length}, tile {gate_up.tile}, "
-        f"rotation block {gate_up.rotation_block}",
-        f"  down:        {down.code}, register {down.register_length}, tile {down.tile}, "
-        f"rotation block {down.rotation_block}",
+        *(line for group in model.groups for line in _code_lines(plan, group)),
         f"copy {len(plan.copied)} other tensors unchanged "
         f"({(plan.total_weights - plan.expert_weights) / 1e6:.1f} M weights)",
     ]
@@ -90,6 +89,17 @@ def describe(plan: Plan, memory: MemoryPlan, predicted: Estimate, download: int 
     if predicted.seconds > 86_400:
         lines.append("this takes more than a day on this machine; use more cores or --effort fast")
     return "\n".join(lines)
+
+
+def _code_lines(plan: Plan, group: ExpertGroup) -> Iterator[str]:
+    spec, several = plan.specs[group.name], len(plan.model.groups) > 1
+    if several:
+        yield f"  {group.experts} experts of {group.name}, inner size {group.inner}:"
+    for what, matrix in (("gate and up:", spec.gate_up_proj), ("down:", spec.down_proj)):
+        yield (
+            f"  {'  ' * several}{what:12} {matrix.code}, register {matrix.register_length}, "
+            f"tile {matrix.tile}, rotation block {matrix.rotation_block}"
+        )
 
 
 def _gigabytes(n_bytes: float) -> str:

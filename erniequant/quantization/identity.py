@@ -5,7 +5,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def processor() -> str:
 def _plan_digest(plan: Plan) -> str:
     """Of what is written: codes and every tensor. The options alone do not say it for ever."""
     tensors = [[t.name, t.stored_dtype, *t.shape] for t in plan.packed]
-    return _digest([json.dumps([asdict(plan.layer), tensors, plan.copied]).encode()])
+    return _digest([json.dumps([plan.format_settings(), tensors, plan.copied]).encode()])
 
 
 def _files_digest(folder: Path) -> str:

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from erniequant.calibration.hessian import Moments
 from erniequant.calibration.rows import RowPool, Rows
-from erniequant.models.architecture import MoeInput
+from erniequant.models.architecture import ExpertGroup, MoeInput
 from erniequant.quantization.expert import (
     ExpertWeights,
     InnerActivations,
@@ -110,16 +110,23 @@ class ExpertOutcome:
 
 def layer_context(
     inputs: LayerInput,
+    group: ExpertGroup,
     codes: ProjectionCodes,
     input_rotation: Rotation,
     inner_rotation: Rotation,
     device: torch.device,
 ) -> LayerContext:
-    """Pool the layer's routed tokens: shared prior moments and an evenly spaced sample."""
+    """Pool the tokens of a group of experts: shared prior moments and an evenly spaced sample.
+
+    A group that no token was routed to, such as the experts for images where there were none,
+    takes the tokens of all groups.
+    """
     counts = inputs.quantized.weight.float().square().sum(-1)
-    total = counts.numel()
-    everything = inputs.tokens(torch.arange(total), counts)
-    spaced = torch.arange(0, total, max(total // SAMPLE_TOKENS, 1))
+    rows = inputs.quantized.rows_of(group)
+    if not rows.numel():
+        rows = torch.arange(counts.numel())
+    everything = inputs.tokens(rows, counts[rows])
+    spaced = rows[:: max(rows.numel() // SAMPLE_TOKENS, 1)]
     sampled = inputs.tokens(spaced, counts[spaced])
     hidden = inputs.drift.shape[1]
     moments = Moments(hidden, (hidden,), device)
@@ -142,13 +149,13 @@ def layer_context(
 def quantize_experts(
     inputs: LayerInput,
     context: LayerContext,
-    experts: int,
+    experts: range,
     load: Callable[[int], ExpertWeights],
     known: Callable[[int], PackedExpert | None],
     pool: RowPool,
     at_once: int,
 ) -> Iterator[ExpertOutcome]:
-    """Quantise experts ``0..experts-1``, ``at_once`` at a time; outcomes come in order.
+    """Quantise experts by their numbers, ``at_once`` at a time; outcomes come in order.
 
     Args:
         load: the source matrices of an expert.
@@ -164,7 +171,7 @@ def quantize_experts(
     workers = ThreadPoolExecutor(at_once)
     try:
         waiting: deque[Future[ExpertOutcome]] = deque()
-        for expert in range(experts):
+        for expert in experts:
             # An outcome that waits for its turn still holds its tables.
             if len(waiting) == at_once:
                 yield waiting.popleft().result()

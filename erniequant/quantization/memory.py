@@ -77,7 +77,7 @@ def plan_memory(
     Falls back to the least memory there is, which may be more than the budget.
     """
     parts = _parts(model, layer, tokens, length)
-    most = min(threads, model.sizes.experts)
+    most = min(threads, max(group.experts for group in model.sizes.groups))
     # Without tokens there are no tables to put on disk.
     ways = [(most, False), *((at_once, tokens > 0) for at_once in range(most, 0, -1))]
     for at_once, on_disk in ways:
@@ -104,7 +104,7 @@ def _parts(model: Architecture, layer: int, tokens: int, length: int) -> _Parts:
     """Peak bytes of: a layer without its experts; a window passing through it; hidden states,
     inputs and drift; moments and sample that experts share; one expert under way; its tables."""
     sizes = model.sizes
-    hidden, inner = sizes.hidden, sizes.inner
+    hidden, inner = sizes.hidden, max(group.inner for group in sizes.groups)
     widest = max(2 * getattr(model.config, "intermediate_size", 0), 4 * hidden)
     sample = min(SAMPLE_TOKENS, tokens)
     matrices = 4 * 2 * inner * hidden
@@ -113,7 +113,7 @@ def _parts(model: Architecture, layer: int, tokens: int, length: int) -> _Parts:
     encoding = 8 * hidden**2 + 5 * matrices
     down = 24 * inner**2 + 4 * inner * hidden + 2 * matrices
     chunk = 4 * min(CHUNK, max(tokens, 1)) * (6 * hidden + 9 * inner)
-    mean = tokens * sizes.top_k / sizes.experts
+    mean = tokens * sizes.top_k / min(group.experts for group in sizes.groups)
     popular = min(tokens, POPULARITY * mean)
     return _Parts(
         layer,

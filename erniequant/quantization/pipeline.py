@@ -7,15 +7,17 @@ are in memory. Interrupted anywhere, the same call continues (`erniequant.resume
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from erniequant.calibration.texts import (
     CalibrationConfig,
     CalibrationWindows,
+    batched_windows,
     calibration_windows,
 )
 from erniequant.checkpoint.files import disk_error, write_json
@@ -34,6 +36,7 @@ from erniequant.errors import ErnieQuantError
 from erniequant.format.fit import bounded_architecture
 from erniequant.format.schema import QuantizationMetadata
 from erniequant.models.architecture import Architecture
+from erniequant.models.vl_config import in_terms_of_transformers
 from erniequant.progress import NULL_PROGRESS, Progress
 from erniequant.quantization.estimate import Estimate, describe, estimate
 from erniequant.quantization.identity import processor, run_identity
@@ -56,6 +59,8 @@ from erniequant.quantization.run import Run
 from erniequant.resume.workfolder import WorkFolder
 from erniequant.tokenizers import load_tokenizer
 from erniequant.version import PRODUCER
+from erniequant.vision.pictures import PictureReader
+from erniequant.vision.records import ImageTextReader
 
 SIZE_TOLERANCE = 0.01
 """The result may differ from the planned size by this much, headers included."""
@@ -66,7 +71,7 @@ def quantize(
     dst: str | Path,
     *,
     bits: int,
-    calib: str = "builtin",
+    calib: str | Sequence[Mapping[str, Any]] = "builtin",
     calib_samples: int = 128,
     calib_length: int = 1024,
     chat_template: str = "apply",
@@ -83,7 +88,7 @@ def quantize(
     max_degraded: int = 0,
     progress: Progress | None = None,
 ) -> QuantizationReport:
-    """Make a quantised copy of an ERNIE 4.5 text checkpoint.
+    """Make a quantised copy of an ERNIE 4.5 checkpoint, of text or of vision and language.
 
     The output depends on the inputs, the options and the kind of processor, not on ``threads``,
     ``max_memory``, or whether the run was interrupted.
@@ -92,7 +97,9 @@ def quantize(
         src: folder or Hugging Face id of the bf16 checkpoint.
         dst: new or empty folder, or that of an unfinished run with the same options.
         bits: 2, 3 or 4 bits per expert weight.
-        calib, calib_samples, calib_length, chat_template: see `CalibrationConfig`.
+        calib, calib_samples, calib_length, chat_template: see `CalibrationConfig`. ``calib`` may
+            also be a list of batches that are ready for the model, as transformers' processors
+            make them (see `erniequant.inputs.from_batch`); all of them are used.
         no_calib: use no text; every input direction counts the same.
         effort: ``fast``, ``standard`` or ``max``: how long the registers of the codes are.
         max_tp: tensor parallelism that the result must split into.
@@ -114,7 +121,8 @@ def quantize(
     """
     watch = progress or NULL_PROGRESS
     options = QuantizeOptions(bits, effort, max_tp, seed)
-    calibration = CalibrationConfig(calib, calib_samples, calib_length, chat_template, seed)
+    source = calib if isinstance(calib, str) else "batches"
+    calibration = CalibrationConfig(source, calib_samples, calib_length, chat_template, seed)
     target = resolve_device(device)
     checkpoint = open_checkpoint(src)
     model = bounded_architecture(checkpoint.config, checkpoint.headers)
@@ -129,7 +137,7 @@ def quantize(
     if dry_run:
         return QuantizationReport(plan, plan_text, None, (), predicted, None, {}, dry_run=True)
 
-    windows = None if no_calib else _windows(checkpoint, calibration, plan, watch)
+    windows = None if no_calib else _windows(checkpoint, model, calib, calibration, watch)
     identity = run_identity(checkpoint, plan, calibration, windows, target)
     destination = Path(dst).expanduser()
     if work_dir is not None:
@@ -174,7 +182,7 @@ def quantize(
             sessions=len(work.journal.of("session")),
             layer_seconds=tuple(work.journal.seconds_of("layer")),
         )
-        _complete(checkpoint, model, plan, shards, report)
+        _complete(checkpoint, plan, shards, report)
         work.remove()
     return report
 
@@ -256,7 +264,6 @@ def _note_processor(work: WorkFolder, watch: Progress) -> None:
 
 def _complete(
     checkpoint: Checkpoint,
-    model: Architecture,
     plan: Plan,
     shards: ShardFiles,
     report: QuantizationReport,
@@ -274,30 +281,68 @@ def _complete(
         write_json(folder / INDEX_FILE, index_of(shards.shards))
     copy_companions(checkpoint.folder, folder)
     write_json(folder / REPORT_FILE, report.to_dict())
-    settings = dict(checkpoint.config)
-    layers = {model.layer_key(index): plan.layer for index in plan.model.moe_layers}
+    settings = dict(in_terms_of_transformers(checkpoint.config))
+    layers = {
+        group.layer_key(index): plan.specs[group.name]
+        for index in plan.model.moe_layers
+        for group in plan.model.groups
+    }
     settings["quantization_config"] = QuantizationMetadata(layers, PRODUCER).to_dict()
     # The config comes last: without it nothing takes the folder for a finished checkpoint.
     write_json(folder / CONFIG_FILE, settings)
 
 
 def _windows(
-    checkpoint: Checkpoint, config: CalibrationConfig, plan: Plan, watch: Progress
+    checkpoint: Checkpoint,
+    model: Architecture,
+    calib: str | Sequence[Mapping[str, Any]],
+    config: CalibrationConfig,
+    watch: Progress,
 ) -> CalibrationWindows:
-    tokenizer = load_tokenizer(checkpoint.folder, or_else="add its files or use --no-calib")
-    windows = calibration_windows(tokenizer, config)
-    top = max(int(ids.max()) for ids in windows.windows)
-    if top >= plan.model.vocabulary:
+    """What to calibrate on, announced.
+
+    Raises:
+        ErnieQuantError: it cannot be read, or is not for this model.
+    """
+    if isinstance(calib, str):
+        tokenizer = load_tokenizer(checkpoint.folder, or_else="add its files or use --no-calib")
+        windows = calibration_windows(
+            tokenizer, config, _reader(checkpoint, model, config, tokenizer)
+        )
+    else:
+        windows = batched_windows(calib, model.images)
+    ids = torch.cat([window.ids for window in windows.windows])
+    if not 0 <= int(ids.min()) <= int(ids.max()) < model.sizes.vocabulary:
         raise ErnieQuantError(
-            f"the tokenizer of {checkpoint.folder} makes token id {top}, but the model has "
-            f"{plan.model.vocabulary}"
+            f"the tokenizer of {checkpoint.folder} makes token id {int(ids.max())}, but the model "
+            f"has {model.sizes.vocabulary}"
         )
     watch.message(
         f"calibrating on {windows.tokens} tokens in {len(windows.windows)} windows of "
-        f"{config.source}; "
-        f"the first document begins {windows.rendered[:80]!r}"
+        f"{config.source}"
+        + (f"; the first document begins {windows.rendered[:80]!r}" if windows.rendered else "")
     )
+    if model.images is not None:
+        watch.message(_of_images(windows))
     return windows
+
+
+def _reader(
+    checkpoint: Checkpoint, model: Architecture, config: CalibrationConfig, tokenizer: Any
+) -> ImageTextReader | None:
+    if model.images is None:
+        return None
+    pictures = PictureReader(model.images, checkpoint.folder)
+    return ImageTextReader(tokenizer, model.images, pictures, config.chat_template, config.length)
+
+
+def _of_images(windows: CalibrationWindows) -> str:
+    if not windows.images:
+        return (
+            "no images in the calibration data: the experts for images are quantised for what the "
+            "experts for text see, and count as degraded"
+        )
+    return f"{windows.images} images in it, {windows.vision_tokens} tokens for experts for images"
 
 
 def _calibration_report(
@@ -306,7 +351,13 @@ def _calibration_report(
     if windows is None:
         return None
     return CalibrationReport(
-        config.source, len(windows.windows), windows.tokens, windows.sha256, windows.rendered
+        config.source,
+        len(windows.windows),
+        windows.tokens,
+        windows.sha256,
+        windows.rendered,
+        windows.images,
+        windows.vision_tokens,
     )
 
 

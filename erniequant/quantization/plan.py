@@ -7,7 +7,9 @@ copied without anyone noticing.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from erniequant.checkpoint.layout import OutputTensor, PlannedShard, plan_shards
 from erniequant.checkpoint.reader import Checkpoint
@@ -21,7 +23,7 @@ from erniequant.format.schema import (
     guard_name,
     layer_params,
 )
-from erniequant.models.architecture import EXPERT_MATRICES, Architecture, ModelSizes
+from erniequant.models.architecture import EXPERT_MATRICES, Architecture, ExpertGroup, ModelSizes
 from erniequant.quantization.inventory import TensorGroup, tensor_groups
 from erniequant.rotation import block_size
 
@@ -31,7 +33,10 @@ MIN_TILE, MAX_TILE = 32, 256
 _MTP = re.compile(r"model\.mtp_.+")
 # A tied head may be stored although it repeats the embedding.
 _HEAD = "lm_head.weight"
-_FUSED = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)")
+_FUSED = re.compile(
+    r"model\.(language_model\.)?layers\.\d+\.mlp\.((text|vision)_moe\.)?experts\."
+    r"(gate_up_proj|down_proj)"
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class QuantizeOptions:
 class Plan:
     """The fate of every tensor, and the size of the result.
 
+    ``specs`` are the codes of each group of experts, by its name, the same in every layer.
     ``packed`` are the tensors that take the place of ``quantized``; ``mtp`` those of ``copied``
     that transformers does not run. ``expert_bytes`` and ``copied_bytes`` are those of the output;
     ``source_bytes`` of the input. ``groups`` is the same list of tensors for people to read.
@@ -65,7 +71,7 @@ class Plan:
 
     model: ModelSizes
     options: QuantizeOptions
-    layer: LayerSpec
+    specs: Mapping[str, LayerSpec]
     quantized: tuple[str, ...]
     copied: tuple[str, ...]
     mtp: tuple[str, ...]
@@ -91,6 +97,11 @@ class Plan:
     def total_bits_per_weight(self) -> float:
         """Bits per weight of the whole result."""
         return 8 * self.output_bytes / self.total_weights
+
+    def format_settings(self) -> dict[str, Any]:
+        """The codes as JSON; by name of the group where there is more than one."""
+        settings = {name: asdict(spec) for name, spec in self.specs.items()}
+        return settings if len(settings) > 1 else next(iter(settings.values()))
 
     def shards(self, checkpoint: Checkpoint, max_bytes: int) -> tuple[PlannedShard, ...]:
         """The files of the result: what is copied, then layer after layer."""
@@ -123,14 +134,17 @@ def make_plan(checkpoint: Checkpoint, model: Architecture, options: QuantizeOpti
     for line in tensor_misfits(model, checkpoint.headers):
         raise ErnieQuantError(line)
     copied = tuple(name for name in checkpoint.names() if name not in expert_names)
-    spec = layer_spec(sizes, options)
+    specs = {group.name: layer_spec(sizes.hidden, group, options) for group in sizes.groups}
     packed = tuple(
-        tensor for index in sizes.moe_layers for tensor in packed_tensors(model, index, spec)
+        tensor
+        for index in sizes.moe_layers
+        for group in sizes.groups
+        for tensor in packed_tensors(sizes.hidden, group, index, specs[group.name])
     )
     return Plan(
         sizes,
         options,
-        spec,
+        specs,
         quantized,
         copied,
         tuple(name for name in copied if _MTP.fullmatch(name)),
@@ -144,11 +158,13 @@ def make_plan(checkpoint: Checkpoint, model: Architecture, options: QuantizeOpti
     )
 
 
-def packed_tensors(model: Architecture, index: int, spec: LayerSpec) -> tuple[OutputTensor, ...]:
-    """The tensors that a quantised layer is stored in."""
-    sizes, key = model.sizes, model.layer_key(index)
+def packed_tensors(
+    hidden: int, group: ExpertGroup, layer: int, spec: LayerSpec
+) -> tuple[OutputTensor, ...]:
+    """The tensors that a group of experts of a layer is stored in."""
+    key = group.layer_key(layer)
     params = layer_params(
-        sizes.experts, sizes.hidden, sizes.inner, spec, f"layer {key}", guard=guard_name(key)
+        group.experts, hidden, group.inner, spec, f"layer {key}", guard=guard_name(key)
     )
     prefix = packed_prefix(key)
     return tuple(
@@ -170,27 +186,21 @@ def _unknown(name: str, model: Architecture) -> ErnieQuantError:
     return ErnieQuantError(not_part_of(name, model))
 
 
-def layer_spec(model: ModelSizes, options: QuantizeOptions) -> LayerSpec:
-    """Code, tile and rotation block of both projections, the same in every layer.
+def layer_spec(hidden: int, group: ExpertGroup, options: QuantizeOptions) -> LayerSpec:
+    """Code, tile and rotation block of both projections of a group of experts.
 
     Raises:
         ErnieQuantError: a size has no tile of at least 32, or does not split ``max_tp`` ways.
     """
-    if model.inner % options.max_tp:
-        raise ErnieQuantError(
-            f"--max-tp {options.max_tp} does not divide the experts' inner size {model.inner}"
-        )
-    per_rank = model.inner // options.max_tp
+    inner = f"the experts' inner size{f' ({group.name})' if group.name else ''}"
+    if group.inner % options.max_tp:
+        raise ErnieQuantError(f"--max-tp {options.max_tp} does not divide {inner} {group.inner}")
+    per_rank = group.inner // options.max_tp
     length = register_length(options.bits, options.effort)
     code = code_for_bits(options.bits, length).name
     return LayerSpec(
-        MatrixSpec(
-            code,
-            length,
-            tile_size(per_rank, "the experts' inner size per rank"),
-            block_size(model.hidden),
-        ),
-        MatrixSpec(code, length, tile_size(model.hidden, "the hidden size"), block_size(per_rank)),
+        MatrixSpec(code, length, tile_size(per_rank, f"{inner} per rank"), block_size(hidden)),
+        MatrixSpec(code, length, tile_size(hidden, "the hidden size"), block_size(per_rank)),
     )
 
 

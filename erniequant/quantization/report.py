@@ -1,13 +1,14 @@
 """What a quantisation did: sizes, errors, tokens per expert, fallbacks; also written as JSON
 beside the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from erniequant.calibration.hessian import DEGRADED_DAMPING
 from erniequant.errors import ErnieQuantError
+from erniequant.models.architecture import ExpertGroup
 from erniequant.quantization.estimate import Estimate
 from erniequant.quantization.plan import Plan
 
@@ -17,9 +18,14 @@ REPORT_FILE = "quantization_report.json"
 @dataclass(frozen=True)
 class MatrixReport:
     """One projection of one expert. ``error`` is ``tr(E H E^T) / tr(W H W^T)`` on the calibration
-    tokens, with ``E`` the difference from what the matrix aimed at (`quantization.targets`)."""
+    tokens, with ``E`` the difference from what the matrix aimed at (`quantization.targets`).
+
+    ``experts`` names the group of experts where a layer has several, and ``expert`` counts within
+    it.
+    """
 
     layer: int
+    experts: str
     expert: int
     projection: str
     tokens: int
@@ -29,7 +35,9 @@ class MatrixReport:
     fallback: str | None
 
     @classmethod
-    def from_event(cls, event: Mapping[str, Any], projection: str, where: Path) -> "MatrixReport":
+    def from_event(
+        cls, event: Mapping[str, Any], projection: str, groups: Sequence[ExpertGroup], where: Path
+    ) -> "MatrixReport":
         """What a line of the journal ``where`` says of one matrix of an expert.
 
         Raises:
@@ -42,9 +50,11 @@ class MatrixReport:
                 f"{where} has no error of layer {event['layer']} expert {event['expert']}; "
                 "use --restart"
             )
+        group = next(group for group in groups if event["expert"] in group.numbers)
         return cls(
             event["layer"],
-            event["expert"],
+            group.name if len(groups) > 1 else "",
+            event["expert"] - group.first,
             projection,
             event["tokens"],
             event["dropped_tokens"],
@@ -52,6 +62,11 @@ class MatrixReport:
             float(damping),
             None if fallback is None else str(fallback),
         )
+
+    @property
+    def place(self) -> int | str:
+        """The layer, or a layer's group of experts where there are several."""
+        return f"{self.layer}.{self.experts}" if self.experts else self.layer
 
     def degraded(self, calibrated: bool) -> bool:
         """Quantised on less than the calibration was meant to give: no tokens, bad values or heavy
@@ -62,13 +77,16 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """The text that was used; ``None`` in its place means no calibration."""
+    """The text that was used; ``None`` in its place means no calibration. ``vision_tokens`` are
+    those that went to experts for images."""
 
     source: str
     windows: int
     tokens: int
     sha256: str
     rendered: str
+    images: int = 0
+    vision_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,22 +124,22 @@ class QuantizationReport:
         """Number of degraded expert matrices."""
         return sum(m.degraded(self.calibration is not None) for m in self.matrices)
 
-    def layer_errors(self) -> dict[int, dict[str, float]]:
-        """Mean relative error of each projection by layer."""
-        sums: dict[int, dict[str, list[float]]] = {}
+    def layer_errors(self) -> dict[int | str, dict[str, float]]:
+        """Mean relative error of each projection by `MatrixReport.place`."""
+        sums: dict[int | str, dict[str, list[float]]] = {}
         for matrix in self.matrices:
-            sums.setdefault(matrix.layer, {}).setdefault(matrix.projection, []).append(matrix.error)
+            sums.setdefault(matrix.place, {}).setdefault(matrix.projection, []).append(matrix.error)
         return {
-            layer: {name: sum(errors) / len(errors) for name, errors in by_name.items()}
-            for layer, by_name in sums.items()
+            place: {name: sum(errors) / len(errors) for name, errors in by_name.items()}
+            for place, by_name in sums.items()
         }
 
-    def tokens_per_expert(self) -> dict[int, list[int]]:
-        """Routed tokens of each expert by layer."""
-        counts: dict[int, list[int]] = {}
+    def tokens_per_expert(self) -> dict[int | str, list[int]]:
+        """Routed tokens of each expert by `MatrixReport.place`."""
+        counts: dict[int | str, list[int]] = {}
         for matrix in self.matrices:
             if matrix.projection == "down_proj":
-                counts.setdefault(matrix.layer, []).append(matrix.tokens)
+                counts.setdefault(matrix.place, []).append(matrix.tokens)
         return counts
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,10 +150,7 @@ class QuantizationReport:
             "effort": plan.options.effort,
             "seed": plan.options.seed,
             "dry_run": self.dry_run,
-            "format": {
-                "gate_up_proj": asdict(plan.layer.gate_up_proj),
-                "down_proj": asdict(plan.layer.down_proj),
-            },
+            "format": plan.format_settings(),
             "tensors": {"quantized": len(plan.quantized), "copied": len(plan.copied)},
             "tensor_groups": [asdict(group) for group in plan.groups],
             "bits_per_weight": {

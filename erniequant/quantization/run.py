@@ -20,11 +20,12 @@ from erniequant.devices import trim_memory
 from erniequant.errors import ErnieQuantError
 from erniequant.format.decoding import decode_scale, decode_weight
 from erniequant.format.schema import PROJECTIONS, LayerSpec, guard_name, guard_tensor
-from erniequant.models.architecture import Architecture
+from erniequant.models.architecture import Architecture, ExpertGroup
 from erniequant.progress import Progress
 from erniequant.quantization.expert import ExpertWeights, ProjectionCodes
 from erniequant.quantization.layer import (
     ExpertOutcome,
+    LayerInput,
     PackedExpert,
     layer_context,
     quantize_experts,
@@ -144,7 +145,9 @@ class Run:
         return tuple(self._report(event, name) for event in events for name in PROJECTIONS)
 
     def _report(self, event: dict[str, Any], projection: str) -> MatrixReport:
-        return MatrixReport.from_event(event, projection, self.journal.path)
+        return MatrixReport.from_event(
+            event, projection, self.model.sizes.groups, self.journal.path
+        )
 
     def disk_peak(self) -> int:
         """The most that the result and the work folder took together, in bytes."""
@@ -170,23 +173,32 @@ class Run:
         return first
 
     def _quantize_layer(self, index: int, streams: Streams) -> None:
-        sizes, spec = self.model.sizes, self.plan.layer
-        key = self.model.layer_key(index)
+        inputs = streams.into_experts(index)
+        for place, group in enumerate(self.model.sizes.groups):
+            self._quantize_group(index, group, place, inputs, streams)
+
+    def _quantize_group(
+        self, index: int, group: ExpertGroup, place: int, inputs: LayerInput, streams: Streams
+    ) -> None:
+        spec = self.plan.specs[group.name]
+        key = group.layer_key(index)
         prefix = packed_prefix(key)
         rotations = {
             "gate_up_proj": self._rotation(
-                index, 0, sizes.hidden, spec.gate_up_proj.rotation_block
+                index, place, 0, self.model.sizes.hidden, spec.gate_up_proj.rotation_block
             ),
-            "down_proj": self._rotation(index, 1, sizes.inner, spec.down_proj.rotation_block),
+            "down_proj": self._rotation(
+                index, place, 1, group.inner, spec.down_proj.rotation_block
+            ),
         }
         signs = {name: pack_signs(rotation.signs) for name, rotation in rotations.items()}
         self.shards.write(prefix + guard_name(key), guard_tensor())
         for name in PROJECTIONS:
             parts = 2 if name == "gate_up_proj" else 1
             self.shards.write(f"{prefix}{name}_signs", signs[name].expand(1, parts, -1))
-        inputs = streams.into_experts(index)
         context = layer_context(
             inputs,
+            group,
             _codes(spec),
             rotations["gate_up_proj"],
             rotations["down_proj"],
@@ -195,27 +207,28 @@ class Run:
         for outcome in quantize_experts(
             inputs,
             context,
-            sizes.experts,
+            group.numbers,
             lambda expert: self._weights(index, expert),
-            lambda expert: self._known(index, expert, prefix, signs),
+            lambda expert: self._known(index, expert, group, signs),
             self._pool,
             self.memory.experts_at_once,
         ):
             streams.add(outcome.quantized, outcome.original)
             trim_memory()
             if (index, outcome.expert) not in self._events:
-                self._record(index, outcome, prefix)
-            self.watch.advance(1, f"layer {index} expert {outcome.expert}")
+                self._record(index, outcome, group)
+            self.watch.advance(1, f"layer {key} expert {outcome.expert - group.first}")
 
-    def _record(self, layer: int, outcome: ExpertOutcome, prefix: str) -> None:
+    def _record(self, layer: int, outcome: ExpertOutcome, group: ExpertGroup) -> None:
         """Put an expert on the disk, then into the journal."""
+        prefix = packed_prefix(group.layer_key(layer))
         digest = hashlib.sha256()
         names, facts = [], {}
         matrices = (outcome.packed.gate_up, outcome.packed.down)
         for name, matrix in zip(PROJECTIONS, matrices, strict=True):
             for suffix, tensor in (("packed", matrix.packed), ("scale", matrix.scale_bits())):
                 names.append(f"{prefix}{name}_{suffix}")
-                self.shards.write(names[-1], tensor, outcome.expert)
+                self.shards.write(names[-1], tensor, outcome.expert - group.first)
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
             facts[name] = {
                 "error": matrix.error, "damping": matrix.damping, "fallback": matrix.fallback
@@ -233,7 +246,7 @@ class Run:
         self._events[layer, outcome.expert] = self.journal.events[-1]
 
     def _known(
-        self, layer: int, expert: int, prefix: str, signs: dict[str, torch.Tensor]
+        self, layer: int, expert: int, group: ExpertGroup, signs: dict[str, torch.Tensor]
     ) -> PackedExpert | None:
         """An expert that was finished before a restart, read back; None if it was not.
 
@@ -243,11 +256,12 @@ class Run:
         event = self._events.get((layer, expert))
         if event is None:
             return None
-        parts = self._stored(event, prefix)
+        parts = self._stored(event)
+        prefix = packed_prefix(group.layer_key(layer))
         matrices = []
         for name in PROJECTIONS:
             packed, scale = self._tensors(prefix + name, parts)
-            spec = self.plan.layer.projection(name)
+            spec = self.plan.specs[group.name].projection(name)
             effective = decode_weight(packed, scale, signs[name], spec)
             told = self._report(event, name)
             matrices.append(
@@ -258,15 +272,17 @@ class Run:
             )  # fmt: skip
         return PackedExpert(*matrices)
 
-    def _stored(self, event: dict[str, Any], prefix: str) -> dict[str, bytes]:
+    def _stored(self, event: dict[str, Any]) -> dict[str, bytes]:
         """The bytes of an expert in the shards, by name of the tensor.
 
         Raises:
             ErnieQuantError: they are not those that were written.
         """
         layer, expert = event["layer"], event["expert"]
+        group = self.model.sizes.group_of(expert)
+        prefix = packed_prefix(group.layer_key(layer))
         parts = {
-            name: self.shards.read(name, expert, 1)
+            name: self.shards.read(name, expert - group.first, 1)
             for name in (f"{prefix}{p}_{s}" for p in PROJECTIONS for s in ("packed", "scale"))
         }
         if hashlib.sha256(b"".join(parts.values())).hexdigest() != event["sha256"]:
@@ -294,9 +310,9 @@ class Run:
                 "use --restart"
             )
         for layer, expert in sorted(done):
-            prefix = packed_prefix(self.model.layer_key(layer))
+            prefix = packed_prefix(sizes.group_of(expert).layer_key(layer))
             if not self.shards.finished(self.shards.shard_of(f"{prefix}down_proj_packed")):
-                self._stored(self._events[layer, expert], prefix)
+                self._stored(self._events[layer, expert])
 
     def _tensors(self, name: str, parts: dict[str, bytes]) -> tuple[torch.Tensor, torch.Tensor]:
         shapes = {tensor.name: tensor.shape for tensor in self.plan.packed}
@@ -313,15 +329,18 @@ class Run:
         done = set(self.plan.copied)
         for index in self.model.sizes.moe_layers:
             if index < layers:
-                prefix = packed_prefix(self.model.layer_key(index))
-                done |= {t.name for t in self.plan.packed if t.name.startswith(prefix)}
+                keys = (group.layer_key(index) for group in self.model.sizes.groups)
+                prefixes = tuple(map(packed_prefix, keys))
+                done |= {t.name for t in self.plan.packed if t.name.startswith(prefixes)}
         recorded = {event["file"] for event in self.journal.of("shard")}
         for shard in self.shards.shards:
             if shard.file not in recorded and all(t.name in done for t in shard.tensors):
                 self.journal.append("shard", file=shard.file, sha256=self.shards.finish(shard))
 
-    def _rotation(self, layer: int, projection: int, inputs: int, block: int) -> Rotation:
-        seed = (self.plan.options.seed * 1_000_003 + layer) * 2 + projection
+    def _rotation(
+        self, layer: int, group: int, projection: int, inputs: int, block: int
+    ) -> Rotation:
+        seed = (self.plan.options.seed * 1_000_003 + layer) * 2 + projection + group * 2**40
         return Rotation(random_signs(inputs, torch.Generator().manual_seed(seed)), block)
 
     def _weights(self, layer: int, expert: int) -> ExpertWeights:

@@ -5,8 +5,9 @@ its actual inputs; the other runs through the original layers and says what the 
 been. Only one layer's non-expert weights are in memory, and of tables on disk only a window.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import torch
 
@@ -14,11 +15,19 @@ from erniequant.calibration.hessian import finite_rows
 from erniequant.calibration.rows import RowPool, Rows
 from erniequant.calibration.texts import CalibrationWindows
 from erniequant.checkpoint.reader import Checkpoint
+from erniequant.inputs import ModelInput
 from erniequant.models.architecture import Architecture, MoeInput
 from erniequant.quantization.layer import Contribution, LayerInput
 
 EMBEDDING_ROWS = 4096
 """Rows of the embedding read at once."""
+
+PATCHES_AT_ONCE = 4096
+"""Patches of images that pass through the vision tower together: its weights are read once for all
+of them, and the widest of their activations has 84 MB in the largest tower."""
+
+Step = Callable[[Rows, slice, ModelInput], None]
+"""Moves one window on: hidden states, its place in them, and what it is."""
 
 
 class Streams:
@@ -37,11 +46,11 @@ class Streams:
         self._checkpoint, self._architecture = checkpoint, architecture
         self._device, self._threads, self._pool = device, threads, pool
         self._windows = windows.windows if windows else ()
-        self.tokens = sum(len(window) for window in self._windows)
+        self.tokens = sum(map(len, self._windows))
         hidden = architecture.sizes.hidden
         self._quantized = pool.empty(self.tokens, hidden)
         self._original = pool.empty(self.tokens, hidden)
-        ends = torch.tensor([len(window) for window in self._windows]).cumsum(0).tolist()
+        ends = list(accumulate(map(len, self._windows)))
         self._places = [
             slice(end - len(window), end) for end, window in zip(ends, self._windows, strict=True)
         ]
@@ -52,10 +61,14 @@ class Streams:
         return self._quantized, self._original
 
     def embed(self) -> None:
-        """Begin: both streams hold the embeddings of the text."""
+        """Begin: both streams hold the embeddings of the text and its images."""
         if not self.tokens:
             return
-        ids = torch.cat(self._windows)
+        self._embed_text()
+        self._embed_images()
+
+    def _embed_text(self) -> None:
+        ids = torch.cat([window.ids for window in self._windows])
         name = "model.embed_tokens.weight"
         # A few rows at a time: the whole table of the largest model has 1.7 GB.
         for start in range(0, self._architecture.sizes.vocabulary, EMBEDDING_ROWS):
@@ -70,6 +83,36 @@ class Streams:
                     self._quantized.release()
                     self._original.release()
 
+    def _embed_images(self) -> None:
+        """Put the embeddings of images in the place of their tokens, a few windows at a time."""
+
+        def embed(group: list[int]) -> None:
+            torch.set_num_threads(1)
+            windows = [self._windows[i] for i in group]
+            pictures = [picture for window in windows for picture in window.pictures]
+            with torch.no_grad():
+                embedded = self._architecture.embed_images(
+                    self._checkpoint,
+                    torch.cat([picture.patches for picture in pictures]),
+                    torch.tensor([picture.grid for picture in pictures]),
+                    self._device,
+                )
+            start = 0
+            for i, window in zip(group, windows, strict=True):
+                assert window.placeholder is not None
+                rows = torch.where(window.placeholder)[0]
+                part = embedded[start : start + rows.numel()]
+                start += rows.numel()
+                for states in (self._quantized, self._original):
+                    states.tensor[self._places[i]][rows] = part
+                    states.release()
+
+        groups = _by_patches(self._windows)
+        workers = self._threads if self._device.type == "cpu" else 1
+        with ThreadPoolExecutor(workers) as pool:
+            for done in [pool.submit(embed, group) for group in groups]:
+                done.result()
+
     def through_dense_layer(self, index: int) -> None:
         """Advance both streams through a layer that is not quantised."""
         if not self.tokens:
@@ -77,9 +120,10 @@ class Streams:
         model = self._architecture
         layer = model.load_layer(self._checkpoint, index, self._device)
 
-        def step(states: Rows, place: slice) -> None:
+        def step(states: Rows, place: slice, window: ModelInput) -> None:
             text = states.tensor[place][None].to(self._device)
-            states.tensor[place] = model.dense_mlp(layer, model.attend(layer, text))[0].cpu()
+            attended = model.attend(layer, text, window.positions)
+            states.tensor[place] = model.dense_mlp(layer, attended)[0].cpu()
             states.release()
 
         self._advance(self._quantized, step)
@@ -93,10 +137,11 @@ class Streams:
         drift = self._pool.empty(self.tokens, sizes.hidden)
         finite = torch.ones(self.tokens, dtype=torch.bool)
 
-        def step_into(inputs: _InputTables) -> Callable[[Rows, slice], None]:
-            def step(states: Rows, place: slice) -> None:
+        def step_into(inputs: _InputTables) -> Step:
+            def step(states: Rows, place: slice, window: ModelInput) -> None:
                 text = states.tensor[place][None].to(self._device)
-                moved, found = model.route(layer, model.attend(layer, text))
+                attended = model.attend(layer, text, window.positions)
+                moved, found = model.route(layer, attended, window.vision)
                 states.tensor[place] = moved[0].cpu()
                 inputs.put(place, found)
                 states.release()
@@ -125,22 +170,39 @@ class Streams:
     def _input_tables(self) -> "_InputTables":
         return _InputTables(self.tokens, self._architecture, self._pool)
 
-    def _advance(self, states: Rows, step: Callable[[Rows, slice], None]) -> None:
+    def _advance(self, states: Rows, step: Step) -> None:
         """Move every window of ``states`` on, in place: all windows twice would be gigabytes."""
+        jobs = list(zip(self._places, self._windows, strict=True))
         if self._device.type != "cpu":
-            for place in self._places:
-                step(states, place)
+            for place, window in jobs:
+                step(states, place, window)
             return
 
-        def one(place: slice) -> None:
+        def one(place: slice, window: ModelInput) -> None:
             # Both settings belong to a thread.
             torch.set_num_threads(1)
             with torch.no_grad():
-                step(states, place)
+                step(states, place, window)
 
         with ThreadPoolExecutor(self._threads) as workers:
-            for done in [workers.submit(one, place) for place in self._places]:
+            for done in [workers.submit(one, *job) for job in jobs]:
                 done.result()
+
+
+def _by_patches(windows: Sequence[ModelInput]) -> list[list[int]]:
+    """Windows with images, in groups of about `PATCHES_AT_ONCE`."""
+    groups: list[list[int]] = []
+    size = 0
+    for number, window in enumerate(windows):
+        patches = sum(len(picture.patches) for picture in window.pictures)
+        if not patches:
+            continue
+        if not groups or size + patches > PATCHES_AT_ONCE:
+            groups.append([])
+            size = 0
+        groups[-1].append(number)
+        size += patches
+    return groups
 
 
 class _InputTables:

@@ -10,6 +10,7 @@ import torch
 
 from erniequant.calibration.texts import CalibrationConfig, calibration_windows
 from erniequant.errors import ErnieQuantError
+from erniequant.inputs import ModelInput
 from erniequant.texts import hash_token_ids
 
 
@@ -26,8 +27,9 @@ class Letters:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages)
 
 
-def text_of(windows: tuple[torch.Tensor, ...]) -> str:
-    return "".join("|" if i == 0 else chr(i) for i in torch.cat(windows).tolist())
+def text_of(windows: tuple[ModelInput, ...]) -> str:
+    ids = torch.cat([window.ids for window in windows])
+    return "".join("|" if i == 0 else chr(i) for i in ids.tolist())
 
 
 def config(source: Path | str, **changes: object) -> CalibrationConfig:
@@ -85,7 +87,7 @@ def test_a_data_set_is_read_by_split_and_column(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_built_in_text_has_a_third_chinese() -> None:
     found = calibration_windows(Letters(), config("builtin", samples=400, length=512))
-    ids = torch.cat(found.windows)
+    ids = torch.cat([window.ids for window in found.windows])
     assert found.tokens == 400 * 512
     assert float(((ids >= 0x4E00) & (ids < 0xA000)).float().mean()) > 0.1
 

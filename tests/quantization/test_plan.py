@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.models.architecture import ModelSizes
+from erniequant.models.architecture import ExpertGroup, ModelSizes
 from erniequant.models.registry import architecture_of
 from erniequant.quantization.estimate import describe, estimate
 from erniequant.quantization.memory import MemoryPlan
@@ -108,10 +108,6 @@ def test_what_does_not_fit_is_named(
         plan_for(edited(edit))
 
 
-def model_of(hidden: int, inner: int) -> ModelSizes:
-    return ModelSizes(hidden, inner, experts=8, top_k=2, layers=2, moe_layers=(1,), vocabulary=9)
-
-
 @pytest.mark.parametrize(
     ("hidden", "inner", "max_tp", "gate_up", "down"),
     [
@@ -125,7 +121,7 @@ def model_of(hidden: int, inner: int) -> ModelSizes:
 def test_tiles_and_blocks_of_known_shapes(
     hidden: int, inner: int, max_tp: int, gate_up: tuple[int, int], down: tuple[int, int]
 ) -> None:
-    spec = layer_spec(model_of(hidden, inner), QuantizeOptions(2, max_tp=max_tp))
+    spec = layer_spec(hidden, ExpertGroup("", 8, inner), QuantizeOptions(2, max_tp=max_tp))
     assert (spec.gate_up_proj.tile, spec.gate_up_proj.rotation_block) == gate_up
     assert (spec.down_proj.tile, spec.down_proj.rotation_block) == down
 
@@ -142,7 +138,7 @@ def test_sizes_without_a_tile_are_refused(
     hidden: int, inner: int, max_tp: int, message: str
 ) -> None:
     with pytest.raises(ErnieQuantError, match=message):
-        layer_spec(model_of(hidden, inner), QuantizeOptions(2, max_tp=max_tp))
+        layer_spec(hidden, ExpertGroup("", 8, inner), QuantizeOptions(2, max_tp=max_tp))
 
 
 def test_tile_is_the_largest_power_of_two_up_to_256() -> None:
@@ -161,10 +157,11 @@ def test_a_21b_model_on_two_cores_takes_more_than_a_day_at_most_effort(micro_ern
     small = plan_for(micro_ernie, effort="max")
     settings = json.loads((micro_ernie / "config.json").read_text())
     assert settings["num_hidden_layers"] == 3
-    model = ModelSizes(2560, 1536, 64, 6, 28, tuple(range(1, 28)), 103424)
+    group = ExpertGroup("", 64, 1536)
+    model = ModelSizes(2560, (group,), 6, 28, tuple(range(1, 28)), 103424)
     weights = 27 * 64 * 3 * 2560 * 1536
     large = Plan(
-        model, small.options, layer_spec(model, small.options), (), (), (), (),
+        model, small.options, {"": layer_spec(2560, group, small.options)}, (), (), (), (),
         weights, 21_830_000_000, 43_660_000_000, weights // 4, 2_900_000_000, (),
     )  # fmt: skip
     predicted = estimate(large, MEMORY, 131_072)

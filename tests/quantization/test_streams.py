@@ -15,6 +15,7 @@ from erniequant.calibration.texts import (
     calibration_windows,
 )
 from erniequant.checkpoint.reader import open_checkpoint
+from erniequant.inputs import ModelInput
 from erniequant.models.registry import architecture_of
 from erniequant.quantization import run
 from erniequant.quantization.streams import Streams
@@ -54,7 +55,7 @@ def test_streams_end_where_the_models_end(
     )
     quantized, original = (table.tensor for table in kept[0].tables)
     for model, states in ((stock, original), (packed, quantized)):
-        expected = torch.cat([last_states(model, ids) for ids in windows])
+        expected = torch.cat([last_states(model, window.ids) for window in windows])
         torch.testing.assert_close(states, expected, rtol=1e-3, atol=1e-3)
     # Two bits on random weights: the streams are far apart, so neither stands in for the other.
     assert (original - quantized).norm() > 0.03 * original.norm()
@@ -67,15 +68,15 @@ def test_tokens_with_a_bad_number_in_either_model_are_marked(
     checkpoint = open_checkpoint(micro_source)
     model = architecture_of(checkpoint.config)
     ids = torch.arange(20) + 3
-    windows = CalibrationWindows((ids[:12], ids[12:]), "", "")
+    windows = CalibrationWindows((ModelInput(ids[:12]), ModelInput(ids[12:])), "", "")
     streams = Streams(checkpoint, model, windows, torch.device("cpu"), 1, RowPool())
     streams.embed()
     streams.through_dense_layer(0)
     route, calls = model.route, [0]
 
-    def damaged(layer: Any, hidden: torch.Tensor) -> Any:
+    def damaged(layer: Any, hidden: torch.Tensor, vision: None) -> Any:
         calls[0] += 1
-        moved, found = route(layer, hidden)
+        moved, found = route(layer, hidden, vision)
         # Both windows of the quantised model, then both of the original; a token of each second.
         if calls[0] == {"quantised input": 2, "original input": 4, "drift": 4}[bad]:
             (moved[0] if bad == "drift" else found.x)[3, 7] = float("inf")

@@ -1,0 +1,160 @@
+"""ERNIE 4.5 vision-language mixture-of-experts, such as VL-28B-A3B: two sets of experts in a layer,
+one for tokens of text and one for those of images.
+
+On disk, experts of both sets are numbered one after the other, text first, and both routers are
+stored the other way round.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Ernie4_5_VLMoeConfig
+from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import (
+    Ernie4_5_VLMoeDecoderLayer,
+    Ernie4_5_VLMoeTextRotaryEmbedding,
+)
+
+from erniequant.errors import ErnieQuantError
+from erniequant.models.architecture import (
+    Architecture,
+    ExpertGroup,
+    ImageSettings,
+    ModelSizes,
+    MoeInput,
+    Shapes,
+    TensorSource,
+    read_settings,
+)
+from erniequant.models.settings import require_possible_vision
+from erniequant.models.vision_tower import embed_images, required_tensors
+from erniequant.models.vl_config import MODEL_TYPE, in_terms_of_transformers
+
+BIAS = "e_score_correction_bias"
+TEXT, VISION = "text_moe", "vision_moe"
+
+
+class Ernie45Vl(Architecture):
+    """`Ernie4_5_VLMoeForConditionalGeneration`."""
+
+    model_type = MODEL_TYPE
+    description = "ERNIE 4.5 vision-language MoE"
+
+    def __init__(self, settings: dict[str, Any]):
+        """Read a config.json, transformers' or the original. Raises ErnieQuantError if it is not
+        valid or has no experts."""
+        translated = in_terms_of_transformers(settings)
+        self.whole = read_settings(Ernie4_5_VLMoeConfig, translated, self.model_type)
+        require_possible_vision(self.whole)
+        text, vision = self.whole.text_config, self.whole.vision_config
+        moe_layers = tuple(i for i, kind in enumerate(text.mlp_layer_types) if kind == "sparse")
+        if not moe_layers:
+            raise ErnieQuantError(
+                "config.json describes no layer with experts; nothing to quantise"
+            )
+        experts, (inner, inner_vision) = text.moe_num_experts, text.moe_intermediate_size
+        sizes = ModelSizes(
+            text.hidden_size,
+            (
+                ExpertGroup(TEXT, experts, inner),
+                ExpertGroup(VISION, experts, inner_vision, first=experts),
+            ),
+            text.moe_k,
+            text.num_hidden_layers,
+            moe_layers,
+            text.vocab_size,
+        )
+        super().__init__(text, sizes)
+        self.images = ImageSettings(
+            self.whole.image_start_token_id,
+            self.whole.image_token_id,
+            self.whole.image_end_token_id,
+            vision.patch_size,
+            vision.spatial_merge_size,
+            vision.in_channels,
+        )
+        self._tower_prefix = "vision_model."
+
+    def adapt(self, names: Collection[str]) -> Architecture:
+        # transformers writes it so when it saves a model.
+        if any(name.startswith("model.vision_model.") for name in names):
+            self._tower_prefix = "model.vision_model."
+        return self
+
+    def expert_matrix_name(self, layer: int, expert: int, matrix: str) -> str:
+        return f"model.layers.{layer}.mlp.experts.{expert}.{matrix}.weight"
+
+    def disk_name(self, layer: int, name: str) -> str:
+        for group, router in ((TEXT, "weight"), (VISION, "weight_1")):
+            if name == f"mlp.{group}.gate.weight":
+                return super().disk_name(layer, f"mlp.gate.{router}")
+        if name.endswith(BIAS):
+            return super().disk_name(layer, f"mlp.moe_statics.{BIAS}")
+        return super().disk_name(layer, name)
+
+    def disk_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if name.endswith("moe.gate.weight"):
+            return shape[::-1]
+        return (2, *shape[1:]) if name.endswith(BIAS) else shape
+
+    def from_disk(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name.endswith("moe.gate.weight"):
+            return tensor.T.contiguous()
+        if name.endswith(BIAS):
+            row = 1 if f".{VISION}." in name else 0
+            return tensor[row : row + 1]
+        return tensor
+
+    def optional(self, name: str) -> bool:
+        # Models trained without it do not store it; transformers uses zeros as well.
+        return name.endswith(BIAS)
+
+    def route(
+        self, layer: Any, hidden: torch.Tensor, vision: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, MoeInput]:
+        x = layer.post_attention_layernorm(hidden)[0]
+        expert = torch.zeros(x.shape[0], self.sizes.top_k, dtype=torch.int64, device=x.device)
+        weight = torch.zeros(x.shape[0], self.sizes.top_k, device=x.device)
+        of_image = torch.zeros(x.shape[0], dtype=torch.bool) if vision is None else vision
+        rows_of = {TEXT: torch.where(~of_image)[0], VISION: torch.where(of_image)[0]}
+        for group in self.sizes.groups:
+            rows = rows_of[group.name].to(x.device)
+            router = getattr(layer.mlp, group.name).gate
+            _, chosen_weight, chosen = router(x[rows])
+            expert[rows] = chosen + group.first
+            weight[rows] = chosen_weight.float()
+        if layer.mlp.shared_experts is not None:
+            hidden = hidden + layer.mlp.shared_experts(x)
+        return hidden, MoeInput(x, expert, weight)
+
+    def embed_images(
+        self,
+        source: TensorSource,
+        patches: torch.Tensor,
+        grid: torch.Tensor,
+        device: torch.device,
+    ) -> torch.Tensor:
+        return embed_images(
+            self.whole, self._tower_prefix, source.tensor, patches, grid, device
+        ).cpu()
+
+    def position_embeddings(self, positions: torch.Tensor, device: torch.device) -> Any:
+        return super().position_embeddings(positions.expand(3, 1, -1), device)
+
+    def _other_parts(self) -> Shapes:
+        return required_tensors(self.whole, self._tower_prefix)
+
+    def _head_bias(self) -> bool:
+        return False
+
+    def _empty_layer(self, index: int) -> Any:
+        with torch.device("meta"):
+            layer: Any = Ernie4_5_VLMoeDecoderLayer(self.config, index)
+        if index in self.sizes.moe_layers:
+            for group in self.sizes.groups:
+                getattr(layer.mlp, group.name).experts = nn.Identity()
+        return layer
+
+    def _rotary(self) -> Any:
+        return Ernie4_5_VLMoeTextRotaryEmbedding(self.config)

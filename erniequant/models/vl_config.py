@@ -1,0 +1,125 @@
+"""Baidu's own config.json of vision-language models, translated into that of transformers.
+
+The released checkpoints say ``ernie4_5_moe_vl`` and bring code of their own; transformers knows the
+same weights as ``ernie4_5_vl_moe``. What it calls what is in `docs/format.md`.
+"""
+
+from typing import Any
+
+from erniequant.errors import ErnieQuantError
+
+ORIGINAL_MODEL_TYPE = "ernie4_5_moe_vl"
+MODEL_TYPE = "ernie4_5_vl_moe"
+
+_TEXT = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "moe_k", "head_dim",
+    "moe_norm_min", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+_VISION = ("depth", "hidden_size", "hidden_act", "num_heads", "in_channels", "patch_size",
+           "spatial_merge_size")  # fmt: skip
+# Ids of the released tokenizer, which the original config leaves to it.
+_TOKEN_IDS = ("image_start_token_id", "image_end_token_id", "video_start_token_id",
+              "video_end_token_id", "video_token_id")  # fmt: skip
+# Of the rotations of a head, how many turn with time; the rest is shared by height and width.
+_TIME_FREQUENCIES = 20
+
+
+def in_terms_of_transformers(settings: dict[str, Any]) -> dict[str, Any]:
+    """The config.json that transformers reads; one of its own is returned as it is.
+
+    Raises:
+        ErnieQuantError: the original lacks an entry, or describes what transformers does not run.
+    """
+    if settings.get("model_type") != ORIGINAL_MODEL_TYPE:
+        return settings
+    translated = {
+        "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
+        "model_type": MODEL_TYPE,
+        "dtype": settings.get("dtype") or settings.get("torch_dtype") or "bfloat16",
+        "tie_word_embeddings": settings.get("tie_word_embeddings", True),
+        "image_token_id": _entry(settings, "im_patch_id"),
+        "text_config": _text(settings),
+        "vision_config": _vision(settings),
+    }
+    known = {name: settings[name] for name in _TOKEN_IDS if name in settings}
+    kept = {k: settings[k] for k in ("quantization_config",) if k in settings}
+    return translated | known | kept
+
+
+def _text(settings: dict[str, Any]) -> dict[str, Any]:
+    hidden, heads = _entry(settings, "hidden_size"), _entry(settings, "num_attention_heads")
+    size = settings.get("head_dim") or hidden // heads
+    time = settings.get("freq_allocation", _TIME_FREQUENCIES)
+    plane = (size // 2 - time) // 2
+    return {
+        **{name: settings[name] for name in _TEXT if settings.get(name) is not None},
+        "model_type": f"{MODEL_TYPE}_text",
+        "hidden_act": settings.get("hidden_act", "silu"),
+        "use_bias": settings.get("use_bias", False),
+        "tie_word_embeddings": settings.get("tie_word_embeddings", True),
+        "moe_intermediate_size": _pair(settings, "moe_intermediate_size"),
+        "moe_num_experts": _same(settings, "moe_num_experts"),
+        "moe_num_shared_experts": settings.get("moe_num_shared_experts") or 0,
+        "mlp_layer_types": _layer_types(settings),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": settings.get("rope_theta", 500000.0),
+            "mrope_section": [plane, plane, time],
+        },
+    }
+
+
+def _vision(settings: dict[str, Any]) -> dict[str, Any]:
+    original = _entry(settings, "vision_config")
+    if not isinstance(original, dict):
+        raise ErnieQuantError(f"config.json has vision_config {original!r}; expected an object")
+    hidden = _entry(original, "hidden_size")
+    return {
+        **{name: original[name] for name in _VISION if name in original},
+        "model_type": f"{MODEL_TYPE}_vision",
+        "intermediate_size": int(hidden * original.get("mlp_ratio", 4)),
+        "spatial_merge_size": settings.get(
+            "spatial_conv_size", original.get("spatial_merge_size", 2)
+        ),
+        "temporal_merge_size": settings.get("temporal_conv_size", 2),
+        "rms_norm_eps": original.get("rms_norm_eps", 1e-6),
+    }
+
+
+def _layer_types(settings: dict[str, Any]) -> list[str]:
+    """Layers with experts, by the first and last index that either kind of expert has."""
+    first, last = (_pair(settings, f"moe_layer_{end}_index") for end in ("start", "end"))
+    interval, layers = settings.get("moe_layer_interval", 1), _entry(settings, "num_hidden_layers")
+    ends = [layers - 1 if end == -1 else end for end in last]
+    return [
+        "sparse" if (i + 1) % interval == 0 and min(first) <= i <= max(ends) else "dense"
+        for i in range(layers)
+    ]
+
+
+def _entry(settings: dict[str, Any], name: str) -> Any:
+    if name not in settings:
+        raise ErnieQuantError(f"config.json of {ORIGINAL_MODEL_TYPE} lacks {name}; restore it")
+    return settings[name]
+
+
+def _pair(settings: dict[str, Any], name: str) -> list[int]:
+    """An entry with one integer for text and one for vision."""
+    value = _entry(settings, name)
+    pair = value if isinstance(value, list) else [value, value]
+    if len(pair) != 2 or not all(type(n) is int for n in pair):
+        raise ErnieQuantError(
+            f"config.json has {name} {value!r}; expected an integer for text and one for vision"
+        )
+    return pair
+
+
+def _same(settings: dict[str, Any], name: str) -> int:
+    text, vision = _pair(settings, name)
+    if text != vision:
+        raise ErnieQuantError(
+            f"config.json has {name} [{text}, {vision}]; transformers runs only models with as "
+            "many experts for vision as for text"
+        )
+    return text
