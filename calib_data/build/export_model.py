@@ -21,6 +21,7 @@ LAYERS, EXPERTS, INNER = 4, 16, 256
 SHARD_BYTES = 12_000_000
 # Chosen on the left-over text in CACHE/dev, which is neither trained on nor held out.
 FINAL_SHARE, LOGIT_SCALE = 0.85, 0.825
+GENERATION = {"do_sample": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def config_dict(vocabulary: int) -> dict[str, Any]:
@@ -92,10 +93,17 @@ def export(state: Mapping[str, Tensor], vocabulary: int, out: Path) -> None:
 
     The weights get their outlier channels here; see `outliers.py`.
     """
+    write_shards(disk_tensors(with_outliers(state)), out)
+    write_json(out / "config.json", config_dict(vocabulary))
+    write_json(out / "generation_config.json", GENERATION)
+
+
+def write_shards(tensors: Mapping[str, Tensor], out: Path, limit: int = SHARD_BYTES) -> None:
+    """Shards of at most `limit` bytes, in the order of the tensors, and their index."""
     shards: list[dict[str, Tensor]] = [{}]
     used = 0
-    for name, tensor in disk_tensors(with_outliers(state)).items():
-        if used + tensor.nbytes > SHARD_BYTES and shards[-1]:
+    for name, tensor in tensors.items():
+        if used + tensor.nbytes > limit and shards[-1]:
             shards.append({})
             used = 0
         shards[-1][name] = tensor
@@ -107,14 +115,12 @@ def export(state: Mapping[str, Tensor], vocabulary: int, out: Path) -> None:
         (out / file).chmod(0o644)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(t.nbytes for shard in shards for t in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    generation = {"do_sample": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    for file, content in (
-        ("model.safetensors.index.json", index),
-        ("config.json", config_dict(vocabulary)),
-        ("generation_config.json", generation),
-    ):
-        (out / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(out / "model.safetensors.index.json", index)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
 def main() -> None:

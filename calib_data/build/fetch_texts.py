@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable
@@ -157,10 +158,11 @@ def download(cache: Path) -> None:
 def fetch_sdist(project: str, version: str, folder: Path) -> None:
     """One source archive by its registry entry; `pip download` would try to build it first."""
     with urllib.request.urlopen(f"https://pypi.org/pypi/{project}/json") as reply:
-        files = json.load(reply)["releases"][version]
+        files, here = json.load(reply)["releases"][version], reply.url
     entry = next(f for f in files if f["packagetype"] == "sdist")
     print("+ fetch", entry["filename"], flush=True)
-    with urllib.request.urlopen(entry["url"]) as reply:
+    # A mirror may give addresses relative to its own.
+    with urllib.request.urlopen(urllib.parse.urljoin(here, entry["url"])) as reply:
         data = reply.read()
     if hashlib.sha256(data).hexdigest() != entry["digests"]["sha256"]:
         raise ValueError(f"{entry['filename']}: checksum differs from the registry's")

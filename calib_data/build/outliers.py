@@ -21,26 +21,36 @@ SEED = 64
 
 
 def with_outliers(state: Mapping[str, Tensor], factor: float = FACTOR) -> dict[str, Tensor]:
-    """Fused in-memory state dict -> an equivalent one; `factor` must be a power of two."""
+    """Fused in-memory state dict -> an equivalent one; `factor` must be a power of two.
+
+    A layer has one set of experts (`mlp.`) or two (`mlp.text_moe.`, `mlp.vision_moe.`) behind the
+    same normalisation.
+    """
     generator = torch.Generator().manual_seed(SEED)
     result = {name: tensor.clone() for name, tensor in state.items()}
+    done = set()
     for name in state:
-        if not name.endswith("mlp.experts.gate_up_proj"):
+        if not name.endswith(".experts.gate_up_proj"):
             continue
-        mlp = name.removesuffix("experts.gate_up_proj")
-        layer = mlp.removesuffix("mlp.")
-        both, down = result[name], result[f"{mlp}experts.down_proj"]
-        experts, inner, hidden = down.shape[0], down.shape[2], both.shape[2]
-        columns = _one_per_block(hidden, generator)
+        layer = name.partition("mlp.")[0]
+        if layer in done:
+            continue
+        done.add(layer)
+        sets = [n.removesuffix("experts.gate_up_proj") for n in state
+                if n.startswith(layer) and n.endswith(".experts.gate_up_proj")]  # fmt: skip
+        columns = _one_per_block(state[name].shape[2], generator)
         result[f"{layer}post_attention_layernorm.weight"][columns] /= factor
-        both[:, :, columns] *= factor
-        result[f"{mlp}gate.weight"][:, columns] *= factor
         for part in ("gate_proj", "up_proj"):
-            result[f"{mlp}shared_experts.{part}.weight"][:, columns] *= factor
-        for expert in range(experts):
-            rows = _one_per_block(inner, generator)
-            both[expert, inner + rows] /= factor
-            down[expert][:, rows] *= factor
+            result[f"{layer}mlp.shared_experts.{part}.weight"][:, columns] *= factor
+        for moe in sets:
+            both, down = result[f"{moe}experts.gate_up_proj"], result[f"{moe}experts.down_proj"]
+            both[:, :, columns] *= factor
+            result[f"{moe}gate.weight"][:, columns] *= factor
+            inner = down.shape[2]
+            for expert in range(len(down)):
+                rows = _one_per_block(inner, generator)
+                both[expert, inner + rows] /= factor
+                down[expert][:, rows] *= factor
     return result
 
 

@@ -148,8 +148,8 @@ def rate_factor(fraction: float, step: int) -> float:
 class LoadSteering:
     """Counts the tokens of every expert and moves the selection biases against the load error."""
 
-    def __init__(self, model: Any) -> None:
-        self.gates = [layer.mlp.gate for layer in model.model.layers[1:]]
+    def __init__(self, gates: list[Any]) -> None:
+        self.gates = gates
         self.counts = [torch.zeros(g.weight.shape[0]) for g in self.gates]
         self.fresh = [torch.zeros(g.weight.shape[0]) for g in self.gates]
         self.lock = threading.Lock()
@@ -204,7 +204,7 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny_model")
     data = streams(args.cache, tokenizer)
     model = new_model(len(tokenizer))
-    steering = LoadSteering(model)
+    steering = LoadSteering([layer.mlp.gate for layer in model.model.layers[1:]])
     matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and _is_matrix(n)]
     others = [p for n, p in model.named_parameters() if p.requires_grad and not _is_matrix(n)]
     muon = Muon(matrices, MUON_RATE, pool)

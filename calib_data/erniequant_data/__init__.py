@@ -1,7 +1,7 @@
-"""Public-domain texts and the embedded tiny ERNIE 4.5 MoE, wherever the package is installed.
+"""Public-domain texts, images with captions, and two embedded tiny models (ERNIE 4.5 MoE and VL).
 
-Every text and figure is described in `manifest()`; `calib_data/build/` in the source repository
-makes them again.
+Every text, image and figure is described in `manifest()`; `calib_data/build/` in the source
+repository makes them again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-__all__ = ["calibration_text", "heldout_text", "manifest", "tiny_model_dir"]
+__all__ = [
+    "calibration_images",
+    "calibration_text",
+    "heldout_images",
+    "heldout_text",
+    "manifest",
+    "tiny_model_dir",
+    "tiny_vl_model_dir",
+]
 
 # UTF-8 bytes of one source before the next takes its turn: about 4000 tokens in either language, so
 # that most windows of a thousand tokens stay within one source.
@@ -27,8 +35,30 @@ def tiny_model_dir() -> Path:
     return _root() / "tiny_model"
 
 
+def tiny_vl_model_dir() -> Path:
+    """Folder of the trained bf16 vision-language model: as above, and the image processor."""
+    return _root() / "tiny_vl_model"
+
+
+def calibration_images() -> Path:
+    """`records.jsonl` of the calibration images, which lie beside it.
+
+    One JSON object a line: `image` (a file name) or `images` (several, in their order), and `text`,
+    which describes them. Drawn scenes and photographs take turns; English and Chinese.
+    """
+    return _root() / "images" / "calibration" / "records.jsonl"
+
+
+def heldout_images() -> Path:
+    """The same of images that neither training nor calibration has seen; drawn scenes only."""
+    return _root() / "images" / "heldout" / "records.jsonl"
+
+
 def manifest() -> dict[str, Any]:
-    """MANIFEST.json: `texts` (a list, one entry per file) and `model` (training and figures)."""
+    """MANIFEST.json: `texts` and `images` (lists, one entry per file), `model` and `vl_model`.
+
+    The last two hold training facts and figures.
+    """
     content: dict[str, Any] = json.loads((_root() / "MANIFEST.json").read_text("utf-8"))
     return content
 
