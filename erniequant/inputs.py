@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from erniequant.errors import ErnieQuantError
-from erniequant.models.architecture import ImageSettings
+from erniequant.models.images import ImageSettings
 from erniequant.texts import hash_token_ids
 
 

@@ -1,7 +1,7 @@
 """`erniequant eval`: perplexity and the distance to a reference, and speed."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,14 @@ def perplexity(
     dataset: Annotated[
         str | None,
         typer.Option(metavar="NAME[:SPLIT[:COLUMN]]", help="Hugging Face data set instead."),
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="builtin|none|FILE.jsonl",
+            help="Images with text; default: built in, for models that take images, unless "
+            "another text is given.",
+        ),
     ] = None,
     context: Annotated[
         int | None,
@@ -44,6 +52,8 @@ def perplexity(
 
       erniequant eval perplexity ernie-2bit --reference ./ernie
 
+      erniequant eval perplexity ernie-vl-2bit --reference ./ernie-vl --images photos.jsonl
+
       erniequant eval perplexity ernie-2bit --text book.txt --context 1024 --json result.json
     """
     from erniequant_cli.loading import load_model
@@ -52,6 +62,7 @@ def perplexity(
     if text is not None and dataset is not None:
         raise typer.BadParameter("give --text or --dataset, not both")
 
+    from erniequant.evaluate import image_perplexity
     from erniequant.evaluate import perplexity as measure
     from erniequant.evaluate.texts import evaluation_text
 
@@ -71,11 +82,24 @@ def perplexity(
         tokens=tokens,
         progress=make_progress(quiet),
     )
-    write_json(json, result.to_dict())
+    records = _records(subject, images, by_default=text is None and dataset is None)
+    pictured = None
+    if records is not None:
+        pictured = image_perplexity(
+            subject,
+            tokenizer,
+            records,
+            reference=other,
+            progress=make_progress(quiet),
+        )
+    found = result.to_dict()
+    write_json(json, found if pictured is None else found | {"images": pictured.to_dict()})
     if not quiet:
-        from erniequant_cli.tables import print_perplexity
+        from erniequant_cli.tables import print_image_perplexity, print_perplexity
 
         print_perplexity(result)
+        if pictured is not None:
+            print_image_perplexity(pictured)
 
 
 def speed(
@@ -117,6 +141,14 @@ def speed(
         from erniequant_cli.tables import print_speed
 
         print_speed(found)
+
+
+def _records(model: Any, asked: str | None, by_default: bool) -> str | None:
+    """Which images to evaluate on, if any."""
+    if asked == "none":
+        return None
+    takes_images = hasattr(model.config, "vision_config")
+    return asked or ("builtin" if takes_images and by_default else None)
 
 
 def _require_same_tokens(tokenizer: object, other: object, text: str) -> None:

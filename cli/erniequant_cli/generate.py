@@ -1,5 +1,6 @@
 """`erniequant generate`: a quick look at what a model says."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,10 @@ from erniequant_cli.quantize import ChatTemplate
 def generate(
     model: Annotated[str, typer.Argument(help="Folder of a quantised or a plain checkpoint.")],
     prompt: Annotated[str, typer.Argument(help="What to say to it.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="An image to look at; repeat it for more."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
@@ -30,6 +35,8 @@ def generate(
 
       erniequant generate ernie-2bit "Why is the sky blue?"
 
+      erniequant generate ernie-vl-2bit "What is this?" --image photo.jpg
+
       erniequant generate ernie-2bit "Once upon a time" --chat-template none --temperature 0.8
     """
     from erniequant.generate import complete
@@ -40,6 +47,7 @@ def generate(
         subject,
         tokenizer,
         prompt,
+        images=image or (),
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,

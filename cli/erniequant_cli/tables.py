@@ -11,7 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from erniequant.demo import DemoReport
-    from erniequant.evaluate import PerplexityResult
+    from erniequant.evaluate import ImageTextResult, PerplexityResult, ReferenceResult
     from erniequant.evaluate.speed import SpeedResult
     from erniequant.format.inspect import ModelSummary
     from erniequant.format.verify import VerifyReport
@@ -41,7 +41,7 @@ def print_quantization(report: "QuantizationReport", folder: str) -> None:
     console.print("error: tr(E H Eᵀ) / tr(W H Wᵀ), mean over experts; tokens: least, median, most")
     fallbacks = [matrix for matrix in report.matrices if matrix.fallback is not None]
     for fallback in fallbacks[:FALLBACKS_SHOWN]:
-        where = f"layer {fallback.layer} expert {fallback.expert} {fallback.projection}"
+        where = f"layer {fallback.place} expert {fallback.expert} {fallback.projection}"
         console.print(f"fallback, {where}: {fallback.fallback}")
     if len(fallbacks) > FALLBACKS_SHOWN:
         console.print(f"and {len(fallbacks) - FALLBACKS_SHOWN} more fallbacks in the report")
@@ -62,13 +62,34 @@ def print_perplexity(result: "PerplexityResult") -> None:
     table.add_row("context, stride", f"{result.context}, {result.stride}, no BOS")
     table.add_row("text", f"sha256 {result.text_sha256[:16]}…")
     table.add_row("token ids", f"sha256 {result.token_ids_sha256[:16]}…")
-    distance = result.reference
+    _add_distance(table, result.reference)
+    _console().print(table)
+
+
+def print_image_perplexity(result: "ImageTextResult") -> None:
+    """The same for text of images."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row(
+        "perplexity given images",
+        f"{result.perplexity:.4f} ± {result.stderr:.4f} (NLL {result.nll:.4f})",
+    )
+    table.add_row(
+        "tokens scored",
+        f"{result.tokens} in {result.records} records with {result.images} images "
+        f"({result.vision_tokens} tokens for experts for images)",
+    )
+    table.add_row("inputs", f"sha256 {result.inputs_sha256[:16]}…")
+    _add_distance(table, result.reference)
+    _console().print()
+    _console().print(table)
+
+
+def _add_distance(table: Table, distance: "ReferenceResult | None") -> None:
     if distance is not None:
         table.add_row("reference perplexity", f"{distance.perplexity:.4f}")
         table.add_row("ratio", f"{distance.ratio:.5f} ± {distance.ratio_stderr:.5f} (paired)")
         table.add_row("KL, mean and 90 %", f"{distance.kl_mean:.5f}, {distance.kl_p90:.5f} nats")
         table.add_row("top-1 agreement", f"{100 * distance.top1_agreement:.2f} %")
-    _console().print(table)
 
 
 def print_demo(report: "DemoReport", out: Path) -> None:

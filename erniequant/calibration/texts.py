@@ -10,7 +10,7 @@ import torch
 
 from erniequant.errors import ErnieQuantError, foreign_errors
 from erniequant.inputs import ModelInput, from_batch, hash_inputs
-from erniequant.models.architecture import ImageSettings
+from erniequant.models.images import ImageSettings
 from erniequant.texts import read_text
 from erniequant.vision.records import ImageTextReader, has_images, read_records
 

@@ -1,14 +1,18 @@
 """How close a quantised model is to its original: perplexity, divergence, and a plain baseline."""
 
-from erniequant.evaluate.perplexity import PerplexityResult, ReferenceResult, perplexity
+from erniequant.evaluate.images import ImageTextResult, image_perplexity
+from erniequant.evaluate.perplexity import PerplexityResult, perplexity
 from erniequant.evaluate.rtn import RoundToNearest, round_to_nearest
+from erniequant.evaluate.scoring import ReferenceResult
 from erniequant.evaluate.speed import SpeedResult, speed
 
 __all__ = [
+    "ImageTextResult",
     "PerplexityResult",
     "ReferenceResult",
     "RoundToNearest",
     "SpeedResult",
+    "image_perplexity",
     "perplexity",
     "round_to_nearest",
     "speed",

@@ -16,6 +16,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.models.images import ImageSettings
 from erniequant.models.linear import StoredLinear, store_linears
 from erniequant.models.settings import require_harmless, require_possible
 
@@ -96,21 +97,6 @@ class MoeInput:
         """Rows of an expert's tokens, ascending, and their routing weights in float32."""
         rows, slot = torch.where(self.expert == expert)
         return rows, self.weight[rows, slot].float()
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """How a model takes images: token ids, and sizes in pixels and patches.
-
-    A square of ``merge`` x ``merge`` patches of ``patch`` x ``patch`` pixels is one token.
-    """
-
-    start_token: int
-    token: int
-    end_token: int
-    patch: int
-    merge: int
-    channels: int
 
 
 class Architecture(ABC):

@@ -20,13 +20,13 @@ from erniequant.errors import ErnieQuantError
 from erniequant.models.architecture import (
     Architecture,
     ExpertGroup,
-    ImageSettings,
     ModelSizes,
     MoeInput,
     Shapes,
     TensorSource,
     read_settings,
 )
+from erniequant.models.images import image_settings
 from erniequant.models.settings import require_possible_vision
 from erniequant.models.vision_tower import embed_images, required_tensors
 from erniequant.models.vl_config import MODEL_TYPE, in_terms_of_transformers
@@ -47,7 +47,7 @@ class Ernie45Vl(Architecture):
         translated = in_terms_of_transformers(settings)
         self.whole = read_settings(Ernie4_5_VLMoeConfig, translated, self.model_type)
         require_possible_vision(self.whole)
-        text, vision = self.whole.text_config, self.whole.vision_config
+        text = self.whole.text_config
         moe_layers = tuple(i for i, kind in enumerate(text.mlp_layer_types) if kind == "sparse")
         if not moe_layers:
             raise ErnieQuantError(
@@ -66,14 +66,7 @@ class Ernie45Vl(Architecture):
             text.vocab_size,
         )
         super().__init__(text, sizes)
-        self.images = ImageSettings(
-            self.whole.image_start_token_id,
-            self.whole.image_token_id,
-            self.whole.image_end_token_id,
-            vision.patch_size,
-            vision.spatial_merge_size,
-            vision.in_channels,
-        )
+        self.images = image_settings(self.whole)
         self._tower_prefix = "vision_model."
 
     def adapt(self, names: Collection[str]) -> Architecture:

@@ -9,7 +9,7 @@ from typing import Any
 from erniequant.checkpoint.reader import read_json
 from erniequant.errors import ErnieQuantError, foreign_errors
 from erniequant.inputs import Picture
-from erniequant.models.architecture import ImageSettings
+from erniequant.models.images import ImageSettings
 
 # The newer file of transformers holds the settings of several processors.
 _FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))

@@ -16,7 +16,7 @@ import torch
 from erniequant.checkpoint.strict_json import parse_json
 from erniequant.errors import ErnieQuantError, foreign_errors
 from erniequant.inputs import ModelInput, with_pictures
-from erniequant.models.architecture import ImageSettings
+from erniequant.models.images import ImageSettings
 from erniequant.texts import read_text
 from erniequant.vision.pictures import PictureReader
 
@@ -80,9 +80,29 @@ class ImageTextReader:
             ErnieQuantError: the record is malformed, or an image cannot be read.
         """
         if record.get("messages") is not None:
-            ids, sources = self._chat(record["messages"], where, folder)
+            ids, sources = self._chat(record["messages"], where, folder, prompt=False)
         else:
             ids, sources = self._plain(_parts_of_text(record, where, folder), where)
+        return self._input(ids, sources, where)
+
+    def prompt(self, text: str, images: list[str]) -> ModelInput:
+        """The input of a prompt: a user's turn where there is a template to render it with.
+
+        Raises:
+            ErnieQuantError: an image cannot be read.
+        """
+        where = "the prompt"
+        if self.chat_template == "apply" and getattr(self.tokenizer, "chat_template", None):
+            content = [{"type": "image", "image": image} for image in images]
+            turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+            ids, sources = self._chat([turn], where, Path(), prompt=True)
+        else:
+            parts = [*map(Path, images), text]
+            ids, sources = self._tokens_of(parts, where), parts[:-1]
+        return self._input(ids, sources, where)
+
+    def _input(self, ids: list[int], sources: list[Any], where: str) -> ModelInput:
+        """Token ids with one placeholder for each image, and the images, as one input."""
         share = None if self.length is None else self.length // 2 // max(len(sources), 1)
         if share is not None and share < MIN_TOKENS:
             raise ErnieQuantError(
@@ -102,17 +122,23 @@ class ImageTextReader:
 
     def _plain(self, parts: list[str | Any], where: str) -> tuple[list[int], list[Any]]:
         """Token ids with one placeholder for each image, and the images."""
+        ids = self._tokens_of(parts, where)
+        if self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+        return ids, [part for part in parts if not isinstance(part, str)]
+
+    def _tokens_of(self, parts: list[str | Any], where: str) -> list[int]:
         ids: list[int] = []
         for part in parts:
             if isinstance(part, str):
                 ids += self._tokens(part, where)
             else:
                 ids += [self.images.start_token, self.images.token, self.images.end_token]
-        if self.tokenizer.eos_token_id is not None:
-            ids.append(self.tokenizer.eos_token_id)
-        return ids, [part for part in parts if not isinstance(part, str)]
+        return ids
 
-    def _chat(self, messages: Any, where: str, folder: Path) -> tuple[list[int], list[Any]]:
+    def _chat(
+        self, messages: Any, where: str, folder: Path, prompt: bool
+    ) -> tuple[list[int], list[Any]]:
         turns: list[dict[str, Any]] = []
         joined: list[Any] = []
         sources: list[Any] = []
@@ -135,7 +161,11 @@ class ImageTextReader:
                 "--chat-template none"
             )
         with foreign_errors(f"{where}: the chat template cannot render its messages"):
-            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=prompt
+                )
+            )
         ids = self._tokens(text, where)
         if ids.count(self.images.token) != len(sources):
             raise ErnieQuantError(

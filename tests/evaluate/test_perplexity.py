@@ -12,7 +12,7 @@ from torch import nn
 
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate import perplexity
-from erniequant.evaluate.perplexity import ROWS_AT_ONCE, standard_error
+from erniequant.evaluate.scoring import ROWS_AT_ONCE, standard_error
 from erniequant.evaluate.windows import Window, cut_windows, group_windows
 from erniequant.texts import hash_token_ids
 

@@ -1,0 +1,154 @@
+"""Perplexity of text given the images that go with it.
+
+Protocol: every record is a sequence of its own; scored are the tokens of text behind its first
+image, each given everything before it. Those of images, and the end of the text, are not.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erniequant.errors import ErnieQuantError
+from erniequant.evaluate.scoring import ReferenceResult, Scores
+from erniequant.inputs import ModelInput, hash_inputs
+from erniequant.progress import NULL_PROGRESS, Progress
+from erniequant.vision.reader import reader_for
+from erniequant.vision.records import has_images, read_records
+
+# Beyond it, text of a record is cut.
+MAX_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class ImageTextResult:
+    """Perplexity with what it takes to repeat it; `tokens` counts scored tokens, ``nll`` is their
+    mean negative log-likelihood."""
+
+    perplexity: float
+    stderr: float
+    nll: float
+    tokens: int
+    records: int
+    images: int
+    vision_tokens: int
+    inputs_sha256: str
+    reference: ReferenceResult | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; `reference` is left out where there was none."""
+        result = asdict(self)
+        if self.reference is None:
+            del result["reference"]
+        return result
+
+
+def image_perplexity(
+    model: nn.Module,
+    tokenizer: Any,
+    records: str | Path | Iterable[ModelInput] = "builtin",
+    *,
+    reference: nn.Module | None = None,
+    progress: Progress | None = None,
+) -> ImageTextResult:
+    """Score the text of image-text records under ``model``, and under ``reference`` if given.
+
+    Args:
+        records: "builtin", a JSONL file (see `erniequant.vision.records`), or inputs that are ready
+            for the model.
+
+    Standard errors are clustered by record.
+
+    Raises:
+        ErnieQuantError: the model takes no images, a record cannot be read, there is no text to
+            score, or logits are not finite.
+    """
+    inputs = evaluation_inputs(model, tokenizer, records)
+    scores = Scores()
+    watch = progress or NULL_PROGRESS
+    watch.start(len(inputs))
+    try:
+        for number, entry in enumerate(inputs):
+            _score(model, reference, entry, number, tokenizer, scores)
+            watch.advance(1, "scoring text of images")
+    finally:
+        watch.finish()
+    value, stderr = scores.perplexity()
+    return ImageTextResult(
+        perplexity=value,
+        stderr=stderr,
+        nll=float(scores.nll.mean()),
+        tokens=len(scores.nll),
+        records=len(inputs),
+        images=sum(len(entry.pictures) for entry in inputs),
+        vision_tokens=sum(int(e.vision.sum()) for e in inputs if e.vision is not None),
+        inputs_sha256=hash_inputs(inputs),
+        reference=scores.compare(),
+    )
+
+
+def evaluation_inputs(
+    model: nn.Module, tokenizer: Any, records: str | Path | Iterable[ModelInput]
+) -> list[ModelInput]:
+    """What the model is given for each record.
+
+    Raises:
+        ErnieQuantError: as `image_perplexity`.
+    """
+    if not isinstance(records, str | Path):
+        inputs = list(records)
+    else:
+        path = Path(records)
+        if str(records) == "builtin":
+            from erniequant_data import heldout_images
+
+            path = heldout_images()
+        reader = reader_for(model, tokenizer, length=MAX_TOKENS)
+        found = read_records(path)
+        inputs = [reader.read(r, where, path.parent) for r, where in found if has_images(r)]
+    if not any(_scored(entry, tokenizer).numel() for entry in inputs):
+        raise ErnieQuantError(
+            f"{records if isinstance(records, str | Path) else 'the input'} has no text after an "
+            "image; give records with image and text"
+        )
+    return inputs
+
+
+def _scored(entry: ModelInput, tokenizer: Any) -> Tensor:
+    """Places of the tokens to score, int64 ``[n]``."""
+    if entry.vision is None:
+        return torch.zeros(0, dtype=torch.int64)
+    behind = entry.vision.cumsum(0) > 0
+    text = behind & ~entry.vision
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is not None and int(entry.ids[-1]) == end:
+        text[-1] = False
+    return torch.where(text)[0]
+
+
+@torch.inference_mode()
+def _score(
+    model: nn.Module,
+    reference: nn.Module | None,
+    entry: ModelInput,
+    number: int,
+    tokenizer: Any,
+    scores: Scores,
+) -> None:
+    places = _scored(entry, tokenizer)
+    if not places.numel():
+        return
+    other = None if reference is None else _logits(reference, entry)[places - 1]
+    scores.add(
+        _logits(model, entry)[places - 1], other, entry.ids[places], number, f"record {number}"
+    )
+
+
+def _logits(model: Any, entry: ModelInput) -> Tensor:
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in entry.batch().items()}
+    logits: Tensor = model(**batch, use_cache=False).logits[0]
+    return logits
