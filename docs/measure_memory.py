@@ -177,7 +177,7 @@ _CHILD = """
 import json, sys
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.models.registry import architecture_of
-from erniequant.quantization.memory import largest_layer, plan_memory
+from erniequant.quantization.memory import Needs, largest_layer, plan_memory
 from erniequant.quantization.pipeline import quantize
 src, dst, case = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 least = None
@@ -185,7 +185,8 @@ if case["budget"] == "least":
     checkpoint = open_checkpoint(src)
     model = architecture_of(checkpoint.config)
     layer = largest_layer(checkpoint, model)
-    least = plan_memory(model, layer, case["tokens"], case["window"], 1, 0, True).peak_bytes
+    needs = Needs(case["tokens"], case["window"], 0, layer)
+    least = plan_memory(model, needs, 1, 0, True).peak_bytes
 report = quantize(
     src, dst, bits=case["bits"], effort=case["effort"], device="cpu",
     calib_samples=case["tokens"] // case["window"], calib_length=case["window"],

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.micro import add_tokenizer, write_micro_ernie, write_text
+from tests.micro_vl import write_micro_vl, write_records
 
 if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter. Its own library is decorated when it is first imported,
@@ -50,6 +51,18 @@ def micro_source(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def micro_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `write_text`."""
     return write_text(tmp_path_factory.mktemp("text") / "micro.txt")
+
+
+@pytest.fixture(scope="session")
+def micro_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of `write_micro_vl`."""
+    return write_micro_vl(tmp_path_factory.mktemp("micro") / "micro_vl")
+
+
+@pytest.fixture(scope="session")
+def micro_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `write_records`."""
+    return write_records(tmp_path_factory.mktemp("records"))
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+CHARACTERS = {"<unk>": 0, "</s>": 1} | {chr(30 + i): i for i in range(2, 96)}
+"""A vocabulary of printable characters."""
+
 CALIBRATION = {"calib_samples": 12, "calib_length": 64, "max_tp": 1, "effort": "fast"}
 """Options of a quantisation of the micro model that takes half a second."""
 
@@ -44,8 +47,7 @@ def add_tokenizer(folder: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<unk>": 0, "</s>": 1} | {chr(30 + i): i for i in range(2, 96)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(CHARACTERS, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"

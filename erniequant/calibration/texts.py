@@ -130,6 +130,23 @@ def calibration_windows(
     return CalibrationWindows(tuple(windows), hash_inputs(windows), rendered)
 
 
+def image_records(config: CalibrationConfig) -> int | None:
+    """How many records with images a source has; None where only reading all of it would tell.
+
+    Raises:
+        ErnieQuantError: the source cannot be read.
+    """
+    if config.source.startswith("hf:"):
+        return None
+    if config.source == "builtin":
+        from erniequant_data import calibration_images
+
+        return sum(has_images(record) for record, _ in read_records(calibration_images()))
+    if config.source.endswith(".jsonl"):
+        return sum(has_images(record) for record, _ in read_records(Path(config.source)))
+    return 0
+
+
 def batched_windows(
     batches: Sequence[Mapping[str, Any]], images: ImageSettings | None
 ) -> CalibrationWindows:

@@ -255,6 +255,10 @@ class Architecture(ABC):
         """
         raise ErnieQuantError(f"an {self.description} takes no images")
 
+    def image_bytes(self, patches: int) -> int:
+        """Peak bytes of passing so many patches through the vision tower at once."""
+        return 0
+
     def dense_mlp(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[1, T, H]`` after the MLP of a layer that is not quantised."""
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

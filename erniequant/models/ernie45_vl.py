@@ -132,6 +132,16 @@ class Ernie45Vl(Architecture):
             self.whole, self._tower_prefix, source.tensor, patches, grid, device
         ).cpu()
 
+    def image_bytes(self, patches: int) -> int:
+        vision, merge = self.whole.vision_config, self.images.merge if self.images else 1
+        # Per patch: queries, keys, values and their rotated copies; the MLP, twice.
+        tower = 4 * patches * (9 * vision.hidden_size + 2 * vision.intermediate_size)
+        wide = vision.hidden_size * merge**2
+        resampler = 4 * (patches // merge**2) * 6 * wide
+        # The resampler as it is stored: four square matrices, one of them twice as wide.
+        weights = 2 * (5 * wide**2 + wide * self.sizes.hidden)
+        return weights + max(tower, resampler)
+
     def position_embeddings(self, positions: torch.Tensor, device: torch.device) -> Any:
         return super().position_embeddings(positions.expand(3, 1, -1), device)
 

@@ -18,7 +18,7 @@ from erniequant.checkpoint.reader import Checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.models.architecture import Architecture
 from erniequant.quantization.layer import SAMPLE_TOKENS
-from erniequant.quantization.tokens import CHUNK
+from erniequant.quantization.tokens import CHUNK, PATCHES_AT_ONCE
 
 BASE_BYTES = 700_000_000
 """A process that has imported torch, transformers and numba and compiled the encoder (555 MB), and
@@ -50,11 +50,30 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What decides about memory beside the model.
+
+    Attributes:
+        tokens: of the calibration text, at most.
+        length: of its longest window.
+        patches: of all images, at most.
+        layer: of `largest_layer`.
+    """
+
+    tokens: int
+    length: int
+    patches: int
+    layer: int
+
+
+@dataclass(frozen=True)
 class _Parts:
     """Bytes of what a run holds; see `_parts`."""
 
     layer: int
     window: int
+    tower: int
+    patches: int
     tables: int
     context: int
     expert: int
@@ -62,21 +81,14 @@ class _Parts:
 
 
 def plan_memory(
-    model: Architecture,
-    layer: int,
-    tokens: int,
-    length: int,
-    threads: int,
-    budget: int,
-    on_cpu: bool,
+    model: Architecture, needs: Needs, threads: int, budget: int, on_cpu: bool
 ) -> MemoryPlan:
-    """The fastest way to run ``tokens`` tokens in windows of ``length`` within ``budget`` bytes.
-
-    layer: of `largest_layer`.
+    """The fastest way to run within ``budget`` bytes.
 
     Falls back to the least memory there is, which may be more than the budget.
     """
-    parts = _parts(model, layer, tokens, length)
+    parts = _parts(model, needs)
+    tokens = needs.tokens
     most = min(threads, max(group.experts for group in model.sizes.groups))
     # Without tokens there are no tables to put on disk.
     ways = [(most, False), *((at_once, tokens > 0) for at_once in range(most, 0, -1))]
@@ -89,20 +101,23 @@ def plan_memory(
 
 def _way(parts: _Parts, at_once: int, on_disk: bool, threads: int, on_cpu: bool) -> MemoryPlan:
     tables = parts.tables + at_once * parts.expert_tables
-    advance = parts.layer + threads * parts.window
+    advance = max(parts.layer + threads * parts.window, threads * parts.tower)
     experts = parts.context + at_once * parts.expert
     return MemoryPlan(
         at_once,
         on_disk,
-        BASE_BYTES + max(advance, experts) + (0 if on_disk else tables),
+        BASE_BYTES + parts.patches + max(advance, experts) + (0 if on_disk else tables),
         0 if on_cpu else max(advance, at_once * parts.expert),
         tables if on_disk else 0,
     )
 
 
-def _parts(model: Architecture, layer: int, tokens: int, length: int) -> _Parts:
-    """Peak bytes of: a layer without its experts; a window passing through it; hidden states,
-    inputs and drift; moments and sample that experts share; one expert under way; its tables."""
+def _parts(model: Architecture, needs: Needs) -> _Parts:
+    """Peak bytes of: a layer without its experts; a window passing through it; images passing
+    through the vision tower; all their patches; hidden states, inputs and drift; moments and sample
+    that experts share; one expert under way; its tables."""
+    tokens, length, patches = needs.tokens, needs.length, needs.patches
+    images = model.images
     sizes = model.sizes
     hidden, inner = sizes.hidden, max(group.inner for group in sizes.groups)
     widest = max(2 * getattr(model.config, "intermediate_size", 0), 4 * hidden)
@@ -116,8 +131,10 @@ def _parts(model: Architecture, layer: int, tokens: int, length: int) -> _Parts:
     mean = tokens * sizes.top_k / min(group.experts for group in sizes.groups)
     popular = min(tokens, POPULARITY * mean)
     return _Parts(
-        layer,
+        needs.layer,
         4 * min(length, max(tokens, 1)) * (3 * widest + 6 * hidden),
+        model.image_bytes(min(patches, PATCHES_AT_ONCE)) if patches else 0,
+        4 * patches * images.channels * images.patch**2 if images else 0,
         4 * tokens * 5 * hidden + 24 * tokens * sizes.top_k,
         8 * hidden**2 + 4 * sample * 3 * hidden,
         max(solving, encoding, down) + chunk,

@@ -16,9 +16,6 @@ import torch
 
 from erniequant.calibration.texts import (
     CalibrationConfig,
-    CalibrationWindows,
-    batched_windows,
-    calibration_windows,
 )
 from erniequant.checkpoint.files import disk_error, write_json
 from erniequant.checkpoint.layout import index_of
@@ -38,10 +35,18 @@ from erniequant.format.schema import QuantizationMetadata
 from erniequant.models.architecture import Architecture
 from erniequant.models.vl_config import in_terms_of_transformers
 from erniequant.progress import NULL_PROGRESS, Progress
+from erniequant.quantization.calibrate import (
+    amounts,
+    calibration_report,
+    image_documents,
+    image_note,
+    read_windows,
+)
 from erniequant.quantization.estimate import Estimate, describe, estimate
 from erniequant.quantization.identity import processor, run_identity
 from erniequant.quantization.memory import (
     MemoryPlan,
+    Needs,
     default_budget,
     largest_layer,
     parse_size,
@@ -52,15 +57,11 @@ from erniequant.quantization.memory import (
 from erniequant.quantization.plan import Plan, QuantizeOptions, make_plan
 from erniequant.quantization.report import (
     REPORT_FILE,
-    CalibrationReport,
     QuantizationReport,
 )
 from erniequant.quantization.run import Run
 from erniequant.resume.workfolder import WorkFolder
-from erniequant.tokenizers import load_tokenizer
 from erniequant.version import PRODUCER
-from erniequant.vision.pictures import PictureReader
-from erniequant.vision.records import ImageTextReader
 
 SIZE_TOLERANCE = 0.01
 """The result may differ from the planned size by this much, headers included."""
@@ -128,16 +129,19 @@ def quantize(
     model = bounded_architecture(checkpoint.config, checkpoint.headers)
     plan = make_plan(checkpoint, model, options)
     threads = threads or os.cpu_count() or 1
-    tokens = 0 if no_calib else calibration.samples * calibration.length
-    layer = largest_layer(checkpoint, model)
-    memory = _fit(model, layer, tokens, calibration.length, threads, max_memory, target)
+    images = 0 if no_calib or model.images is None else image_documents(calib, calibration)
+    tokens, length, patches = (0, 2, 0) if no_calib else amounts(calib, calibration, model, images)
+    needs = Needs(tokens, length, patches, largest_layer(checkpoint, model))
+    memory = _fit(model, needs, threads, max_memory, target)
     predicted = estimate(plan, memory, tokens)
     plan_text = describe(plan, memory, predicted, checkpoint.absent_bytes)
+    if model.images is not None and not no_calib:
+        plan_text += f"\n{image_note(calib, calibration, images)}"
     watch.plan(plan_text)
     if dry_run:
         return QuantizationReport(plan, plan_text, None, (), predicted, None, {}, dry_run=True)
 
-    windows = None if no_calib else _windows(checkpoint, model, calib, calibration, watch)
+    windows = None if no_calib else read_windows(checkpoint, model, calib, calibration, watch)
     identity = run_identity(checkpoint, plan, calibration, windows, target)
     destination = Path(dst).expanduser()
     if work_dir is not None:
@@ -174,7 +178,7 @@ def quantize(
         report = QuantizationReport(
             plan,
             plan_text,
-            _calibration_report(calibration, windows),
+            calibration_report(calibration, windows),
             run.matrices(),
             predicted,
             measured,
@@ -189,9 +193,7 @@ def quantize(
 
 def _fit(
     model: Architecture,
-    layer: int,
-    tokens: int,
-    length: int,
+    needs: Needs,
     threads: int,
     max_memory: str | int | None,
     device: torch.device,
@@ -199,7 +201,7 @@ def _fit(
     """How the run goes within its memory; an explicit bound that is too small is refused."""
     asked = parse_size(str(max_memory)) if max_memory is not None else None
     budget = default_budget() if asked is None else asked
-    found = plan_memory(model, layer, tokens, length, threads, budget, device.type == "cpu")
+    found = plan_memory(model, needs, threads, budget, device.type == "cpu")
     if asked is not None and found.peak_bytes > asked:
         raise ErnieQuantError(
             f"--max-memory {max_memory} is too little: with one expert at a time and activations "
@@ -290,75 +292,6 @@ def _complete(
     settings["quantization_config"] = QuantizationMetadata(layers, PRODUCER).to_dict()
     # The config comes last: without it nothing takes the folder for a finished checkpoint.
     write_json(folder / CONFIG_FILE, settings)
-
-
-def _windows(
-    checkpoint: Checkpoint,
-    model: Architecture,
-    calib: str | Sequence[Mapping[str, Any]],
-    config: CalibrationConfig,
-    watch: Progress,
-) -> CalibrationWindows:
-    """What to calibrate on, announced.
-
-    Raises:
-        ErnieQuantError: it cannot be read, or is not for this model.
-    """
-    if isinstance(calib, str):
-        tokenizer = load_tokenizer(checkpoint.folder, or_else="add its files or use --no-calib")
-        windows = calibration_windows(
-            tokenizer, config, _reader(checkpoint, model, config, tokenizer)
-        )
-    else:
-        windows = batched_windows(calib, model.images)
-    ids = torch.cat([window.ids for window in windows.windows])
-    if not 0 <= int(ids.min()) <= int(ids.max()) < model.sizes.vocabulary:
-        raise ErnieQuantError(
-            f"the tokenizer of {checkpoint.folder} makes token id {int(ids.max())}, but the model "
-            f"has {model.sizes.vocabulary}"
-        )
-    watch.message(
-        f"calibrating on {windows.tokens} tokens in {len(windows.windows)} windows of "
-        f"{config.source}"
-        + (f"; the first document begins {windows.rendered[:80]!r}" if windows.rendered else "")
-    )
-    if model.images is not None:
-        watch.message(_of_images(windows))
-    return windows
-
-
-def _reader(
-    checkpoint: Checkpoint, model: Architecture, config: CalibrationConfig, tokenizer: Any
-) -> ImageTextReader | None:
-    if model.images is None:
-        return None
-    pictures = PictureReader(model.images, checkpoint.folder)
-    return ImageTextReader(tokenizer, model.images, pictures, config.chat_template, config.length)
-
-
-def _of_images(windows: CalibrationWindows) -> str:
-    if not windows.images:
-        return (
-            "no images in the calibration data: the experts for images are quantised for what the "
-            "experts for text see, and count as degraded"
-        )
-    return f"{windows.images} images in it, {windows.vision_tokens} tokens for experts for images"
-
-
-def _calibration_report(
-    config: CalibrationConfig, windows: CalibrationWindows | None
-) -> CalibrationReport | None:
-    if windows is None:
-        return None
-    return CalibrationReport(
-        config.source,
-        len(windows.windows),
-        windows.tokens,
-        windows.sha256,
-        windows.rendered,
-        windows.images,
-        windows.vision_tokens,
-    )
 
 
 @contextmanager

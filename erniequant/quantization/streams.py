@@ -18,13 +18,10 @@ from erniequant.checkpoint.reader import Checkpoint
 from erniequant.inputs import ModelInput
 from erniequant.models.architecture import Architecture, MoeInput
 from erniequant.quantization.layer import Contribution, LayerInput
+from erniequant.quantization.tokens import PATCHES_AT_ONCE
 
 EMBEDDING_ROWS = 4096
 """Rows of the embedding read at once."""
-
-PATCHES_AT_ONCE = 4096
-"""Patches of images that pass through the vision tower together: its weights are read once for all
-of them, and the widest of their activations has 84 MB in the largest tower."""
 
 Step = Callable[[Rows, slice, ModelInput], None]
 """Moves one window on: hidden states, its place in them, and what it is."""

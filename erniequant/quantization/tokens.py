@@ -10,6 +10,10 @@ import torch
 CHUNK = 1024
 """Tokens in memory at once. At the largest model's size that is 33 MB for each table."""
 
+PATCHES_AT_ONCE = 4096
+"""Patches of images that pass through the vision tower together: its weights are read once for all
+of them, and the widest of their activations has 84 MB in the largest tower."""
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:

@@ -1,58 +1,79 @@
-"""Register the transformers plugin without making `import erniequant` wait for transformers.
+"""Register with transformers without making `import erniequant` wait for it.
 
-Importing transformers takes seconds, and `erniequant --help` has one. If transformers is loaded
-already, registration is immediate; otherwise it happens at the moment the module that defines
-`from_pretrained` has been imported.
+Importing transformers takes seconds, and `erniequant --help` has one. What is loaded already is
+told at once, the rest at the moment it has been imported.
 """
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-TRIGGER = "transformers.modeling_utils"
+VISION_MODEL = ("ernie4_5_vl_moe", "Ernie4_5_VLMoeForConditionalGeneration")
 
 
-def _register() -> None:
+def _register_format() -> None:
     from erniequant.runtime.transformers_plugin import register
 
     register()
 
 
+def _register_vision_model() -> None:
+    """Let AutoModelForCausalLM load vision-language models too, which transformers lists under
+    AutoModelForImageTextToText alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(*VISION_MODEL)
+
+
+TRIGGERS: dict[str, Callable[[], None]] = {
+    # Defines `from_pretrained`.
+    "transformers.modeling_utils": _register_format,
+    "transformers.models.auto.modeling_auto": _register_vision_model,
+}
+
+
 class _LoadThenRegister(Loader):
     """Runs the real loader, then the registration."""
 
-    def __init__(self, real: Loader):
-        self._real = real
+    def __init__(self, real: Loader, register: Callable[[], None]):
+        self._real, self._register = real, register
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._real.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._real.exec_module(module)
-        _register()
+        self._register()
 
 
 class _Watcher(MetaPathFinder):
-    """Waits for the trigger module and leaves once it is found."""
+    """Waits for some of the triggers and leaves once all are found."""
+
+    def __init__(self, waiting: set[str]):
+        self._waiting = waiting
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != TRIGGER:
+        if name not in self._waiting:
             return None
-        sys.meta_path.remove(self)
+        self._waiting.discard(name)
+        if not self._waiting:
+            sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _LoadThenRegister(spec.loader)
+            spec.loader = _LoadThenRegister(spec.loader, TRIGGERS[name])
         return spec
 
 
 def register_when_loaded() -> None:
-    """Register now if transformers is loaded, otherwise as soon as it is. Safe to call again."""
-    if TRIGGER in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watcher())
+    """Register now what is loaded, and the rest as soon as it is. Safe to call again."""
+    waiting = {name for name in TRIGGERS if name not in sys.modules}
+    for name, register in TRIGGERS.items():
+        if name not in waiting:
+            register()
+    if waiting and not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watcher(waiting))

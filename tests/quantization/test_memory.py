@@ -15,6 +15,7 @@ from erniequant.quantization import memory
 from erniequant.quantization.memory import (
     BASE_BYTES,
     MemoryPlan,
+    Needs,
     available_memory,
     default_budget,
     largest_layer,
@@ -39,7 +40,7 @@ def plan(
     budget: int, tokens: int = 900, threads: int = 4, length: int = 64, on_cpu: bool = True
 ) -> MemoryPlan:
     model = architecture_of(SETTINGS)
-    return plan_memory(model, LAYER, tokens, length, threads, budget, on_cpu)
+    return plan_memory(model, Needs(tokens, length, 0, LAYER), threads, budget, on_cpu)
 
 
 @pytest.mark.parametrize(

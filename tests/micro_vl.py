@@ -1,0 +1,118 @@
+"""A micro ERNIE 4.5 vision-language MoE with a tokenizer, images and records; made in a second."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.micro import CHARACTERS
+
+IMAGE, IMAGE_START, IMAGE_END = 96, 97, 98
+TOKEN_IDS = {
+    "image_token_id": IMAGE, "image_start_token_id": IMAGE_START, "image_end_token_id": IMAGE_END,
+    "video_token_id": 99, "video_start_token_id": 100, "video_end_token_id": 101,
+}  # fmt: skip
+SPECIAL = {
+    "image_token": "<|IMAGE_PLACEHOLDER|>", "image_start_token": "<|IMAGE_START|>",
+    "image_end_token": "<|IMAGE_END|>", "video_token": "<|VIDEO_PLACEHOLDER|>",
+    "video_start_token": "<|VIDEO_START|>", "video_end_token": "<|VIDEO_END|>",
+}  # fmt: skip
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% else %}"
+    "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>{% endif %}{% endfor %}{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
+)
+PATCH, MERGE = 4, 2
+
+
+def write_micro_vl(folder: Path, seed: int = 7) -> Path:
+    """A bf16 checkpoint with Baidu's tensor names, saved as transformers does.
+
+    Hidden 96 is no power of two, the sets of experts differ in size and the inner size of vision
+    is the smallest that has a tile, routers are float32 and their biases not zero, the first layer
+    is dense, the embedding is tied, and the vision tower has two blocks of two heads.
+    """
+    from transformers import Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration
+
+    torch.manual_seed(seed)
+    text = {
+        "vocab_size": 128, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "moe_k": 2, "moe_num_experts": 4,
+        "moe_intermediate_size": [64, 32], "moe_num_shared_experts": 1,
+        "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": None,
+        "eos_token_id": 1,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4],
+        },
+    }  # fmt: skip
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48,
+              "patch_size": PATCH, "spatial_merge_size": MERGE}  # fmt: skip
+    config = Ernie4_5_VLMoeConfig(text_config=text, vision_config=vision, **TOKEN_IDS)
+    model = Ernie4_5_VLMoeForConditionalGeneration(config).to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if name.endswith("moe.gate"):
+            module.float()
+    for name, parameter in model.named_parameters():
+        if name.endswith("e_score_correction_bias"):
+            parameter.data.normal_(0, 0.02)
+        elif parameter.dim() > 1:
+            parameter.data.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    settings = {"patch_size": PATCH, "merge_size": MERGE, "min_pixels": 64, "max_pixels": 4096}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return _add_tokenizer(folder)
+
+
+def _add_tokenizer(folder: Path) -> Path:
+    """One token per character, and the special ones of images."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(CHARACTERS, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(list(SPECIAL.values()))
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>",
+        chat_template=CHAT_TEMPLATE, extra_special_tokens=SPECIAL,
+    )  # fmt: skip
+    made.save_pretrained(folder)
+    return folder
+
+
+def write_image(path: Path, width: int, height: int, seed: int = 0) -> Path:
+    """An image of noise."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path)
+    return path
+
+
+def write_records(folder: Path, count: int = 24) -> Path:
+    """A JSONL file: in turns one image, two images, an image within the text, and text alone.
+
+    Images are wide, tall and square, so that rows and columns mixed up show.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = ((16, 16), (32, 16), (16, 40))
+    generator = torch.Generator().manual_seed(11)
+    records: list[dict[str, Any]] = []
+    for number in range(count):
+        letters = torch.randint(32, 125, (20,), generator=generator).tolist()
+        text = "".join(map(chr, letters)).replace("<", "(")
+        names = [f"{number}-{i}.png" for i in range(2)]
+        for i, name in enumerate(names):
+            write_image(folder / name, *shapes[(number + i) % 3], seed=number + 100 * i)
+        kinds: list[dict[str, Any]] = [
+            {"image": names[0], "text": text},
+            {"images": names, "text": text},
+            {"image": names[0], "text": f"{text[:7]}<image>{text[7:]}"},
+            {"text": text * 8},
+        ]
+        records.append(kinds[number % 4])
+    path = folder / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
