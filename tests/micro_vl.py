@@ -21,7 +21,7 @@ SPECIAL = {
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
     "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% else %}"
-    "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>{% endif %}{% endfor %}{% endif %}\n"
+    "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>{% endif %}{% endfor %}{% endif %};"
     "{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
 )
 PATCH, MERGE = 4, 2

@@ -147,7 +147,7 @@ def _records(model: Any, asked: str | None, by_default: bool) -> str | None:
     """Which images to evaluate on, if any."""
     if asked == "none":
         return None
-    takes_images = hasattr(model.config, "vision_config")
+    takes_images = hasattr(getattr(model, "config", None), "vision_config")
     return asked or ("builtin" if takes_images and by_default else None)
 
 
