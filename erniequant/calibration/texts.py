@@ -126,7 +126,8 @@ def calibration_windows(
         raise ErnieQuantError(
             f"calibration text {config.source} holds no text; give another source"
         )
-    rendered = rendered or str(with_images[0].record)[:400]
+    if with_images and not rendered:
+        rendered = str(with_images[0].record)[:400]
     return CalibrationWindows(tuple(windows), hash_inputs(windows), rendered)
 
 
