@@ -23,7 +23,8 @@ more."""
 class CalibrationConfig:
     """Which text to calibrate on, and how much of it.
 
-    ``source`` is ``builtin``, a path ending in .txt or .jsonl, or ``hf:NAME[:SPLIT[:COLUMN]]``.
+    ``source`` is ``builtin``, a path ending in .txt or .jsonl, or ``hf:NAME[:SPLIT[:COLUMN]]``;
+    records of JSONL and data sets may have images (`erniequant.vision.records`).
     ``chat_template`` ``apply`` renders chat ``messages`` with the model's template, ``none`` joins
     their contents.
     """

@@ -82,9 +82,9 @@ def require_possible(config: Any) -> None:
         if any(type(number) is not int or number < least for number in numbers):
             wanted = "a positive integer" if least else "an integer"
             raise ErnieQuantError(f"config.json has {name} {value!r}; expected {wanted}")
-    least = getattr(config, "moe_norm_min", 0.0)
-    if isinstance(least, bool) or not isinstance(least, (int, float)) or least < 0:
-        raise ErnieQuantError(f"config.json has moe_norm_min {least!r}; expected a small number")
+    floor = getattr(config, "moe_norm_min", 0.0)
+    if isinstance(floor, bool) or not isinstance(floor, (int, float)) or floor < 0:
+        raise ErnieQuantError(f"config.json has moe_norm_min {floor!r}; expected a small number")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", config.hidden_size // heads)
     if heads % groups or type(size) is not int or size < 2 or size % 2:
