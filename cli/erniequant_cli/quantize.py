@@ -80,7 +80,8 @@ def quantize(
     """Make a quantised copy of an ERNIE 4.5 checkpoint.
 
     Only the routed experts are quantised (in a dense model, the MLPs; in a vision-language model,
-    experts for text and for images); every other tensor is copied as it is. Interrupted in any way, the same command continues.
+    experts for text and for images); every other tensor is copied as it is. Interrupted in any
+    way, the same command continues.
 
     [bold]Examples[/bold]
 

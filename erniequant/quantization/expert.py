@@ -14,8 +14,7 @@ from torch.nn.functional import linear, silu
 
 from erniequant.calibration.hessian import Moments, finite_rows
 from erniequant.calibration.rows import RowPool, Rows
-from erniequant.codes.spec import ConvolutionalCode
-from erniequant.quantization.matrix import QuantizedMatrix, Rotation, quantize_matrix
+from erniequant.quantization.matrix import MatrixQuantizer, QuantizedMatrix
 from erniequant.quantization.targets import corrected_target, inner_sensitivity, token_emphasis
 from erniequant.quantization.tokens import CHUNK, Evidence, Tokens
 
@@ -46,30 +45,20 @@ class ExpertWeights:
         return self.load("down_proj")
 
 
-@dataclass(frozen=True)
-class ProjectionCodes:
-    """Code and tile of the two projections of a layer."""
-
-    gate_up: ConvolutionalCode
-    gate_up_tile: int
-    down: ConvolutionalCode
-    down_tile: int
-
-
 @dataclass(frozen=True, eq=False)
 class LayerContext:
     """What all experts of a layer share.
 
     Attributes:
+        gate_up, down: how matrices of either projection are coded.
         pooled: mean second moments of the inputs of all routed tokens, float32 ``[H, H]``.
         pooled_missing: mean cross moments of what the inputs miss, float32 ``[H, H]``.
         sample: a few tokens of the layer that stand in where an expert has seen none.
         device: where products with tokens are computed.
     """
 
-    codes: ProjectionCodes
-    input_rotation: Rotation
-    inner_rotation: Rotation
+    gate_up: MatrixQuantizer
+    down: MatrixQuantizer
     pooled: torch.Tensor
     pooled_missing: torch.Tensor
     sample: Evidence
@@ -113,7 +102,7 @@ def quantize_expert(
     """
     tokens = routed.weights.numel()
     unit = float(routed.weights.double().mean()) if tokens else 1.0
-    inner_size = layer.inner_rotation.signs.numel()
+    inner_size = layer.down.inputs
     evidence = _WithSample(routed, layer.sample, PRIOR_TOKENS * inner_size * unit)
     inner = InnerActivations(
         pool.empty(evidence.count, inner_size), pool.empty(evidence.count, inner_size)
@@ -164,14 +153,7 @@ def _quantize_gate_up(
     """Gate and up ``[2I, H]``, aiming at their outputs for the original inputs; fills ``before``
     with the activations of these."""
     target, hessian, importance = _gate_up_target(weights, evidence, unit, before, layer)
-    return quantize_matrix(
-        target,
-        hessian,
-        importance,
-        layer.input_rotation,
-        layer.codes.gate_up,
-        layer.codes.gate_up_tile,
-    )
+    return layer.gate_up.quantize(target, hessian, importance)
 
 
 def _gate_up_target(
@@ -248,14 +230,7 @@ def _quantize_down(
     Routing weights sum to one over the experts of a token, so that each may add the whole drift.
     """
     target, hessian = _down_target(weights, evidence, gate_up, inner, layer)
-    return quantize_matrix(
-        target,
-        hessian,
-        torch.ones(target.shape[0]),
-        layer.inner_rotation,
-        layer.codes.down,
-        layer.codes.down_tile,
-    )
+    return layer.down.quantize(target, hessian, torch.ones(target.shape[0]))
 
 
 def _down_target(

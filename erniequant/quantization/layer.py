@@ -19,12 +19,11 @@ from erniequant.quantization.expert import (
     ExpertWeights,
     InnerActivations,
     LayerContext,
-    ProjectionCodes,
     activate,
     inner_activations,
     quantize_expert,
 )
-from erniequant.quantization.matrix import QuantizedMatrix, Rotation
+from erniequant.quantization.matrix import MatrixQuantizer, QuantizedMatrix
 from erniequant.quantization.tokens import CHUNK, Evidence, TableTokens
 
 SAMPLE_TOKENS = 2048
@@ -111,9 +110,8 @@ class ExpertOutcome:
 def layer_context(
     inputs: LayerInput,
     group: ExpertGroup,
-    codes: ProjectionCodes,
-    input_rotation: Rotation,
-    inner_rotation: Rotation,
+    gate_up: MatrixQuantizer,
+    down: MatrixQuantizer,
     device: torch.device,
 ) -> LayerContext:
     """Pool the tokens of a group of experts: shared prior moments and an evenly spaced sample.
@@ -136,9 +134,8 @@ def layer_context(
     moments.cpu()
     unit = max(moments.weight, 1e-30)
     return LayerContext(
-        codes,
-        input_rotation,
-        inner_rotation,
+        gate_up,
+        down,
         moments.total.div_(unit),
         moments.cross[0].div_(unit),
         inputs.evidence(sampled.row, sampled.weights),

@@ -1,7 +1,9 @@
 """Quantise one matrix for given input moments: rotate, order, scale, encode with feedback, refit
 the scale."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -9,9 +11,10 @@ import torch
 from erniequant.calibration.hessian import ROW_BLOCK, factorise
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.codes.viterbi import Encoder, encoder
-from erniequant.format.decoding import encode_scale
+from erniequant.format.decoding import decode_weight, encode_scale
+from erniequant.format.schema import MatrixSpec
 from erniequant.quantization.ldlq import EncodedMatrix, encode_matrix
-from erniequant.rotation import rotate, unrotate
+from erniequant.rotation import pack_signs, rotate, unrotate
 
 SCALE_IN_RMS = {2: 0.96, 3: 0.92, 4: 0.88}
 """Standard deviation of the scaled targets over that of the labels, best on N(0, 1); see
@@ -29,27 +32,68 @@ class Rotation:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedMatrix:
-    """One packed matrix and what became of it.
+    """One coded matrix and what became of it.
 
-    ``packed`` int32 ``[N / T, K * T * bits / 32]``, ``scale`` float32 ``[N]`` with bfloat16
-    values, ``effective`` float32 ``[N, K]``: the weights that the packed form stands for,
-    unrotated. ``error`` is ``tr(E H E^T) / tr(W H W^T)``.
+    ``parts`` are its tensors as they are stored, by suffix; ``effective`` float32 ``[N, K]`` are
+    the weights that they stand for. ``error`` is ``tr(E H E^T) / tr(W H W^T)``.
     """
 
-    packed: torch.Tensor
-    scale: torch.Tensor
+    parts: Mapping[str, torch.Tensor]
     effective: torch.Tensor
     error: float
     damping: float
     fallback: str | None
 
-    def scale_bits(self) -> torch.Tensor:
-        """The scale as stored: int16 ``[N, 1]``, bfloat16 bit patterns."""
-        return encode_scale(self.scale)[:, None]
-
     def stored(self) -> "QuantizedMatrix":
         """Without the float32 weights: what has to be kept until the layer is written."""
         return replace(self, effective=torch.empty(0))
+
+
+class MatrixQuantizer(Protocol):
+    """How the matrices of one projection of a layer are coded, each on its own."""
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of a matrix, ``K``."""
+
+    def quantize(
+        self, weight: torch.Tensor, hessian: torch.Tensor, importance: torch.Tensor
+    ) -> QuantizedMatrix:
+        """Code ``weight`` float32 ``[N, K]`` for inputs with second moments ``hessian`` float32
+        ``[K, K]``, which may be overwritten.
+
+        importance: float32 ``[N]``, how much the squared error of each output counts.
+        """
+
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The effective weights of stored parts, to the last bit those of `quantize`."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrellisQuantizer:
+    """The native codes: ``parts`` are ``packed`` int32 ``[N / T, K * T * bits / 32]`` and ``scale``
+    int16 ``[N, 1]``, bfloat16 bit patterns."""
+
+    spec: MatrixSpec
+    rotation: Rotation
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of a matrix, ``K``."""
+        return self.rotation.signs.numel()
+
+    def quantize(
+        self, weight: torch.Tensor, hessian: torch.Tensor, importance: torch.Tensor
+    ) -> QuantizedMatrix:
+        """See `quantize_matrix`."""
+        return quantize_matrix(
+            weight, hessian, importance, self.rotation, self.spec.conv(), self.spec.tile
+        )
+
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `decode_weight`."""
+        signs = pack_signs(self.rotation.signs)
+        return decode_weight(parts["packed"], parts["scale"], signs, self.spec)
 
 
 def quantize_matrix(
@@ -82,7 +126,8 @@ def quantize_matrix(
     del factor
     scale, error = refit_scale(encoded.labels, ordered, hessian, scale)
     packed, effective = _in_natural_order(encoded, scale, order, rotation)
-    return QuantizedMatrix(packed, scale, effective, error, damping, fallback)
+    parts = {"packed": packed, "scale": encode_scale(scale)[:, None]}
+    return QuantizedMatrix(parts, effective, error, damping, fallback)
 
 
 def _in_natural_order(

@@ -6,6 +6,7 @@ hidden states, then their line; a shard gets its name when everything in it is t
 """
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from erniequant.checkpoint.scan import CheckedShard, changed_shards, check_shard
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.devices import trim_memory
 from erniequant.errors import ErnieQuantError
-from erniequant.format.decoding import decode_scale, decode_weight
-from erniequant.format.schema import PROJECTIONS, LayerSpec, guard_name, guard_tensor
+from erniequant.format.schema import PROJECTIONS, guard_name, guard_tensor
 from erniequant.models.architecture import Architecture, ExpertGroup
 from erniequant.progress import Progress
-from erniequant.quantization.expert import ExpertWeights, ProjectionCodes
+from erniequant.quantization.expert import ExpertWeights
 from erniequant.quantization.layer import (
     ExpertOutcome,
     LayerInput,
@@ -30,7 +30,7 @@ from erniequant.quantization.layer import (
     layer_context,
     quantize_experts,
 )
-from erniequant.quantization.matrix import QuantizedMatrix, Rotation
+from erniequant.quantization.matrix import QuantizedMatrix, Rotation, TrellisQuantizer
 from erniequant.quantization.memory import MemoryPlan
 from erniequant.quantization.plan import Plan, packed_prefix
 from erniequant.quantization.report import MatrixReport
@@ -180,36 +180,23 @@ class Run:
     def _quantize_group(
         self, index: int, group: ExpertGroup, place: int, inputs: LayerInput, streams: Streams
     ) -> None:
-        spec = self.plan.specs[group.name]
         key = group.layer_key(index)
+        quantizers = self._quantizers(index, group, place)
         prefix = packed_prefix(key)
-        rotations = {
-            "gate_up_proj": self._rotation(
-                index, place, 0, self.model.sizes.hidden, spec.gate_up_proj.rotation_block
-            ),
-            "down_proj": self._rotation(
-                index, place, 1, group.inner, spec.down_proj.rotation_block
-            ),
-        }
-        signs = {name: pack_signs(rotation.signs) for name, rotation in rotations.items()}
         self.shards.write(prefix + guard_name(key), guard_tensor())
-        for name in PROJECTIONS:
+        for name, quantizer in quantizers.items():
             parts = 2 if name == "gate_up_proj" else 1
-            self.shards.write(f"{prefix}{name}_signs", signs[name].expand(1, parts, -1))
+            signs = pack_signs(quantizer.rotation.signs)
+            self.shards.write(f"{prefix}{name}_signs", signs.expand(1, parts, -1))
         context = layer_context(
-            inputs,
-            group,
-            _codes(spec),
-            rotations["gate_up_proj"],
-            rotations["down_proj"],
-            self.device,
+            inputs, group, quantizers["gate_up_proj"], quantizers["down_proj"], self.device
         )
         for outcome in quantize_experts(
             inputs,
             context,
             group.numbers,
             lambda expert: self._weights(index, expert),
-            lambda expert: self._known(index, expert, group, signs),
+            lambda expert: self._known(index, expert, group, quantizers),
             self._pool,
             self.memory.experts_at_once,
         ):
@@ -226,7 +213,7 @@ class Run:
         names, facts = [], {}
         matrices = (outcome.packed.gate_up, outcome.packed.down)
         for name, matrix in zip(PROJECTIONS, matrices, strict=True):
-            for suffix, tensor in (("packed", matrix.packed), ("scale", matrix.scale_bits())):
+            for suffix, tensor in matrix.parts.items():
                 names.append(f"{prefix}{name}_{suffix}")
                 self.shards.write(names[-1], tensor, outcome.expert - group.first)
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
@@ -246,7 +233,11 @@ class Run:
         self._events[layer, outcome.expert] = self.journal.events[-1]
 
     def _known(
-        self, layer: int, expert: int, group: ExpertGroup, signs: dict[str, torch.Tensor]
+        self,
+        layer: int,
+        expert: int,
+        group: ExpertGroup,
+        quantizers: Mapping[str, TrellisQuantizer],
     ) -> PackedExpert | None:
         """An expert that was finished before a restart, read back; None if it was not.
 
@@ -256,20 +247,17 @@ class Run:
         event = self._events.get((layer, expert))
         if event is None:
             return None
-        parts = self._stored(event)
+        stored = self._stored(event)
         prefix = packed_prefix(group.layer_key(layer))
         matrices = []
-        for name in PROJECTIONS:
-            packed, scale = self._tensors(prefix + name, parts)
-            spec = self.plan.specs[group.name].projection(name)
-            effective = decode_weight(packed, scale, signs[name], spec)
+        for name, quantizer in quantizers.items():
+            parts = self._tensors(prefix + name, stored)
             told = self._report(event, name)
             matrices.append(
                 QuantizedMatrix(
-                    packed, decode_scale(scale)[:, 0], effective, told.error, told.damping,
-                    told.fallback,
+                    parts, quantizer.decode(parts), told.error, told.damping, told.fallback
                 )
-            )  # fmt: skip
+            )
         return PackedExpert(*matrices)
 
     def _stored(self, event: dict[str, Any]) -> dict[str, bytes]:
@@ -314,15 +302,14 @@ class Run:
             if not self.shards.finished(self.shards.shard_of(f"{prefix}down_proj_packed")):
                 self._stored(self._events[layer, expert])
 
-    def _tensors(self, name: str, parts: dict[str, bytes]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tensors(self, name: str, stored: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
         shapes = {tensor.name: tensor.shape for tensor in self.plan.packed}
-        found = [
-            torch.frombuffer(bytearray(parts[f"{name}_{suffix}"]), dtype=dtype).view(
+        return {
+            suffix: torch.frombuffer(bytearray(stored[f"{name}_{suffix}"]), dtype=dtype).view(
                 shapes[f"{name}_{suffix}"][1:]
             )
             for suffix, dtype in (("packed", torch.int32), ("scale", torch.int16))
-        ]
-        return found[0], found[1]
+        }
 
     def _finish_shards(self, layers: int) -> None:
         """Finish every shard whose tensors are all there, ``layers`` layers being done."""
@@ -337,11 +324,19 @@ class Run:
             if shard.file not in recorded and all(t.name in done for t in shard.tensors):
                 self.journal.append("shard", file=shard.file, sha256=self.shards.finish(shard))
 
-    def _rotation(
-        self, layer: int, group: int, projection: int, inputs: int, block: int
-    ) -> Rotation:
-        seed = (self.plan.options.seed * 1_000_003 + layer) * 2 + projection + group * 2**40
-        return Rotation(random_signs(inputs, torch.Generator().manual_seed(seed)), block)
+    def _quantizers(
+        self, layer: int, group: ExpertGroup, place: int
+    ) -> dict[str, TrellisQuantizer]:
+        """How the matrices of a group of experts are coded, by projection."""
+        spec = self.plan.specs[group.name]
+        sizes = {"gate_up_proj": self.model.sizes.hidden, "down_proj": group.inner}
+        found = {}
+        for projection, (name, inputs) in enumerate(sizes.items()):
+            seed = (self.plan.options.seed * 1_000_003 + layer) * 2 + projection + place * 2**40
+            signs = random_signs(inputs, torch.Generator().manual_seed(seed))
+            matrix = spec.projection(name)
+            found[name] = TrellisQuantizer(matrix, Rotation(signs, matrix.rotation_block))
+        return found
 
     def _weights(self, layer: int, expert: int) -> ExpertWeights:
         def load(matrix: str) -> torch.Tensor:
@@ -355,9 +350,3 @@ class Run:
         files = [p for folder in folders for p in folder.iterdir() if p.is_file()]
         named = sum(path.stat().st_blocks * 512 for path in files)
         return named + self.memory.scratch_bytes
-
-
-def _codes(spec: LayerSpec) -> ProjectionCodes:
-    return ProjectionCodes(
-        spec.gate_up_proj.conv(), spec.gate_up_proj.tile, spec.down_proj.conv(), spec.down_proj.tile
-    )

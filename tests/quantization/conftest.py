@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from erniequant.codes import get_code
-from erniequant.quantization.expert import ExpertWeights, LayerContext, ProjectionCodes
-from erniequant.quantization.matrix import Rotation
+from erniequant.format.schema import MatrixSpec
+from erniequant.quantization.expert import ExpertWeights, LayerContext
+from erniequant.quantization.matrix import Rotation, TrellisQuantizer
 from erniequant.quantization.tokens import Evidence
 from erniequant.rotation import random_signs
 
@@ -44,11 +44,13 @@ def tokens() -> Evidence:
 @pytest.fixture
 def layer(tokens: Evidence) -> LayerContext:
     generator = torch.Generator().manual_seed(4)
-    code = get_code("cc2", 10)
     return LayerContext(
-        ProjectionCodes(code, 32, code, 32),
-        Rotation(random_signs(HIDDEN, generator), 32),
-        Rotation(random_signs(INNER, generator), 64),
+        TrellisQuantizer(
+            MatrixSpec("cc2", 10, 32, 32), Rotation(random_signs(HIDDEN, generator), 32)
+        ),
+        TrellisQuantizer(
+            MatrixSpec("cc2", 10, 32, 64), Rotation(random_signs(INNER, generator), 64)
+        ),
         tokens.x.T @ tokens.x / 500,
         torch.zeros(HIDDEN, HIDDEN),
         tokens.rows(torch.arange(0, 500, 10)),

@@ -6,13 +6,11 @@ import torch
 from torch.nn.functional import linear, silu
 
 from erniequant.calibration.rows import RowPool
-from erniequant.codes import get_code
 from erniequant.models.architecture import MoeInput
 from erniequant.quantization import expert as expert_module
 from erniequant.quantization.expert import (
     ExpertWeights,
     LayerContext,
-    ProjectionCodes,
     QuantizedExpert,
     inner_activations,
 )
@@ -28,6 +26,14 @@ def tokens_of(x: torch.Tensor) -> Evidence:
 
 def quantize_expert(weights: ExpertWeights, routed: Tokens, layer: LayerContext) -> QuantizedExpert:
     return expert_module.quantize_expert(weights, routed, layer, RowPool())
+
+
+def at_four_bits(layer: LayerContext) -> LayerContext:
+    gate_up, down = (
+        replace(quantizer, spec=replace(quantizer.spec, code="cc4"))
+        for quantizer in (layer.gate_up, layer.down)
+    )
+    return replace(layer, gate_up=gate_up, down=down)
 
 
 def mlp(gate_up: torch.Tensor, down: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -111,8 +117,8 @@ def test_bad_tokens_are_dropped(
     found = quantize_expert(expert_weights, routed_rows(replace(tokens, x=x)), layer)
     keep = [i for i in range(500) if i not in (5, 100)]
     clean = quantize_expert(expert_weights, tokens.rows(torch.tensor(keep)), layer)
-    assert torch.equal(found.gate_up.packed, clean.gate_up.packed)
-    assert torch.equal(found.down.packed, clean.down.packed)
+    assert torch.equal(found.gate_up.parts["packed"], clean.gate_up.parts["packed"])
+    assert torch.equal(found.down.parts["packed"], clean.down.parts["packed"])
 
 
 def test_few_tokens_and_zero_tokens_stay_finite(
@@ -131,8 +137,7 @@ def test_an_expert_makes_up_for_what_earlier_layers_lost(
 ) -> None:
     # Inputs 3 % too small and a hidden state that lacks a tenth of the expert's own output: both
     # are linear in what the expert sees, so it can mend them. 4 bits, whose own error is less.
-    code = get_code("cc4", 10)
-    layer = replace(layer, codes=ProjectionCodes(code, 32, code, 32))
+    layer = at_four_bits(layer)
     original = tokens.x / 0.97
     wanted = output(expert_weights, original)
     moved = Evidence(tokens.x, original, 0.1 * wanted, tokens.weights)
@@ -148,8 +153,7 @@ def test_an_expert_makes_up_for_what_earlier_layers_lost(
 def test_gate_and_up_aim_at_their_outputs_for_the_original_inputs(
     expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
 ) -> None:
-    code = get_code("cc4", 10)
-    layer = replace(layer, codes=ProjectionCodes(code, 32, code, 32))
+    layer = at_four_bits(layer)
     source = expert_weights.gate_up()
 
     def size(evidence: Evidence) -> float:

@@ -2,11 +2,10 @@
 
 import torch
 
-from erniequant.codes import get_code
+from erniequant.format.schema import MatrixSpec
 from erniequant.models.architecture import ExpertGroup, ModelSizes, MoeInput
-from erniequant.quantization.expert import ProjectionCodes
 from erniequant.quantization.layer import LayerInput, layer_context
-from erniequant.quantization.matrix import Rotation
+from erniequant.quantization.matrix import Rotation, TrellisQuantizer
 
 TEXT, VISION = ExpertGroup("text_moe", 3, 64), ExpertGroup("vision_moe", 3, 32, first=3)
 HIDDEN = 32
@@ -26,11 +25,8 @@ def inputs(vision: torch.Tensor) -> LayerInput:
 
 
 def pooled(given: LayerInput, group: ExpertGroup) -> torch.Tensor:
-    code = get_code("cc2", 10)
-    rotation = Rotation(torch.ones(HIDDEN), 32)
-    return layer_context(
-        given, group, ProjectionCodes(code, 32, code, 32), rotation, rotation, CPU
-    ).pooled
+    quantizer = TrellisQuantizer(MatrixSpec("cc2", 10, 32, 32), Rotation(torch.ones(HIDDEN), 32))
+    return layer_context(given, group, quantizer, quantizer, CPU).pooled
 
 
 def mean_moments(given: LayerInput, rows: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,11 @@ from erniequant.calibration.hessian import factorise
 from erniequant.codes import CODE_NAMES, get_code
 from erniequant.codes.reference import decode
 from erniequant.codes.viterbi import encoder
+from erniequant.format.schema import MatrixSpec
 from erniequant.quantization.ldlq import BLOCK, encode_matrix
 from erniequant.quantization.matrix import (
     Rotation,
+    TrellisQuantizer,
     bounded_importance,
     quantize_matrix,
     refit_scale,
@@ -65,10 +67,12 @@ def test_packed_form_decodes_to_the_effective_weights(name: str) -> None:
     weight = torch.randn(96, 48, generator=generator)
     rotation = Rotation(random_signs(48, generator), 16)
     found = quantize_matrix(weight, correlated_hessian(48), torch.ones(96), rotation, code, 32)
-    labels = decode(found.packed, code, 32)
-    again = unrotate(labels * found.scale[:, None], rotation.signs, rotation.block)
+    labels = decode(found.parts["packed"], code, 32)
+    scale = found.parts["scale"].view(torch.bfloat16).float()
+    again = unrotate(labels * scale, rotation.signs, rotation.block)
     assert torch.equal(again, found.effective)
-    assert torch.equal(found.scale_bits().view(torch.bfloat16)[:, 0].float(), found.scale)
+    spec = MatrixSpec(name, 10, 32, 16)
+    assert torch.equal(TrellisQuantizer(spec, rotation).decode(found.parts), found.effective)
 
 
 def test_feedback_and_rotation_beat_rounding_without_them() -> None:
