@@ -130,12 +130,14 @@ def require_possible_vision(config: Any) -> None:
     section = text.rope_parameters.get("mrope_section", [22, 22, 20])
     # Frequencies of height and width alternate.
     sound = isinstance(section, list) and len(section) == 3 and section[0] == section[1]
+    sound = sound and all(type(number) is int for number in section)
     if not sound or sum(section) != half or not 0 < section[2] < half:
         raise ErnieQuantError(
             f"config.json has mrope_section {section!r}; expected [n, n, m] with a sum of {half}"
         )
     ids = [getattr(config, name) for name in _TOKEN_IDS]
-    if len(set(ids)) != len(ids) or not all(0 <= i < text.vocab_size for i in ids):
+    whole = all(type(number) is int and 0 <= number < text.vocab_size for number in ids)
+    if not whole or len(set(ids)) != len(ids):
         raise ErnieQuantError(
             f"config.json has {', '.join(_TOKEN_IDS)} {ids}; expected different ids below "
             f"{text.vocab_size}"
