@@ -1,6 +1,7 @@
 """A micro ERNIE 4.5 vision-language MoE with a tokenizer, images and records; made in a second."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ SPECIAL = {
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
     "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% else %}"
-    "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>{% endif %}{% endfor %}{% endif %}\n"
+    "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>{% endif %}{% endfor %}{% endif %};"
     "{% endfor %}{% if add_generation_prompt %}bot: {% endif %}"
 )
 PATCH, MERGE = 4, 2
@@ -63,6 +64,53 @@ def write_micro_vl(folder: Path, seed: int = 7) -> Path:
     settings = {"patch_size": PATCH, "merge_size": MERGE, "min_pixels": 64, "max_pixels": 4096}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return _add_tokenizer(folder)
+
+
+def as_baidu_releases_it(folder: Path, to: Path) -> Path:
+    """The same checkpoint with the config of the released models, and without the `model.` that
+    transformers writes before the vision tower."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, to)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {
+        name.removeprefix("model.") if ".vision_model." in name else name: tensor
+        for name, tensor in tensors.items()
+    }
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, to / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "moe_k",
+            "moe_intermediate_size", "moe_num_shared_experts", "pad_token_id", "eos_token_id",
+            "rms_norm_eps", "tie_word_embeddings", "use_bias")  # fmt: skip
+    original = {
+        "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
+        "model_type": "ernie4_5_moe_vl",
+        "torch_dtype": "bfloat16",
+        **{name: text[name] for name in kept},
+        "moe_num_experts": [text["moe_num_experts"]] * 2,
+        "moe_layer_start_index": [1, 1],
+        # Beyond the last layer, as in the released config.
+        "moe_layer_end_index": [4, 3],
+        "moe_layer_interval": 1,
+        "rope_theta": text["rope_parameters"]["rope_theta"],
+        "freq_allocation": text["rope_parameters"]["mrope_section"][2],
+        "spatial_conv_size": MERGE,
+        "temporal_conv_size": 2,
+        "im_patch_id": IMAGE,
+        **{name: i for name, i in TOKEN_IDS.items() if name != "image_token_id"},
+        "vision_config": {
+            "depth": vision["depth"], "embed_dim": vision["hidden_size"],
+            "hidden_act": "quick_gelu", "hidden_size": vision["hidden_size"], "in_channels": 3,
+            "mlp_ratio": 1.5,
+            "model_type": "DFNRope_vision_transformer", "num_heads": vision["num_heads"],
+            "patch_size": PATCH, "spatial_merge_size": MERGE,
+        },
+    }  # fmt: skip
+    (to / "config.json").write_text(json.dumps(original))
+    return to
 
 
 def _add_tokenizer(folder: Path) -> Path:

@@ -147,8 +147,12 @@ def _records(model: Any, asked: str | None, by_default: bool) -> str | None:
     """Which images to evaluate on, if any."""
     if asked == "none":
         return None
-    takes_images = hasattr(model.config, "vision_config")
-    return asked or ("builtin" if takes_images and by_default else None)
+    if asked is None and by_default:
+        from erniequant.models.images import image_settings
+
+        config = getattr(model, "config", None)
+        return "builtin" if config is not None and image_settings(config) else None
+    return asked
 
 
 def _require_same_tokens(tokenizer: object, other: object, text: str) -> None:

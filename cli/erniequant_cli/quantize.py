@@ -32,7 +32,7 @@ def quantize(
         str,
         typer.Option(
             metavar="builtin|FILE.txt|FILE.jsonl|hf:NAME[:SPLIT[:COLUMN]]",
-            help="Text to calibrate on.",
+            help="Text to calibrate on; JSONL may name images beside it.",
         ),
     ] = "builtin",
     calib_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
@@ -79,14 +79,16 @@ def quantize(
 ) -> None:
     """Make a quantised copy of an ERNIE 4.5 checkpoint.
 
-    Only the routed experts are quantised (in a dense model, the MLPs); every other tensor is
-    copied as it is. Interrupted in any way, the same command continues.
+    Only the routed experts are quantised (in a dense model, the MLPs; in a vision-language model,
+    experts for text and for images); every other tensor is copied as it is. Interrupted in any way, the same command continues.
 
     [bold]Examples[/bold]
 
       erniequant quantize baidu/ERNIE-4.5-21B-A3B-PT ernie-2bit --bits 2
 
       erniequant quantize ./ernie ./ernie-4bit --bits 4 --calib chats.jsonl --chat-template apply
+
+      erniequant quantize ./ernie-vl ./ernie-vl-2bit --bits 2 --calib pairs.jsonl
 
       erniequant quantize ./ernie ./ernie-3bit --bits 3 --max-memory 8GB --dry-run
     """

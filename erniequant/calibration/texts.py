@@ -23,7 +23,8 @@ more."""
 class CalibrationConfig:
     """Which text to calibrate on, and how much of it.
 
-    ``source`` is ``builtin``, a path ending in .txt or .jsonl, or ``hf:NAME[:SPLIT[:COLUMN]]``.
+    ``source`` is ``builtin``, a path ending in .txt or .jsonl, or ``hf:NAME[:SPLIT[:COLUMN]]``;
+    records of JSONL and data sets may have images (`erniequant.vision.records`).
     ``chat_template`` ``apply`` renders chat ``messages`` with the model's template, ``none`` joins
     their contents.
     """
@@ -126,7 +127,8 @@ def calibration_windows(
         raise ErnieQuantError(
             f"calibration text {config.source} holds no text; give another source"
         )
-    rendered = rendered or str(with_images[0].record)[:400]
+    if with_images and not rendered:
+        rendered = str(with_images[0].record)[:400]
     return CalibrationWindows(tuple(windows), hash_inputs(windows), rendered)
 
 

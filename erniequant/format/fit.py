@@ -31,7 +31,7 @@ def require_bounded(settings: dict[str, Any], headers: Mapping[str, TensorHeader
         ErnieQuantError: also for another architecture.
     """
     found = settings.get("model_type")
-    if found not in ARCHITECTURES:
+    if not isinstance(found, str) or found not in ARCHITECTURES:
         raise ErnieQuantError(
             f"config.json says model_type {found!r}; supported: {', '.join(ARCHITECTURES)}"
         )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+VISION_MODEL_TYPE = "ernie4_5_vl_moe"
+
 
 @dataclass(frozen=True)
 class ImageSettings:
@@ -18,9 +20,9 @@ class ImageSettings:
 
 def image_settings(config: Any) -> ImageSettings | None:
     """Those of a transformers config; None for a model of text alone."""
-    vision = getattr(config, "vision_config", None)
-    if vision is None:
+    if config.model_type != VISION_MODEL_TYPE:
         return None
+    vision = config.vision_config
     return ImageSettings(
         config.image_start_token_id,
         config.image_token_id,

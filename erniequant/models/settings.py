@@ -82,6 +82,9 @@ def require_possible(config: Any) -> None:
         if any(type(number) is not int or number < least for number in numbers):
             wanted = "a positive integer" if least else "an integer"
             raise ErnieQuantError(f"config.json has {name} {value!r}; expected {wanted}")
+    floor = getattr(config, "moe_norm_min", 0.0)
+    if isinstance(floor, bool) or not isinstance(floor, (int, float)) or floor < 0:
+        raise ErnieQuantError(f"config.json has moe_norm_min {floor!r}; expected a small number")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", config.hidden_size // heads)
     if heads % groups or type(size) is not int or size < 2 or size % 2:
@@ -129,8 +132,8 @@ def require_possible_vision(config: Any) -> None:
     half = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads) // 2
     section = text.rope_parameters.get("mrope_section", [22, 22, 20])
     # Frequencies of height and width alternate.
-    sound = isinstance(section, list) and len(section) == 3 and section[0] == section[1]
-    sound = sound and all(type(number) is int for number in section)
+    numbers = isinstance(section, list) and all(type(n) is int for n in section)
+    sound = numbers and len(section) == 3 and section[0] == section[1]
     if not sound or sum(section) != half or not 0 < section[2] < half:
         raise ErnieQuantError(
             f"config.json has mrope_section {section!r}; expected [n, n, m] with a sum of {half}"

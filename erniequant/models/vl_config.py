@@ -6,10 +6,11 @@ same weights as ``ernie4_5_vl_moe``. What it calls what is in `docs/format.md`.
 
 from typing import Any
 
-from erniequant.errors import ErnieQuantError
+from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.models.images import VISION_MODEL_TYPE
 
 ORIGINAL_MODEL_TYPE = "ernie4_5_moe_vl"
-MODEL_TYPE = "ernie4_5_vl_moe"
+MODEL_TYPE = VISION_MODEL_TYPE
 
 # Baidu's defaults for these are not transformers', so they have to be there.
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -19,8 +20,8 @@ _OPTIONAL = ("max_position_embeddings", "head_dim", "moe_norm_min", "initializer
 _VISION_REQUIRED = ("depth", "hidden_size", "num_heads", "patch_size")
 _VISION_OPTIONAL = ("hidden_act", "in_channels")
 # Ids of the released tokenizer, which the original config leaves to it.
-_TOKEN_IDS = ("image_start_token_id", "image_end_token_id", "video_start_token_id",
-              "video_end_token_id", "video_token_id")  # fmt: skip
+_KEPT = ("image_start_token_id", "image_end_token_id", "video_start_token_id",
+         "video_end_token_id", "video_token_id", "quantization_config")  # fmt: skip
 # Of the rotations of a head, how many turn with time; the rest is shared by height and width.
 _TIME_FREQUENCIES = 20
 
@@ -33,18 +34,17 @@ def in_terms_of_transformers(settings: dict[str, Any]) -> dict[str, Any]:
     """
     if settings.get("model_type") != ORIGINAL_MODEL_TYPE:
         return settings
-    translated = {
-        "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
-        "model_type": MODEL_TYPE,
-        "dtype": settings.get("dtype") or settings.get("torch_dtype") or "bfloat16",
-        "tie_word_embeddings": settings.get("tie_word_embeddings", True),
-        "image_token_id": _entry(settings, "im_patch_id"),
-        "text_config": _text(settings),
-        "vision_config": _vision(settings),
-    }
-    known = {name: settings[name] for name in _TOKEN_IDS if name in settings}
-    kept = {k: settings[k] for k in ("quantization_config",) if k in settings}
-    return translated | known | kept
+    with foreign_errors(f"config.json is not a valid {ORIGINAL_MODEL_TYPE} config"):
+        return {
+            "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
+            "model_type": MODEL_TYPE,
+            "dtype": settings.get("dtype") or settings.get("torch_dtype") or "bfloat16",
+            "tie_word_embeddings": settings.get("tie_word_embeddings", True),
+            "image_token_id": _entry(settings, "im_patch_id"),
+            "text_config": _text(settings),
+            "vision_config": _vision(settings),
+            **{name: settings[name] for name in _KEPT if name in settings},
+        }
 
 
 def _text(settings: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_generate_passes_its_options_and_prints_the_answer(run, models, monkeypa
     )
     assert (result.exit_code, result.stdout, result.stderr) == (0, "a sunny day\n", "")
     assert seen == {
-        **{"prompt": "hi", "max_tokens": 5, "temperature": 0.5, "seed": 3},
+        **{"prompt": "hi", "images": (), "max_tokens": 5, "temperature": 0.5, "seed": 3},
         "chat_template": "none",
     }
     assert json.loads(out.read_text())["text"] == "a sunny day"

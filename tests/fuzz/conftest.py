@@ -1,5 +1,5 @@
 """The checkpoints that are damaged: plain in shards, quantised in one file and in shards, and dense
-ones in one file each."""
+and vision-language ones in one file each."""
 
 import json
 import shutil
@@ -17,6 +17,7 @@ from erniequant.checkpoint import CheckpointWriter, open_checkpoint  # noqa: E40
 from erniequant.checkpoint.files import write_json  # noqa: E402
 from erniequant.checkpoint.writer import copy_companions  # noqa: E402
 from erniequant.tokenizers import load_tokenizer  # noqa: E402
+from tests.micro_vl import as_baidu_releases_it  # noqa: E402
 
 LINES = [
     {"text": "a quick test of lines"},
@@ -44,10 +45,16 @@ def resharded(source: Path, target: Path, max_bytes: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bases(micro_source: Path, micro_dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Bases:
+def bases(
+    micro_source: Path,
+    micro_dense: Path,
+    micro_vl: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bases:
     """All of them, made once."""
     root = tmp_path_factory.mktemp("fuzz")
-    for source, name in ((micro_source, "packed"), (micro_dense, "packed_dense")):
+    sources = {"packed": micro_source, "packed_dense": micro_dense, "packed_vl": micro_vl}
+    for name, source in sources.items():
         erniequant.quantize(
             source, root / name, bits=2, no_calib=True, max_tp=1, effort="fast", threads=1
         )
@@ -60,6 +67,9 @@ def bases(micro_source: Path, micro_dense: Path, tmp_path_factory: pytest.TempPa
             "sharded": resharded(root / "packed", root / "sharded", 60_000),
             "dense": micro_dense,
             "packed_dense": root / "packed_dense",
+            "vl": micro_vl,
+            "baidu_vl": as_baidu_releases_it(micro_vl, root / "baidu_vl"),
+            "packed_vl": root / "packed_vl",
         },
         lines,
         load_tokenizer(micro_source),

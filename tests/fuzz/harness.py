@@ -33,6 +33,10 @@ from erniequant.format.verify import verify
 SECONDS = 10
 TARGETS = {"load": 6, "inspect": 3, "verify": 4, "export": 4, "dry_run": 4, "calibration": 2}
 IDS = torch.tensor([[1, 5, 9, 30, 77, 77, 2]])
+# Tokens for the experts for images, and an image of 2 x 4 patches of 4 x 4 pixels.
+VISION = torch.tensor([[0, 0, 1, 1, 1, 0, 0]])
+PATCHES = torch.linspace(-1, 1, 8 * 48).view(8, 48).to(torch.bfloat16)
+GRID = torch.tensor([[1, 2, 4]])
 
 
 class Hang(BaseException):
@@ -96,7 +100,11 @@ def _load(folder: Path, work: Path, bases: Bases) -> bytes:
         with contextlib.suppress(ErnieQuantError):
             tokenizer.eos_token  # noqa: B018
     with torch.no_grad():
-        return model(IDS).logits.float().numpy().tobytes()
+        if model.config.model_type != "ernie4_5_vl_moe":
+            return model(IDS).logits.float().numpy().tobytes()
+        logits = model(input_ids=IDS, moe_mm_token_type_ids=VISION).logits
+        features = model.model.get_image_features(PATCHES, GRID).pooler_output
+        return b"".join(t.float().numpy().tobytes() for t in (logits, *features))
 
 
 def _export(folder: Path, work: Path, bases: Bases) -> Any:
@@ -144,10 +152,11 @@ def run_case(bases: Bases, seed: int, case: int) -> Verdict:
     """Draw target, checkpoint and 1 to 3 mutations from seed and case, and judge what happens."""
     rng = random.Random(f"{seed} {case}")
     target = rng.choices(list(TARGETS), list(TARGETS.values()))[0]
-    quantized = ["packed", "sharded", "packed", "sharded", "packed_dense"]
-    bases_of = {"dry_run": ["plain", "plain", "dense"], "verify": quantized, "export": quantized,
+    quantized = ["packed", "sharded", "packed", "sharded", "packed_dense", "packed_vl"]
+    plain = ["plain", "plain", "dense", "vl", "baidu_vl"]
+    bases_of = {"dry_run": plain, "verify": quantized, "export": quantized,
                 "calibration": ["lines"]}  # fmt: skip
-    base = rng.choice(bases_of.get(target, [*quantized, "plain", "plain", "dense"]))
+    base = rng.choice(bases_of.get(target, [*quantized, *plain]))
     count = rng.choices((1, 2, 3), (6, 2, 1))[0]
     with tempfile.TemporaryDirectory() as root:
         work = Path(root)

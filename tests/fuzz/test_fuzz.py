@@ -132,6 +132,12 @@ REFUSED: dict[str, tuple[str, str, Edit]] = {
     "an empty list of inner sizes": ("inspect", "packed", config(moe_intermediate_size=[])),
     "half of a surrogate pair": ("export", "packed", config(more="\ud800")),
     "an interval of zero": ("dry_run", "plain", config(moe_layer_interval=0)),
+    "no least sum of routing weights": ("load", "plain", config(moe_norm_min=None)),
+    "a model_type that is an object": ("export", "packed", config(model_type={"a": 1})),
+    "frequencies of images that are an object": ("load", "vl", edit_json(
+        "config.json", lambda c: c["text_config"]["rope_parameters"].update(
+            mrope_section=[4, 4, {}]))),
+    "a size of the original that is text": ("dry_run", "baidu_vl", config(hidden_size="96")),
     "no number of experts": ("dry_run", "plain", config(moe_k=None)),
     "return_dict": ("load", "packed", config(return_dict=False)),
     "a dtype that products do not take": ("load", "plain", config(dtype="float64")),

@@ -29,7 +29,7 @@ FREE = {
     "num_experts_per_tok", "moe_norm_min", "dtype", "torch_dtype", "max_position_embeddings",
     "num_attention_heads", "num_key_value_heads", "head_dim", "attn_implementation",
     "_attn_implementation", "experts_implementation", "architectures", "model_type",
-    "partial_rotary_factor",
+    "partial_rotary_factor", "num_heads", "freq_allocation",
 }  # fmt: skip
 OPTIONAL = ("mtp", "e_score_correction_bias", "lm_head.weight")
 FLOATS = {"BF16", "F16", "F32", "F64"}
@@ -180,15 +180,28 @@ def _load(before: Facts, after: Facts, result: Any, pristine: Any) -> str | None
         return None
     if _shown(before.headers()) != _shown(after.headers()):
         return "loaded with other headers and gives other logits"
-    keys = before.config.keys() | after.config.keys()
-    missing = object()
-    changed = {
-        k for k in keys if before.config.get(k, missing) != after.config.get(k, missing)
-    }  # fmt: skip
+    changed = _changed(before.config, after.config)
     # NaN differs from itself, but then it was put there.
     if changed & FREE or before.tensors != after.tensors:
         return None
     return f"other logits, though only {sorted(changed)} of config.json changed"
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    """Entries that differ, of the configs of decoder and vision tower too."""
+    missing = object()
+    found = set()
+    for key in before.keys() | after.keys():
+        old, new = before.get(key, missing), after.get(key, missing)
+        if (
+            key in ("text_config", "vision_config")
+            and isinstance(old, dict)
+            and isinstance(new, dict)
+        ):
+            found |= _changed(old, new)
+        elif old != new:
+            found.add(key)
+    return found
 
 
 def _dry_run(before: Facts, after: Facts, result: Any, pristine: Any) -> str | None:

@@ -1,12 +1,10 @@
 """Layers, vision tower and positions of a vision-language model against the whole stock model."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear, silu
 from transformers import AutoModelForImageTextToText
 
@@ -16,6 +14,7 @@ from erniequant.inputs import ModelInput, image_positions
 from erniequant.models.architecture import EXPERT_MATRICES
 from erniequant.vision.pictures import PictureReader
 from erniequant.vision.records import ImageTextReader, read_records
+from tests.micro_vl import as_baidu_releases_it
 
 CPU = torch.device("cpu")
 
@@ -40,19 +39,6 @@ def inputs(micro_vl: Path, micro_records: Path) -> list[ModelInput]:
     records = list(read_records(micro_records))[:3]
     found = [reader.read(record, where, micro_records.parent) for record, where in records]
     return [*found, ModelInput(torch.arange(3, 40))]
-
-
-def as_baidu_names_it(folder: Path, to: Path) -> Path:
-    """transformers writes `model.` before the tower; the released files do not."""
-    shutil.copytree(folder, to)
-    tensors = load_file(folder / "model.safetensors")
-    renamed = {
-        name.removeprefix("model.") if ".vision_model." in name else name: tensor
-        for name, tensor in tensors.items()
-    }
-    assert renamed.keys() != tensors.keys()
-    save_file(renamed, to / "model.safetensors", metadata={"format": "pt"})
-    return to
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -108,7 +94,7 @@ def test_both_names_of_the_tower(
     grid = torch.tensor([picture.grid])
     with torch.no_grad():
         expected = stock.model.get_image_features(picture.patches, grid).pooler_output[0]
-    for folder in (micro_vl, as_baidu_names_it(micro_vl, tmp_path / "baidu")):
+    for folder in (micro_vl, as_baidu_releases_it(micro_vl, tmp_path / "baidu")):
         source = open_checkpoint(folder)
         require_fit(source.config, source.headers)
         model = bounded_architecture(source.config, source.headers)

@@ -197,11 +197,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD)
 def test_what_no_model_is_made_of_is_one_line(changes: dict[str, Any], message: str) -> None:
-    changes = dict(changes)
-    if "vision_config" in changes:
-        settings = RELEASED | changes
-    else:
-        settings = changed(RELEASED, **changes)
+    whole = "vision_config" in changes
+    settings = RELEASED | changes if whole else changed(RELEASED, **changes)
     with pytest.raises(ErnieQuantError, match=message) as caught:
         architecture_of(settings)
     assert "\n" not in str(caught.value)
