@@ -100,7 +100,6 @@ def sentencepiece_tokenizer(folder: Path) -> Any:
         **roles,
         extra_special_tokens=dict(IMAGE_TOKENS),
         chat_template=_chat_template(folder, settings),
-        model_input_names=["input_ids", "attention_mask"],
         add_bos_token=False,
         add_eos_token=False,
         add_prefix_space=False,

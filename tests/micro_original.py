@@ -32,6 +32,8 @@ RELEASED: dict[str, Any] = {
 
 SPECIAL = ("<|begin_of_sentence|>", "<|end_of_sentence|>", "<mask:1>", "<|IMAGE_PLACEHOLDER|>",
            "<|IMAGE_START|>", "<|IMAGE_END|>", "<|VIDEO_START|>", "<|VIDEO_END|>")  # fmt: skip
+# Always whole, although normal pieces could be merged across them.
+USER_DEFINED = (*SPECIAL, "<think>", "ther", *"0123456789")
 CHAT_TEMPLATE = (
     "<|begin_of_sentence|>{% for m in messages %}{{ m.role }}: {% if m.content is string %}"
     "{{ m.content }}{% else %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}"
@@ -58,7 +60,8 @@ MICRO: dict[str, Any] = RELEASED | {
 def train_sentencepiece(**changes: Any) -> bytes:
     """A sentencepiece model like that of ERNIE 4.5, trained on a few lines in a moment.
 
-    Single digits and the special tokens are user-defined, bytes stand for unknown characters.
+    Single digits, two words and the special tokens are user-defined; bytes stand for characters
+    that it does not know.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -77,7 +80,7 @@ def train_sentencepiece(**changes: Any) -> bytes:
             "add_dummy_prefix": False, "remove_extra_whitespaces": False,
             "normalization_rule_name": "identity", "character_coverage": 1.0,
             "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "minloglevel": 2,
-            "user_defined_symbols": [*SPECIAL, *"0123456789"], **changes,
+            "user_defined_symbols": list(USER_DEFINED), **changes,
         },
     )  # fmt: skip
     return out.getvalue()

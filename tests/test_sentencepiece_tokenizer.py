@@ -25,10 +25,11 @@ TEXTS = [
     "敏捷的狐狸 jumps 过了", "nothing unknown: é ß 😀 𠀀 \u00a0 ½ ａ", "", " ", "      ",
     "▁", "the▁▁the", "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>Picture 1: what is it?",
     "<|begin_of_sentence|>User: hi\nAssistant: <|end_of_sentence|>", "<|IMAGE_STAR", "<0x41>",
-    "-----", "........", "ththththe",
+    "-----", "........", "ththththe", "xq", "<think> further",
 ]  # fmt: skip
 PARTS = ["The", " the", "t", "h", "e", " ", "  ", "\n", "7", "42", "狐狸", "合久", "必", "é", "😀",
-         "½", "ａ", "<", "|>", *SPECIAL, "▁", "-", ".", "ing", "there", "\t"]  # fmt: skip
+         "½", "ａ", "<", "|>", *SPECIAL, "▁", "-", ".", "ing", "there", "ther", "<think>",
+         "\t"]  # fmt: skip
 
 
 def many_texts() -> list[str]:
@@ -60,6 +61,8 @@ def reference(folder: Path) -> list[list[int]]:
         {},
         {"normalization_rule_name": "nfkc"},
         {"remove_extra_whitespaces": True},
+        # No text makes a control piece, although others could be merged to it.
+        {"control_symbols": ["xq"]},
         {"byte_fallback": False, "vocab_size": 250, "character_coverage": 0.99},
     ],
 )
