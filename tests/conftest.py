@@ -60,6 +60,16 @@ def micro_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def packed_vl(micro_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`micro_vl` at 2 bits, without calibration."""
+    import erniequant
+
+    folder = tmp_path_factory.mktemp("packed") / "packed_vl"
+    erniequant.quantize(micro_vl, folder, bits=2, no_calib=True, max_tp=1, effort="fast")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def micro_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `write_records`."""
     return write_records(tmp_path_factory.mktemp("records"))

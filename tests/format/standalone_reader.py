@@ -109,13 +109,17 @@ def read(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
                 if name.endswith(("_packed", "_scale", "_signs")) and ".mlp." in name:
                     tensors[name] = file.get_tensor(name)
     for layer, projections in settings["layers"].items():
-        index, dense, _ = layer.partition(".mlp")  # an MLP is one expert, and has no number
-        prefix = f"model.layers.{index}.mlp." + ("" if dense else "experts.")
+        index, _, group = layer.partition(".")
+        dense = group == "mlp"  # one expert, which has no number
+        several = f"{group}." if group and not dense else ""
+        prefix = f"model.layers.{index}.mlp." + ("" if dense else f"{several}experts.")
         for projection, spec in projections.items():
             parts = [tensors[f"{prefix}{projection}_{s}"] for s in ("packed", "scale", "signs")]
             for expert in range(parts[0].shape[0]):
                 matrix = decode(parts[0][expert], parts[1][expert], parts[2][0, 0], spec)
-                original = prefix if dense else f"{prefix}{expert}."
+                # Experts for images come after those for text.
+                number = expert + (parts[0].shape[0] if group == "vision_moe" else 0)
+                original = prefix if dense else f"{prefix.replace(several, '')}{number}."
                 if projection == "down_proj":
                     yield f"{original}down_proj.weight", matrix
                 else:

@@ -123,8 +123,10 @@ def test_reader_agrees_to_the_last_bit(reader: ModuleType, name: str, length: in
     assert theirs.dtype == np.float32 and np.array_equal(ours, theirs)
 
 
-# Two layers: of eight experts, or of one MLP.
-@pytest.mark.parametrize(("packed", "matrices"), [("packed_ernie", 48), ("packed_dense", 6)])
+# Two layers: of eight experts, of one MLP, or of four experts for text and four for images.
+@pytest.mark.parametrize(
+    ("packed", "matrices"), [("packed_ernie", 48), ("packed_dense", 6), ("packed_vl", 48)]
+)
 def test_reader_reads_a_checkpoint(
     reader: ModuleType, request: pytest.FixtureRequest, packed: str, matrices: int
 ) -> None:
