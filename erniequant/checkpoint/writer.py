@@ -147,17 +147,21 @@ def companion_files(source: Path) -> list[Path]:
 
 def copy_companions(source: Path, destination: Path) -> list[str]:
     """Copy `companion_files` unchanged; returns their names."""
-    copied = []
-    for path in companion_files(source):
-        target = destination / path.relative_to(source)
-        try:
-            target.parent.mkdir(exist_ok=True)
-            with path.open("rb") as original:
-                write_file(target, partial(shutil.copyfileobj, original))
-        except OSError as error:
-            raise disk_error(target, error) from error
-        copied.append(str(path.relative_to(source)))
-    return copied
+    copied = companion_files(source)
+    for path in copied:
+        copy_companion(path, source, destination)
+    return [str(path.relative_to(source)) for path in copied]
+
+
+def copy_companion(path: Path, source: Path, destination: Path) -> None:
+    """Copy one of the `companion_files` of ``source`` unchanged to the same place."""
+    target = destination / path.relative_to(source)
+    try:
+        target.parent.mkdir(exist_ok=True)
+        with path.open("rb") as original:
+            write_file(target, partial(shutil.copyfileobj, original))
+    except OSError as error:
+        raise disk_error(target, error) from error
 
 
 def _sync_and_hash(path: Path) -> str:

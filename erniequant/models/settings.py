@@ -139,7 +139,8 @@ def require_possible_vision(config: Any) -> None:
             f"config.json has mrope_section {section!r}; expected [n, n, m] with a sum of {half}"
         )
     ids = [getattr(config, name) for name in _TOKEN_IDS]
-    if len(set(ids)) != len(ids) or not all(0 <= i < text.vocab_size for i in ids):
+    whole = all(type(number) is int and 0 <= number < text.vocab_size for number in ids)
+    if not whole or len(set(ids)) != len(ids):
         raise ErnieQuantError(
             f"config.json has {', '.join(_TOKEN_IDS)} {ids}; expected different ids below "
             f"{text.vocab_size}"

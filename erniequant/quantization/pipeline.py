@@ -27,7 +27,8 @@ from erniequant.checkpoint.reader import (
     open_checkpoint,
 )
 from erniequant.checkpoint.shards import ShardFiles
-from erniequant.checkpoint.writer import MAX_SHARD_BYTES, copy_companions
+from erniequant.checkpoint.writer import MAX_SHARD_BYTES
+from erniequant.companions import require_companions, write_companions
 from erniequant.devices import resolve_device, return_freed_memory
 from erniequant.errors import ErnieQuantError
 from erniequant.format.fit import bounded_architecture
@@ -141,6 +142,7 @@ def quantize(
     if dry_run:
         return QuantizationReport(plan, plan_text, None, (), predicted, None, {}, dry_run=True)
 
+    require_companions(checkpoint.folder)
     windows = None if no_calib else read_windows(checkpoint, model, calib, calibration, watch)
     identity = run_identity(checkpoint, plan, calibration, windows, target)
     destination = Path(dst).expanduser()
@@ -281,7 +283,7 @@ def _complete(
         )
     if len(shards.shards) > 1:
         write_json(folder / INDEX_FILE, index_of(shards.shards))
-    copy_companions(checkpoint.folder, folder)
+    write_companions(checkpoint.folder, folder)
     write_json(folder / REPORT_FILE, report.to_dict())
     settings = dict(in_terms_of_transformers(checkpoint.config))
     layers = {

@@ -59,6 +59,7 @@ class ErnieQuantizer(HfQuantizer):
     def __init__(self, quantization_config: ErnieQuantConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self._stock: dict[str, nn.Module] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._all_replaced = True
         self._dense = any(map(is_dense_key, quantization_config.metadata.layers))
 
@@ -80,6 +81,7 @@ class ErnieQuantizer(HfQuantizer):
         if layers:
             missing = ", ".join(map(experts_module, layers))
             raise ErnieQuantError(f"quantization_config names {missing}, which the model lacks")
+        self._dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -98,6 +100,12 @@ class ErnieQuantizer(HfQuantizer):
                     bad.append(f"{path}.{name} ({'wrong dtype' if loaded else 'missing'})")
         if bad:
             raise ErnieQuantError(f"the quantised checkpoint is incomplete: {', '.join(bad)}")
+        for name, parameter in model.named_parameters():
+            # transformers 5.16 leaves tensors of quantised checkpoints in their stored type where
+            # their names in memory differ, which is all of the decoder of a model that sees images.
+            wanted = self._dtypes.get(name, parameter.dtype)
+            if parameter.dtype != wanted and parameter.device.type != "meta":
+                parameter.data = parameter.data.to(wanted)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
