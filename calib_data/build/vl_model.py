@@ -6,6 +6,7 @@ both routers lie transposed, [hidden, experts], and one tensor holds both select
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -202,6 +203,7 @@ def disk_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _vision(layer: str, part: str) -> str:
+    """Name in memory of the vision experts' counterpart of a tensor of the text experts."""
     return f"{layer.replace('model.', 'model.language_model.', 1)}.mlp." + part.replace(
         "text_moe", "vision_moe"
     )
@@ -213,6 +215,10 @@ def export(state: Mapping[str, Tensor], tokenizer: Any, out: Path = FOLDER) -> N
     for old in out.glob("model*.safetensors"):
         old.unlink()
     tokenizer.save_pretrained(out)
+    settings = json.loads((out / "tokenizer_config.json").read_text("utf-8"))
+    for where in ("is_local", "local_files_only"):  # of the tokenizer this one was made from
+        settings.pop(where, None)
+    write_json(out / "tokenizer_config.json", settings)
     write_shards(disk_tensors(with_outliers(state)), out, SHARD_BYTES)
     write_json(out / "config.json", config_dict(tokenizer))
     write_json(out / "generation_config.json", GENERATION)
