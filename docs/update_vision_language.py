@@ -74,6 +74,7 @@ def make(source: Path, work: Path, bits: int, calib: str, images: bool, samples:
     return Made(bits, images, model, report.plan.expert_bits_per_weight, report.degraded)
 
 
+@torch.no_grad()
 def matrix_errors(original: Any, quantized: Any, inputs: list[ModelInput]) -> dict[str, float]:
     """``tr(E H E^T) / tr(W H W^T)`` of every matrix of the experts for images, for what the
     original model sends them of held-out images; those without tokens are left out."""
@@ -86,9 +87,8 @@ def matrix_errors(original: Any, quantized: Any, inputs: list[ModelInput]) -> di
                 seen[path].append((given[0].float(), given[1]))
 
             handles.append(module.register_forward_pre_hook(keep))
-    with torch.no_grad():
-        for entry in inputs:
-            original(**entry.batch(), use_cache=False)
+    for entry in inputs:
+        original(**entry.batch(), use_cache=False)
     for handle in handles:
         handle.remove()
     errors = {}
@@ -192,6 +192,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--bits", type=int, nargs="+", default=BITS)
     args = parser.parse_args()
+    # The operators of so small a model are over before a second thread has started.
+    torch.set_num_threads(1)
     source = args.model or tiny_vl_model_dir()
     original, tokenizer = erniequant.load(source)
     with tempfile.TemporaryDirectory(prefix="erniequant-vl-") as name:
