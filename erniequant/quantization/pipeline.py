@@ -32,9 +32,7 @@ from erniequant.companions import require_companions, write_companions
 from erniequant.devices import resolve_device, return_freed_memory
 from erniequant.errors import ErnieQuantError
 from erniequant.format.fit import bounded_architecture
-from erniequant.format.schema import QuantizationMetadata
 from erniequant.models.architecture import Architecture
-from erniequant.models.vl_config import in_terms_of_transformers
 from erniequant.progress import NULL_PROGRESS, Progress
 from erniequant.quantization.calibrate import (
     amounts,
@@ -55,14 +53,14 @@ from erniequant.quantization.memory import (
     peak_vram,
     plan_memory,
 )
-from erniequant.quantization.plan import Plan, QuantizeOptions, make_plan
+from erniequant.quantization.output import NativeOutput, OutputFormat
+from erniequant.quantization.plan import QuantizeOptions, make_plan
 from erniequant.quantization.report import (
     REPORT_FILE,
     QuantizationReport,
 )
 from erniequant.quantization.run import Run
 from erniequant.resume.workfolder import WorkFolder
-from erniequant.version import PRODUCER
 
 SIZE_TOLERANCE = 0.01
 """The result may differ from the planned size by this much, headers included."""
@@ -145,18 +143,19 @@ def quantize(
     require_companions(checkpoint.folder)
     windows = None if no_calib else read_windows(checkpoint, model, calib, calibration, watch)
     identity = run_identity(checkpoint, plan, calibration, windows, target)
+    output = NativeOutput(checkpoint, model, plan)
     destination = Path(dst).expanduser()
     if work_dir is not None:
         identity["the destination"] = str(destination.resolve())
     with (
         _opened(destination, work_dir, resume) as work,
-        ShardFiles(destination, plan.shards(checkpoint, MAX_SHARD_BYTES)) as shards,
+        ShardFiles(destination, output.shards(MAX_SHARD_BYTES)) as shards,
         _single_threaded_products(),
         torch.no_grad(),
     ):
         return_freed_memory()
         work.begin(identity)
-        run = Run(checkpoint, model, plan, memory, target, threads, work, shards, watch)
+        run = Run(checkpoint, model, output, memory, target, threads, work, shards, watch)
         _note_processor(work, watch)
         watch.start(len(plan.model.moe_layers) * plan.model.experts)
         try:
@@ -188,7 +187,7 @@ def quantize(
             sessions=len(work.journal.of("session")),
             layer_seconds=tuple(work.journal.seconds_of("layer")),
         )
-        _complete(checkpoint, plan, shards, report)
+        _complete(checkpoint, output, shards, report)
         work.remove()
     return report
 
@@ -268,12 +267,12 @@ def _note_processor(work: WorkFolder, watch: Progress) -> None:
 
 def _complete(
     checkpoint: Checkpoint,
-    plan: Plan,
+    output: OutputFormat,
     shards: ShardFiles,
     report: QuantizationReport,
 ) -> None:
     """Write everything that is not weights."""
-    folder = shards.folder
+    folder, plan = shards.folder, report.plan
     written = sum((folder / shard.file).stat().st_size for shard in shards.shards)
     headers = sum(len(shard.header) for shard in shards.shards)
     if abs(written - headers - plan.output_bytes) > SIZE_TOLERANCE * plan.output_bytes:
@@ -285,15 +284,8 @@ def _complete(
         write_json(folder / INDEX_FILE, index_of(shards.shards))
     write_companions(checkpoint.folder, folder)
     write_json(folder / REPORT_FILE, report.to_dict())
-    settings = dict(in_terms_of_transformers(checkpoint.config))
-    layers = {
-        group.layer_key(index): plan.specs[group.name]
-        for index in plan.model.moe_layers
-        for group in plan.model.groups
-    }
-    settings["quantization_config"] = QuantizationMetadata(layers, PRODUCER).to_dict()
     # The config comes last: without it nothing takes the folder for a finished checkpoint.
-    write_json(folder / CONFIG_FILE, settings)
+    write_json(folder / CONFIG_FILE, output.config())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from erniequant.checkpoint.layout import OutputTensor, PlannedShard, plan_shards
+from erniequant.checkpoint.layout import OutputTensor
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.codes import EFFORTS, code_for_bits, register_length
 from erniequant.errors import ErnieQuantError
@@ -102,11 +102,6 @@ class Plan:
         """The codes as JSON; by name of the group where there is more than one."""
         settings = {name: asdict(spec) for name, spec in self.specs.items()}
         return settings if len(settings) > 1 else next(iter(settings.values()))
-
-    def shards(self, checkpoint: Checkpoint, max_bytes: int) -> tuple[PlannedShard, ...]:
-        """The files of the result: what is copied, then layer after layer."""
-        copied = (OutputTensor.copy_of(checkpoint.header(name)) for name in self.copied)
-        return plan_shards([*copied, *self.packed], max_bytes)
 
 
 def make_plan(checkpoint: Checkpoint, model: Architecture, options: QuantizeOptions) -> Plan:

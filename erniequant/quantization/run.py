@@ -19,7 +19,7 @@ from erniequant.checkpoint.scan import CheckedShard, changed_shards, check_shard
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.devices import trim_memory
 from erniequant.errors import ErnieQuantError
-from erniequant.format.schema import PROJECTIONS, guard_name, guard_tensor
+from erniequant.format.schema import PROJECTIONS
 from erniequant.models.architecture import Architecture, ExpertGroup
 from erniequant.progress import Progress
 from erniequant.quantization.expert import ExpertWeights
@@ -30,13 +30,12 @@ from erniequant.quantization.layer import (
     layer_context,
     quantize_experts,
 )
-from erniequant.quantization.matrix import QuantizedMatrix, Rotation, TrellisQuantizer
+from erniequant.quantization.matrix import MatrixQuantizer, QuantizedMatrix
 from erniequant.quantization.memory import MemoryPlan
-from erniequant.quantization.plan import Plan, packed_prefix
+from erniequant.quantization.output import OutputFormat, stored_parts
 from erniequant.quantization.report import MatrixReport
 from erniequant.quantization.streams import Streams
 from erniequant.resume.workfolder import WorkFolder
-from erniequant.rotation import pack_signs, random_signs
 
 # What the journal's lines say, by kind of event.
 _FACTS: dict[str, dict[str, type]] = {
@@ -60,7 +59,7 @@ class Run:
         self,
         checkpoint: Checkpoint,
         model: Architecture,
-        plan: Plan,
+        output: OutputFormat,
         memory: MemoryPlan,
         device: torch.device,
         threads: int,
@@ -68,7 +67,7 @@ class Run:
         shards: ShardFiles,
         watch: Progress,
     ) -> None:
-        self.checkpoint, self.model, self.plan, self.memory = checkpoint, model, plan, memory
+        self.checkpoint, self.model, self.output, self.memory = checkpoint, model, output, memory
         self.device, self.threads, self.watch = device, threads, watch
         self.work, self.journal, self.shards = work, work.journal, shards
         self.journal.require(_FACTS)
@@ -102,8 +101,8 @@ class Run:
             self.journal.append("checked", **found.to_dict())
 
     def copy_tensors(self) -> None:
-        """Copy everything that is not quantised into the shards that are not finished yet, and
-        check those that are.
+        """Write everything but experts into the shards that are not finished yet, and check those
+        that are.
 
         Raises:
             ErnieQuantError: a finished shard is not what was written.
@@ -114,9 +113,7 @@ class Run:
             known = event["file"] in planned and path.is_file()
             if not known or sha256_of(path) != event["sha256"]:
                 raise ErnieQuantError(f"{path} is not what this run wrote; use --restart")
-        for name in self.plan.copied:
-            if not self.shards.finished(self.shards.shard_of(name)):
-                self.shards.copy(name, self.checkpoint)
+        self.output.write_kept(self.shards)
         self._finish_shards(0)
 
     def quantize_layers(self, windows: CalibrationWindows | None) -> None:
@@ -174,20 +171,15 @@ class Run:
 
     def _quantize_layer(self, index: int, streams: Streams) -> None:
         inputs = streams.into_experts(index)
-        for place, group in enumerate(self.model.sizes.groups):
-            self._quantize_group(index, group, place, inputs, streams)
+        for group in self.model.sizes.groups:
+            self._quantize_group(index, group, inputs, streams)
 
     def _quantize_group(
-        self, index: int, group: ExpertGroup, place: int, inputs: LayerInput, streams: Streams
+        self, index: int, group: ExpertGroup, inputs: LayerInput, streams: Streams
     ) -> None:
         key = group.layer_key(index)
-        quantizers = self._quantizers(index, group, place)
-        prefix = packed_prefix(key)
-        self.shards.write(prefix + guard_name(key), guard_tensor())
-        for name, quantizer in quantizers.items():
-            parts = 2 if name == "gate_up_proj" else 1
-            signs = pack_signs(quantizer.rotation.signs)
-            self.shards.write(f"{prefix}{name}_signs", signs.expand(1, parts, -1))
+        quantizers = self.output.quantizers(index, group)
+        self.output.write_shared(index, group, self.shards)
         context = layer_context(
             inputs, group, quantizers["gate_up_proj"], quantizers["down_proj"], self.device
         )
@@ -196,26 +188,26 @@ class Run:
             context,
             group.numbers,
             lambda expert: self._weights(index, expert),
-            lambda expert: self._known(index, expert, group, quantizers),
+            lambda expert: self._known(index, expert, quantizers),
             self._pool,
             self.memory.experts_at_once,
         ):
             streams.add(outcome.quantized, outcome.original)
             trim_memory()
             if (index, outcome.expert) not in self._events:
-                self._record(index, outcome, group)
+                self._record(index, outcome)
             self.watch.advance(1, f"layer {key} expert {outcome.expert - group.first}")
 
-    def _record(self, layer: int, outcome: ExpertOutcome, group: ExpertGroup) -> None:
+    def _record(self, layer: int, outcome: ExpertOutcome) -> None:
         """Put an expert on the disk, then into the journal."""
-        prefix = packed_prefix(group.layer_key(layer))
         digest = hashlib.sha256()
         names, facts = [], {}
         matrices = (outcome.packed.gate_up, outcome.packed.down)
         for name, matrix in zip(PROJECTIONS, matrices, strict=True):
-            for suffix, tensor in matrix.parts.items():
-                names.append(f"{prefix}{name}_{suffix}")
-                self.shards.write(names[-1], tensor, outcome.expert - group.first)
+            for suffix, place in self.output.places(layer, outcome.expert, name).items():
+                tensor = matrix.parts[suffix]
+                names.append(place.tensor)
+                self.shards.write(place.tensor, tensor, place.row or 0)
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
             facts[name] = {
                 "error": matrix.error, "damping": matrix.damping, "fallback": matrix.fallback
@@ -233,11 +225,7 @@ class Run:
         self._events[layer, outcome.expert] = self.journal.events[-1]
 
     def _known(
-        self,
-        layer: int,
-        expert: int,
-        group: ExpertGroup,
-        quantizers: Mapping[str, TrellisQuantizer],
+        self, layer: int, expert: int, quantizers: Mapping[str, MatrixQuantizer]
     ) -> PackedExpert | None:
         """An expert that was finished before a restart, read back; None if it was not.
 
@@ -248,10 +236,9 @@ class Run:
         if event is None:
             return None
         stored = self._stored(event)
-        prefix = packed_prefix(group.layer_key(layer))
         matrices = []
         for name, quantizer in quantizers.items():
-            parts = self._tensors(prefix + name, stored)
+            parts = stored_parts(self.output.places(layer, expert, name), stored)
             told = self._report(event, name)
             matrices.append(
                 QuantizedMatrix(
@@ -267,11 +254,16 @@ class Run:
             ErnieQuantError: they are not those that were written.
         """
         layer, expert = event["layer"], event["expert"]
-        group = self.model.sizes.group_of(expert)
-        prefix = packed_prefix(group.layer_key(layer))
+        places = [
+            place
+            for projection in PROJECTIONS
+            for place in self.output.places(layer, expert, projection).values()
+        ]
         parts = {
-            name: self.shards.read(name, expert - group.first, 1)
-            for name in (f"{prefix}{p}_{s}" for p in PROJECTIONS for s in ("packed", "scale"))
+            place.tensor: self.shards.read(place.tensor, 0, place.shape[0])
+            if place.row is None
+            else self.shards.read(place.tensor, place.row, 1)
+            for place in places
         }
         if hashlib.sha256(b"".join(parts.values())).hexdigest() != event["sha256"]:
             raise ErnieQuantError(
@@ -298,45 +290,20 @@ class Run:
                 "use --restart"
             )
         for layer, expert in sorted(done):
-            prefix = packed_prefix(sizes.group_of(expert).layer_key(layer))
-            if not self.shards.finished(self.shards.shard_of(f"{prefix}down_proj_packed")):
+            places = self.output.places(layer, expert, "down_proj").values()
+            if any(not self.shards.finished(self.shards.shard_of(p.tensor)) for p in places):
                 self._stored(self._events[layer, expert])
-
-    def _tensors(self, name: str, stored: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
-        shapes = {tensor.name: tensor.shape for tensor in self.plan.packed}
-        return {
-            suffix: torch.frombuffer(bytearray(stored[f"{name}_{suffix}"]), dtype=dtype).view(
-                shapes[f"{name}_{suffix}"][1:]
-            )
-            for suffix, dtype in (("packed", torch.int32), ("scale", torch.int16))
-        }
 
     def _finish_shards(self, layers: int) -> None:
         """Finish every shard whose tensors are all there, ``layers`` layers being done."""
-        done = set(self.plan.copied)
+        done = set(self.output.kept())
         for index in self.model.sizes.moe_layers:
             if index < layers:
-                keys = (group.layer_key(index) for group in self.model.sizes.groups)
-                prefixes = tuple(map(packed_prefix, keys))
-                done |= {t.name for t in self.plan.packed if t.name.startswith(prefixes)}
+                done |= self.output.tensors_of(index)
         recorded = {event["file"] for event in self.journal.of("shard")}
         for shard in self.shards.shards:
             if shard.file not in recorded and all(t.name in done for t in shard.tensors):
                 self.journal.append("shard", file=shard.file, sha256=self.shards.finish(shard))
-
-    def _quantizers(
-        self, layer: int, group: ExpertGroup, place: int
-    ) -> dict[str, TrellisQuantizer]:
-        """How the matrices of a group of experts are coded, by projection."""
-        spec = self.plan.specs[group.name]
-        sizes = {"gate_up_proj": self.model.sizes.hidden, "down_proj": group.inner}
-        found = {}
-        for projection, (name, inputs) in enumerate(sizes.items()):
-            seed = (self.plan.options.seed * 1_000_003 + layer) * 2 + projection + place * 2**40
-            signs = random_signs(inputs, torch.Generator().manual_seed(seed))
-            matrix = spec.projection(name)
-            found[name] = TrellisQuantizer(matrix, Rotation(signs, matrix.rotation_block))
-        return found
 
     def _weights(self, layer: int, expert: int) -> ExpertWeights:
         def load(matrix: str) -> torch.Tensor:
