@@ -133,7 +133,9 @@ def decode_rank(part: Matrix, tensors: Tensors, k_order: str) -> torch.Tensor:
         )
     else:
         packing = WINT8 if part.format == "wint8" else WINT4
-        decoded = packing.dequantize(tensors["quant_weight"], tensors["weight_scale"])
+        # FastDeploy rounds scales of any other float type as it loads them.
+        scale = tensors["weight_scale"].to(torch.bfloat16)
+        decoded = packing.dequantize(tensors["quant_weight"], scale)
     return decoded.T
 
 

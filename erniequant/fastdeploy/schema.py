@@ -25,26 +25,32 @@ def check_keys(headers: Mapping[str, TensorHeader], model: FastDeployModel) -> t
     Every key is there once, of exactly the shape and dtype that the loader's parameters have, and
     nothing else is.
     """
-    return tuple(_problems(headers, rank_keys(model), (), {}))
+    return tuple(_problems(headers, rank_keys(model), (), ()))
 
 
 def check_readable(headers: Mapping[str, TensorHeader], model: FastDeployModel) -> tuple[str, ...]:
     """Everything that keeps the tensors of one rank from being read, one line each.
 
     As `check_keys`, but with what the loader forgives in files of others: any float type where it
-    converts, no correction bias, one of shape ``[E]``, and the tensors of a speculative head.
+    converts (what is not quantised, and scales of wint8), no correction bias, one of shape
+    ``[E]``, and the tensors of a speculative head.
     """
-    plain = {part.key: part for part in parts_of(model) if isinstance(part, Plain)}
-    optional = {key for key, part in plain.items() if part.optional}
+    converted, optional = set(), set()
+    for part in parts_of(model):
+        if isinstance(part, Plain):
+            converted.add(part.key)
+            optional |= {part.key} if part.optional else set()
+        elif part.format == "wint8":
+            converted.add(f"{part.prefix}.weight_scale")
     known = {name: header for name, header in headers.items() if not name.startswith(_MTP)}
-    return tuple(_problems(known, rank_keys(model), optional, plain))
+    return tuple(_problems(known, rank_keys(model), optional, converted))
 
 
 def _problems(
     headers: Mapping[str, TensorHeader],
     expected: Mapping[str, TensorInfo],
     optional: Collection[str],
-    converted: Mapping[str, Plain],
+    converted: Collection[str],
 ) -> Iterator[str]:
     for name, (shape, dtype) in expected.items():
         header = headers.get(name)
