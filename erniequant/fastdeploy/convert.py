@@ -92,7 +92,9 @@ def wint8_to_rank(
     return WINT8.round(weight.T).tensors()
 
 
-def expert_to_rank(part: Matrix, encoded: Tensors, rank: int, ranks: int) -> dict[str, Any]:
+def expert_to_rank(
+    part: Matrix, encoded: Tensors, rank: int, ranks: int
+) -> dict[str, torch.Tensor]:
     """A rank's keys, by suffix, of an expert's matrix that was encoded as a whole.
 
     Cutting loses nothing: a rank's inputs are whole bytes of WINT2 and of its scales, and wint4 is
@@ -105,6 +107,8 @@ def expert_to_rank(part: Matrix, encoded: Tensors, rank: int, ranks: int) -> dic
     found = {name: (tuple(t.shape), t.dtype) for name, t in encoded.items()}
     if found != expected:
         raise ValueError(f"{part.prefix}: encoded tensors are {found}, expected {expected}")
+    if ranks == 1:
+        return dict(encoded)
     outputs, inputs = rank_outputs(part, rank, ranks), rank_inputs(part, rank, ranks)
     if part.format == "wint4":
         codes = WINT4.unpack(encoded["quant_weight"])[inputs, outputs]

@@ -118,7 +118,6 @@ def planned_shards(
 ) -> tuple[PlannedShard, ...]:
     """The files of one rank; those of the others have the same headers."""
     outputs = [OutputTensor.of(key, *info) for key, info in rank_keys(model).items()]
-    # What Paddle's own files say; transformers does not take it, and could not use the tensors.
     metadata = {"format": "np", "k_order": k_order, "producer": PRODUCER}
     return tuple(_with_metadata(s, metadata) for s in plan_shards(outputs, max_shard_bytes))
 

@@ -113,6 +113,13 @@ def test_export_to_bf16_rounds_what_was_decoded_only(
     assert torch.equal(exported.tensor(name), expected(source, name, "mma64", 1).bfloat16())
 
 
+def test_transformers_alone_refuses_such_a_folder(fd_single: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(ValueError, match="quant_method"):
+        AutoModelForCausalLM.from_pretrained(fd_single)
+
+
 def test_export_to_nothing_else(fd_single: Path, tmp_path: Path) -> None:
     with pytest.raises(ErnieQuantError, match="bf16 or fp32"):
         export_bf16(fd_single, tmp_path / "plain", "int8")
