@@ -1,5 +1,7 @@
 """wint4 with error feedback: never worse than rounding, much better where inputs are correlated."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -33,8 +35,8 @@ def losses(weight: torch.Tensor, packed: PackedMatrix, hessian: torch.Tensor) ->
     return ((error @ hessian.double()) * error).sum(-1)
 
 
-@pytest.mark.parametrize(("inputs", "bar"), [(correlated, 0.2), (massive, 0.2)])
-def test_feedback_beats_rounding(inputs, bar: float) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("inputs", "bar"), [(correlated, 0.1), (massive, 0.1)])
+def test_feedback_beats_rounding(inputs: Callable[[], torch.Tensor], bar: float) -> None:
     weight, hessian = torch.randn(N, K), hessian_of(inputs())
     before = hessian.clone()
     ours = losses(weight, quantize_wint4(weight, hessian), hessian)
@@ -44,7 +46,8 @@ def test_feedback_beats_rounding(inputs, bar: float) -> None:  # type: ignore[no
 
 
 def test_no_output_is_worse_than_rounded() -> None:
-    weight, hessian = torch.randn(N, K).bfloat16(), hessian_of(massive())
+    # So few weights reach beyond half a step that feedback can add to what rounding loses.
+    weight, hessian = (torch.randn(256, K) ** 5).bfloat16(), hessian_of(correlated())
     ours = losses(weight, quantize_wint4(weight, hessian), hessian)
     plain = losses(weight, WINT4.round(weight.T), hessian)
     assert (ours <= plain * (1 + 1e-4)).all()
