@@ -1,0 +1,12 @@
+"""Baidu's CCQ formats: decoders of WINT2, WINT2.5 and WINT2.75."""
+
+from erniequant.ccq.decode import decode_wint2, decode_wint25, decode_wint275
+from erniequant.ccq.order import K_ORDERS, stored_rows
+
+__all__ = [
+    "K_ORDERS",
+    "decode_wint2",
+    "decode_wint25",
+    "decode_wint275",
+    "stored_rows",
+]
