@@ -37,4 +37,24 @@ def half_sum(product: NDArray[np.uint32]) -> NDArray[np.float32]:
     return halves[..., :1] + halves[..., 1:]
 
 
+def minus_eight(product: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """One weight a step, linear: a 4-bit register minus 8. ``[...] -> [..., 1]``."""
+    return _minus(product, 8)
+
+
+def minus_four(product: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """One weight a step, linear: a 3-bit register minus 4. ``[...] -> [..., 1]``."""
+    return _minus(product, 4)
+
+
+def minus_thirty_two(product: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """One weight a step, linear: a 6-bit register minus 32. ``[...] -> [..., 1]``."""
+    return _minus(product, 32)
+
+
+def _minus(product: NDArray[np.uint32], zero: int) -> NDArray[np.float32]:
+    return product[..., None].astype(np.float32) - np.float32(zero)
+
+
 LABELS = {"pair": pair, "half_sum": half_sum}
+"""Labels that a native file may name; the linear ones belong to CCQ's codes (`ccq.py`)."""

@@ -35,6 +35,26 @@ def registers(words: torch.Tensor, code: ConvolutionalCode) -> torch.Tensor:
     return (joined >> shift) & (code.states - 1)
 
 
+def window_registers(words: torch.Tensor, code: ConvolutionalCode) -> torch.Tensor:
+    """Register value at each step of words that are cut into runs.
+
+    Args:
+        words: integers ``[...]``; bits above the code's `word_bits` are ignored.
+
+    Returns:
+        the type of ``words``, ``[..., sum(code.runs)]``.
+    """
+    shifts = torch.tensor(code.window_shifts, dtype=words.dtype, device=words.device)
+    return (words[..., None] >> shifts) & (code.states - 1)
+
+
+def decode_words(words: torch.Tensor, code: ConvolutionalCode) -> torch.Tensor:
+    """Labels of words that are cut into runs: integers ``[...]`` to float32
+    ``[..., sum(code.runs)]``, for codes of one weight a step."""
+    table = _label_table(code, words.device)[:, 0]
+    return table[window_registers(words, code).long()]
+
+
 def decode(packed: torch.Tensor, code: ConvolutionalCode, tile: int) -> torch.Tensor:
     """Labels of a packed matrix, before scale and rotation.
 

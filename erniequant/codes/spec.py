@@ -3,7 +3,8 @@
 A code of rate ``bits`` turns a bit stream into weights: every step shifts ``step_bits`` new bits
 into a register that keeps the last ``register_length`` of them, and a label function of the
 register emits ``weights_per_step`` weights. Members of the family: CCQ (arXiv 2507.07145), QTIP
-(arXiv 2406.11235).
+(arXiv 2406.11235). They differ in step, register, label and in how a sequence begins: the native
+codes are tail-biting, CCQ's keep every few weights in a word that begins with a full register.
 """
 
 from collections.abc import Callable
@@ -23,8 +24,11 @@ WORD_BITS = 32
 class ConvolutionalCode:
     """One code: everything that a reader needs to turn a bit stream into weights.
 
-    Sequences are tail-biting: the register before the first step holds the last bits of the
-    sequence, so ``tile`` weights cost exactly ``tile * bits`` bits and no state is stored.
+    Without ``runs``, sequences are tail-biting: the register before the first step holds the last
+    bits of the sequence, so ``tile`` weights cost exactly ``tile * bits`` bits and no state is
+    stored. With ``runs``, the stream is cut into words; a word holds one run of steps after the
+    other, the first run in its highest bits, and each run begins with a full register: a run of
+    ``n`` steps takes ``register_length + (n - 1) * step_bits`` bits.
     """
 
     name: str
@@ -34,6 +38,7 @@ class ConvolutionalCode:
     multiplier: int
     label: LabelFunction
     label_name: str
+    runs: tuple[int, ...] = ()
 
     @property
     def step_bits(self) -> int:
@@ -44,6 +49,20 @@ class ConvolutionalCode:
     def states(self) -> int:
         """Number of register values."""
         return 1 << self.register_length
+
+    @property
+    def word_bits(self) -> int:
+        """Bits of a word that is cut into runs; 0 for a tail-biting code."""
+        return sum(self.register_length + (steps - 1) * self.step_bits for steps in self.runs)
+
+    @property
+    def window_shifts(self) -> tuple[int, ...]:
+        """How far to shift a word to the right for each of its registers, in the order of steps."""
+        shifts, below = [], self.word_bits
+        for steps in self.runs:
+            below -= self.register_length + (steps - 1) * self.step_bits
+            shifts += [below + step * self.step_bits for step in reversed(range(steps))]
+        return tuple(shifts)
 
     def words_per_sequence(self, tile: int) -> int:
         """32-bit words that hold one sequence of ``tile`` weights."""
