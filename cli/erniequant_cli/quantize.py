@@ -20,6 +20,14 @@ class Effort(str, Enum):
     fast, standard, max = "fast", "standard", "max"
 
 
+class Format(str, Enum):
+    native, fastdeploy_wint2 = "native", "fastdeploy-wint2"
+
+
+class KOrder(str, Enum):
+    plain, mma64 = "plain", "mma64"
+
+
 class ChatTemplate(str, Enum):
     apply, none = "apply", "none"
 
@@ -28,6 +36,22 @@ def quantize(
     src: Annotated[str, typer.Argument(help="Checkpoint folder or Hugging Face id.")],
     dst: Annotated[str, typer.Argument(help="New folder to write.")],
     bits: Annotated[Bits, typer.Option(help="Bits per expert weight.")],
+    format: Annotated[
+        Format, typer.Option(help="Of the result: our own, or what FastDeploy serves (2 bits).")
+    ] = Format.native,
+    k_order: Annotated[
+        KOrder | None,
+        typer.Option(
+            help="fastdeploy-wint2: order of inputs; mma64 by default, plain before July 2025."
+        ),
+    ] = None,
+    w4_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="fastdeploy-wint2: first layers with experts of 4 bits; one in 13 by default.",
+        ),
+    ] = None,
     calib: Annotated[
         str,
         typer.Option(
@@ -89,6 +113,8 @@ def quantize(
 
       erniequant quantize ./ernie ./ernie-4bit --bits 4 --calib chats.jsonl --chat-template apply
 
+      erniequant quantize ./ernie ./ernie-wint2 --bits 2 --format fastdeploy-wint2
+
       erniequant quantize ./ernie-vl ./ernie-vl-2bit --bits 2 --calib pairs.jsonl
 
       erniequant quantize ./ernie ./ernie-3bit --bits 3 --max-memory 8GB --dry-run
@@ -103,6 +129,9 @@ def quantize(
             src,
             dst,
             bits=int(bits.value),
+            format=format.value,
+            k_order=None if k_order is None else k_order.value,
+            w4_layers=w4_layers,
             calib=calib,
             calib_samples=calib_samples,
             calib_length=calib_length,

@@ -5,7 +5,7 @@ docs/fastdeploy.md says what the keys are.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from erniequant.checkpoint.layout import OutputTensor, PlannedShard
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.errors import ErnieQuantError
-from erniequant.fastdeploy.config import fastdeploy_config
+from erniequant.fastdeploy.config import DEFAULT_K_ORDER, choose_k_order, fastdeploy_config
 from erniequant.fastdeploy.names import (
     WINT2_SUFFIXES,
     Matrix,
@@ -25,13 +25,18 @@ from erniequant.fastdeploy.names import (
     rank_keys,
 )
 from erniequant.fastdeploy.packers import WINT4
-from erniequant.fastdeploy.sizes import FastDeployModel, fastdeploy_model
+from erniequant.fastdeploy.sizes import NO_WINT4, FastDeployModel, fastdeploy_model
 from erniequant.fastdeploy.wint4 import quantize_wint4
 from erniequant.fastdeploy.writer import planned_shards, tensors_of
 from erniequant.models.architecture import Architecture, ExpertGroup
 from erniequant.models.ernie45_moe import Ernie45Moe
 from erniequant.quantization.matrix import MatrixQuantizer, QuantizedMatrix, relative_error
 from erniequant.quantization.output import OutputFormat, Place
+from erniequant.quantization.plan import Plan
+
+WINT4_SHARE = 4 / 51
+"""Of the layers with experts, how many have 4 bits unless told otherwise: as in Baidu's 300B, where
+these are layers 3 to 6 of 3 to 53."""
 
 # Their projections by the names that the rest of the library has for them.
 _PROJECTIONS = {"gate_up_proj": "up_gate_proj", "down_proj": "down_proj"}
@@ -171,6 +176,34 @@ class FastDeployOutput(OutputFormat):
             "wint4_layers": wint4,
             "wint2_layers": [i for i in layers if i not in wint4],
         }
+
+
+def fastdeploy_output(
+    checkpoint: Checkpoint, model: Architecture, plan: Plan
+) -> tuple[FastDeployOutput, Plan]:
+    """The layout of a result for FastDeploy, and the plan with its tensors and sizes.
+
+    Raises:
+        ErnieQuantError: FastDeploy cannot serve the model so.
+    """
+    moe_layers, wanted = model.sizes.moe_layers, plan.options.w4_layers
+    count = round(len(moe_layers) * WINT4_SHARE) if wanted is None else wanted
+    if not 0 <= count <= len(moe_layers):
+        raise ErnieQuantError(f"w4-layers {count} of {len(moe_layers)} layers with experts")
+    end = moe_layers[count - 1] if count else NO_WINT4
+    k_order = choose_k_order(None, plan.options.k_order) or DEFAULT_K_ORDER
+    output = FastDeployOutput(checkpoint, model, end, k_order)
+    packed = output.packed()
+    kept = output.kept()
+    others = [OutputTensor.of(k, *i) for k, i in rank_keys(output.model).items() if k in kept]
+    return output, replace(
+        plan,
+        specs={},
+        packed=packed,
+        expert_bytes=sum(tensor.n_bytes for tensor in packed),
+        copied_bytes=sum(tensor.n_bytes for tensor in others),
+        settings=output.settings(),
+    )
 
 
 def text_moe_of(model: Architecture) -> Ernie45Moe:

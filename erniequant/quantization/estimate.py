@@ -13,6 +13,7 @@ from erniequant.quantization.plan import Plan
 # register bit more halves the rate.
 _ENCODE_RATE = {2: 1_700_000, 3: 900_000, 4: 1_200_000}
 _REFERENCE_LENGTH = 12
+_WINT2_RATE = 300_000
 _FLOPS_PER_CORE = 40e9
 _STATES_KEPT = 4
 """Two streams of hidden states, of the last layer and of the one being written."""
@@ -42,7 +43,8 @@ def _work_seconds(plan: Plan, tokens: int) -> float:
     """Seconds on one core."""
     model, options = plan.model, plan.options
     shorter = _REFERENCE_LENGTH - register_length(options.bits, options.effort)
-    encode = plan.expert_weights / (_ENCODE_RATE[options.bits] * 2.0**shorter)
+    rate = _ENCODE_RATE[options.bits] * 2.0**shorter
+    encode = plan.expert_weights / (rate if plan.settings is None else _WINT2_RATE)
     # A token goes to one group; which one is not known yet, so the largest.
     hidden, inner = model.hidden, max(group.inner for group in model.groups)
     expert_tokens = tokens * model.top_k * len(model.moe_layers)
@@ -64,14 +66,13 @@ def describe(plan: Plan, memory: MemoryPlan, predicted: Estimate, download: int 
         f"{model.experts} experts in each of {len(model.moe_layers)} layers) to "
         f"{plan.options.bits} bits",
         *(line for group in model.groups for line in _code_lines(plan, group)),
-        f"copy {len(plan.copied)} other tensors unchanged "
+        f"{'copy' if plan.settings is None else 'convert'} {len(plan.copied)} other tensors "
+        f"{'unchanged' if plan.settings is None else 'to wint8 and as FastDeploy has them'} "
         f"({(plan.total_weights - plan.expert_weights) / 1e6:.1f} M weights)",
     ]
     if plan.mtp:
-        lines.append(
-            f"  of these, {len(plan.mtp)} of multi-token prediction, which transformers does not "
-            "run"
-        )
+        fate = "transformers does not run" if plan.settings is None else "are left out"
+        lines.append(f"  of these, {len(plan.mtp)} of multi-token prediction, which {fate}")
     lines += [f"  {group.line()}" for group in plan.groups]
     vram = predicted.peak_vram_bytes
     lines += [
@@ -92,6 +93,9 @@ def describe(plan: Plan, memory: MemoryPlan, predicted: Estimate, download: int 
 
 
 def _code_lines(plan: Plan, group: ExpertGroup) -> Iterator[str]:
+    if plan.settings is not None:
+        yield from (f"  {name}: {value}" for name, value in plan.settings.items())
+        return
     spec, several = plan.specs[group.name], len(plan.model.groups) > 1
     if several:
         yield f"  {group.experts} experts of {group.name}, inner size {group.inner}:"

@@ -36,6 +36,7 @@ def run_identity(
         "--max-tp": plan.options.max_tp,
         "--seed": plan.options.seed,
         "--device": device.type,
+        "--format": plan.options.format,
         "the plan": _plan_digest(plan),
         "calibration": "none" if windows is None else "text",
         "the source's config.json": sha256_of(checkpoint.folder / CONFIG_FILE),

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ from erniequant.quantization.memory import (
     plan_memory,
 )
 from erniequant.quantization.output import NativeOutput, OutputFormat
-from erniequant.quantization.plan import QuantizeOptions, make_plan
+from erniequant.quantization.plan import NATIVE, Plan, QuantizeOptions, make_plan
 from erniequant.quantization.report import (
     REPORT_FILE,
     QuantizationReport,
@@ -71,6 +72,9 @@ def quantize(
     dst: str | Path,
     *,
     bits: int,
+    format: str = NATIVE,
+    k_order: str | None = None,
+    w4_layers: int | None = None,
     calib: str | Sequence[Mapping[str, Any]] = "builtin",
     calib_samples: int = 128,
     calib_length: int = 1024,
@@ -97,6 +101,10 @@ def quantize(
         src: folder or Hugging Face id of the bf16 checkpoint.
         dst: new or empty folder, or that of an unfinished run with the same options.
         bits: 2, 3 or 4 bits per expert weight.
+        format: ``native``, or ``fastdeploy-wint2`` (2 bits): what FastDeploy serves.
+        k_order: ``mma64`` (default) or ``plain``: of WINT2, see docs/fastdeploy.md.
+        w4_layers: of FastDeploy's format, the number of first MoE layers with experts of 4 bits; by
+            default one in thirteen.
         calib, calib_samples, calib_length, chat_template: see `CalibrationConfig`. ``calib`` may
             also be a list of batches that are ready for the model, as transformers' processors
             make them (see `erniequant.inputs.from_batch`); all of them are used.
@@ -120,13 +128,13 @@ def quantize(
         ErnieQuantError: anything wrong with the source, the options or the destination.
     """
     watch = progress or NULL_PROGRESS
-    options = QuantizeOptions(bits, effort, max_tp, seed)
+    options = QuantizeOptions(bits, effort, max_tp, seed, format, k_order, w4_layers)
     source = calib if isinstance(calib, str) else "batches"
     calibration = CalibrationConfig(source, calib_samples, calib_length, chat_template, seed)
     target = resolve_device(device)
     checkpoint = open_checkpoint(src)
     model = bounded_architecture(checkpoint.config, checkpoint.headers)
-    plan = make_plan(checkpoint, model, options)
+    output, plan = _output(checkpoint, model, options)
     threads = threads or os.cpu_count() or 1
     images = 0 if no_calib or model.images is None else image_documents(calib, calibration)
     tokens, length, patches = (0, 2, 0) if no_calib else amounts(calib, calibration, model, images)
@@ -143,7 +151,6 @@ def quantize(
     require_companions(checkpoint.folder)
     windows = None if no_calib else read_windows(checkpoint, model, calib, calibration, watch)
     identity = run_identity(checkpoint, plan, calibration, windows, target)
-    output = NativeOutput(checkpoint, model, plan)
     destination = Path(dst).expanduser()
     if work_dir is not None:
         identity["the destination"] = str(destination.resolve())
@@ -190,6 +197,22 @@ def quantize(
         _complete(checkpoint, output, shards, report)
         work.remove()
     return report
+
+
+def _output(
+    checkpoint: Checkpoint, model: Architecture, options: QuantizeOptions
+) -> tuple[OutputFormat, Plan]:
+    """The layout of the result, and the plan for it."""
+    if options.format == NATIVE:
+        plan = make_plan(checkpoint, model, options)
+        return NativeOutput(checkpoint, model, plan), plan
+    from erniequant.fastdeploy.output import fastdeploy_output, text_moe_of
+
+    text_moe_of(model)
+    # Its own ranks are cut from the result, so the native codes need not be divisible.
+    return fastdeploy_output(
+        checkpoint, model, make_plan(checkpoint, model, replace(options, max_tp=1))
+    )
 
 
 def _fit(

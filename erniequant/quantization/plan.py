@@ -28,6 +28,8 @@ from erniequant.quantization.inventory import TensorGroup, tensor_groups
 from erniequant.rotation import block_size
 
 MIN_TILE, MAX_TILE = 32, 256
+NATIVE, FASTDEPLOY = "native", "fastdeploy-wint2"
+FORMATS = (NATIVE, FASTDEPLOY)
 
 # Multi-token prediction: transformers does not run it, but it stays with the model.
 _MTP = re.compile(r"model\.mtp_.+")
@@ -41,16 +43,34 @@ _FUSED = re.compile(
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What to make of the experts."""
+    """What to make of the experts.
+
+    ``k_order`` and ``w4_layers``, the number of first MoE layers with 4 bits, are of FastDeploy's
+    format.
+    """
 
     bits: int
     effort: str = "standard"
     max_tp: int = 2
     seed: int = 0
+    format: str = NATIVE
+    k_order: str | None = None
+    w4_layers: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):
             raise ErnieQuantError(f"bits must be 2, 3 or 4, not {self.bits!r}")
+        if self.format not in FORMATS:
+            raise ErnieQuantError(f"no format {self.format!r}; use {' or '.join(FORMATS)}")
+        if self.format == NATIVE and (self.k_order is not None or self.w4_layers is not None):
+            raise ErnieQuantError(
+                f"k-order and w4-layers are of the format {FASTDEPLOY}; leave them out"
+            )
+        if self.format == FASTDEPLOY and self.bits != 2:
+            raise ErnieQuantError(
+                f"{FASTDEPLOY} has 2 bits, not {self.bits}; use --bits 2, and --w4-layers for "
+                "layers of 4 bits"
+            )
         if self.effort not in EFFORTS:
             raise ErnieQuantError(
                 f"effort must be one of {', '.join(EFFORTS)}, not {self.effort!r}"
@@ -63,7 +83,8 @@ class QuantizeOptions:
 class Plan:
     """The fate of every tensor, and the size of the result.
 
-    ``specs`` are the codes of each group of experts, by its name, the same in every layer.
+    ``specs`` are the native codes of each group of experts, by its name, the same in every layer;
+    ``settings`` describe another format.
     ``packed`` are the tensors that take the place of ``quantized``; ``mtp`` those of ``copied``
     that transformers does not run. ``expert_bytes`` and ``copied_bytes`` are those of the output;
     ``source_bytes`` of the input. ``groups`` is the same list of tensors for people to read.
@@ -82,6 +103,7 @@ class Plan:
     expert_bytes: int
     copied_bytes: int
     groups: tuple[TensorGroup, ...]
+    settings: Mapping[str, Any] | None = None
 
     @property
     def output_bytes(self) -> int:
@@ -100,6 +122,8 @@ class Plan:
 
     def format_settings(self) -> dict[str, Any]:
         """The codes as JSON; by name of the group where there is more than one."""
+        if self.settings is not None:
+            return dict(self.settings)
         settings = {name: asdict(spec) for name, spec in self.specs.items()}
         return settings if len(settings) > 1 else next(iter(settings.values()))
 
