@@ -14,7 +14,7 @@ from erniequant.runtime.registration import register_when_loaded as _register_wh
 from erniequant.version import __version__
 
 if TYPE_CHECKING:
-    from erniequant import evaluate
+    from erniequant import ccq, evaluate
     from erniequant.exporting import export
     from erniequant.loading import load
     from erniequant.quantization.pipeline import quantize
@@ -27,12 +27,14 @@ _FUNCTIONS = {
     "export": "erniequant.exporting",
 }
 
-__all__ = ["ErnieQuantError", "__version__", "evaluate", "export", "load", "quantize"]
+_MODULES = ("evaluate", "ccq")
+
+__all__ = ["ErnieQuantError", "__version__", "ccq", "evaluate", "export", "load", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _FUNCTIONS:
         return getattr(importlib.import_module(_FUNCTIONS[name]), name)
-    if name == "evaluate":
-        return importlib.import_module("erniequant.evaluate")
+    if name in _MODULES:
+        return importlib.import_module(f"erniequant.{name}")
     raise AttributeError(f"module 'erniequant' has no attribute {name!r}")

@@ -8,6 +8,7 @@ import torch
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
 from erniequant.devices import resolve_device
 from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.fastdeploy.loading import is_fastdeploy_folder, load_fastdeploy
 from erniequant.format.headers import QuantizedExperts, sound_if_quantized
 from erniequant.tokenizers import has_tokenizer, load_tokenizer
 
@@ -23,6 +24,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     *,
     keep_decoded: bool | None = None,
+    k_order: str | None = None,
 ) -> tuple[Any, Any]:
     """Model in evaluation mode and tokenizer of a quantised or plain checkpoint.
 
@@ -32,6 +34,7 @@ def load(
         dtype: of activations and unquantised weights, for example "bfloat16"; None: as stored.
         keep_decoded: keep experts decoded after first use (see `PackedExperts`). None: on the CPU,
             when all of them fit in 2 GB.
+        k_order: of a FastDeploy WINT2 checkpoint whose files do not say: "plain" or "mma64".
 
     Returns:
         The transformers model, and the tokenizer or None if the checkpoint has none.
@@ -40,11 +43,15 @@ def load(
         ErnieQuantError: a tensor is missing, misplaced, truncated or of another type than the
             format says, the format version is unknown, or the device is not there.
     """
+    target = resolve_device(device)
+    if is_fastdeploy_folder(source):
+        model = load_fastdeploy(source, target, resolve_dtype(dtype), k_order)
+        folder = Path(model.name_or_path)
+        return model.eval(), load_tokenizer(folder) if has_tokenizer(folder) else None
     checkpoint = open_checkpoint(source)
     checkpoint.fetch()
     check = sound_if_quantized(checkpoint)
     layers = check.layers if check else ()
-    target = resolve_device(device)
     model = _from_pretrained(checkpoint, layers, target, resolve_dtype(dtype))
     if layers:
         _keep_decoded(model, target, keep_decoded)

@@ -1,33 +1,76 @@
 """`erniequant export`: a plain checkpoint from a quantised one."""
 
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from erniequant_cli.options import JsonFile, Quiet, write_json
+from erniequant_cli.quantize import KOrder
+
+if TYPE_CHECKING:
+    from erniequant.exporting import ExportReport
+    from erniequant.fastdeploy import WrittenFastDeploy
 
 
 class Target(str, Enum):
-    bf16, fp32 = "bf16", "fp32"
+    bf16, fp32, fastdeploy_wint2 = "bf16", "fp32", "fastdeploy-wint2"
 
 
 def export(
     src: Annotated[str, typer.Argument(help="Folder of a quantised checkpoint.")],
     dst: Annotated[str, typer.Argument(help="New folder to write.")],
-    to: Annotated[Target, typer.Option(help="Type of the expert weights written.")],
+    to: Annotated[
+        Target,
+        typer.Option(
+            help="Type of the weights written; fastdeploy-wint2 cuts a checkpoint of that format."
+        ),
+    ],
+    k_order: Annotated[
+        KOrder | None,
+        typer.Option(help="Of a FastDeploy WINT2 checkpoint whose files do not say."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="The original, to find the K order by."),
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="fastdeploy-wint2: ranks to cut for.")
+    ] = 1,
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a plain checkpoint that transformers loads without erniequant.
+    """Write a plain checkpoint that transformers loads without erniequant, or cut one for
+    FastDeploy.
 
     [bold]Examples[/bold]
 
       erniequant export ernie-2bit ernie-2bit-plain --to bf16
-    """
-    from erniequant.exporting import export as write
 
-    result = write(src, dst, to=to.value)
+      erniequant export ernie-wint2 ernie-wint2-tp2 --to fastdeploy-wint2 --tensor-parallel 2
+    """
+    from erniequant.errors import ErnieQuantError
+    from erniequant.fastdeploy.loading import is_fastdeploy_folder
+
+    order = None if k_order is None else k_order.value
+    result: ExportReport | WrittenFastDeploy
+    if is_fastdeploy_folder(src) and to is Target.fastdeploy_wint2:
+        from erniequant.fastdeploy.relayout import relayout
+
+        result = relayout(src, dst, tensor_parallel=tensor_parallel, k_order=order)
+    elif is_fastdeploy_folder(src):
+        from erniequant.fastdeploy import export_bf16
+
+        result = export_bf16(src, dst, to.value, k_order=order, reference=reference)
+    elif to is Target.fastdeploy_wint2:
+        raise ErnieQuantError(
+            f"{src} was not quantised for FastDeploy; make it from the original: erniequant "
+            "quantize SRC DST --bits 2 --format fastdeploy-wint2"
+        )
+    else:
+        from erniequant.exporting import export as write
+
+        result = write(src, dst, to=to.value)
     write_json(json, result.to_dict())
     if not quiet:
         typer.echo(f"wrote {dst}")

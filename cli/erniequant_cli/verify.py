@@ -25,9 +25,16 @@ def verify(
 
       erniequant verify ernie-2bit --reference ./ernie --json errors.json
     """
-    from erniequant.format.verify import verify as check
+    from erniequant.fastdeploy.loading import is_fastdeploy_folder
 
-    result = check(model, reference=reference)
+    if is_fastdeploy_folder(model):
+        from erniequant.fastdeploy.verifying import verify_fastdeploy
+
+        result = verify_fastdeploy(model, reference)
+    else:
+        from erniequant.format.verify import verify as check
+
+        result = check(model, reference=reference)
     write_json(json, result.to_dict())
     if not quiet:
         from erniequant_cli.tables import print_verification

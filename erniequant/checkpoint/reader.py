@@ -228,7 +228,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     single = (folder / SINGLE_FILE).is_file()
     remote = {} if hub is None else _remote_headers(hub, index, single)
     if index.is_file():
-        return Checkpoint(folder, config, _read_sharded(folder, index, remote), hub)
+        return Checkpoint(folder, config, read_sharded(folder, index, remote), hub)
     if single or SINGLE_FILE in remote:
         headers = read_header(folder / SINGLE_FILE) if single else remote[SINGLE_FILE]
         return Checkpoint(folder, config, headers, hub)
@@ -265,7 +265,7 @@ def _kind(header: TensorHeader) -> tuple[str, tuple[int, ...]]:
     return header.stored_dtype, header.shape
 
 
-def _read_sharded(
+def read_sharded(
     folder: Path, index: Path, remote: Mapping[str, Mapping[str, TensorHeader]]
 ) -> dict[str, TensorHeader]:
     weight_map = read_json(index).get("weight_map")

@@ -92,13 +92,13 @@ def wint8_to_rank(
     return WINT8.round(weight.T).tensors()
 
 
-def expert_to_rank(
+def encoded_to_rank(
     part: Matrix, encoded: Tensors, rank: int, ranks: int
 ) -> dict[str, torch.Tensor]:
-    """A rank's keys, by suffix, of an expert's matrix that was encoded as a whole.
+    """A rank's keys, by suffix, of a matrix that was encoded as a whole.
 
-    Cutting loses nothing: a rank's inputs are whole bytes of WINT2 and of its scales, and wint4 is
-    packed again from the same codes with the same scales.
+    Cutting loses nothing: a rank's inputs are whole bytes of WINT2 and of its scales, and wint4 and
+    wint8 are packed again from the same codes with the same scales.
 
     Raises:
         ValueError: a tensor is missing or of another shape or dtype, or one is too many.
@@ -110,10 +110,11 @@ def expert_to_rank(
     if ranks == 1:
         return dict(encoded)
     outputs, inputs = rank_outputs(part, rank, ranks), rank_inputs(part, rank, ranks)
-    if part.format == "wint4":
-        codes = WINT4.unpack(encoded["quant_weight"])[inputs, outputs]
+    if part.format != "wint2":
+        packing = WINT8 if part.format == "wint8" else WINT4
+        codes = packing.unpack(encoded["quant_weight"])[inputs, outputs]
         return {
-            "quant_weight": WINT4.pack(codes),
+            "quant_weight": packing.pack(codes),
             "weight_scale": encoded["weight_scale"][outputs].contiguous(),
         }
     cut = {}

@@ -6,7 +6,8 @@ import torch
 
 from erniequant.checkpoint.files import write_json
 from erniequant.checkpoint.reader import CONFIG_FILE, Checkpoint, open_checkpoint
-from erniequant.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter, copy_companions
+from erniequant.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
+from erniequant.companions import write_companions
 from erniequant.errors import ErnieQuantError
 from erniequant.exporting import DTYPES, ExportReport
 from erniequant.fastdeploy.config import K_ORDERS, plain_config
@@ -52,7 +53,7 @@ def export_bf16(
                 tensor = tensor.to(dtype)
             writer.add(name, tensor)
         written = writer.finish()
-        copy_companions(source.folder, writer.folder)
+        write_companions(source.folder, writer.folder)
         config = plain_config(source.config, str(dtype).removeprefix("torch."))
         write_json(writer.folder / CONFIG_FILE, config)
     return ExportReport(str(dst), to, written.tensors, written.total_bytes, written.sha256)

@@ -21,8 +21,8 @@ from erniequant.checkpoint.reader import (
     open_checkpoint,
     read_header,
     read_json,
+    read_sharded,
 )
-from erniequant.checkpoint.reader import _read_sharded as read_sharded
 from erniequant.errors import ErnieQuantError, foreign_errors
 from erniequant.fastdeploy.config import (
     FastDeploySettings,

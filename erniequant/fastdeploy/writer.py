@@ -18,10 +18,11 @@ from erniequant.checkpoint.files import delete, write_json
 from erniequant.checkpoint.layout import OutputTensor, PlannedShard, index_of, plan_shards
 from erniequant.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
 from erniequant.checkpoint.shards import ShardFiles
-from erniequant.checkpoint.writer import MAX_SHARD_BYTES, copy_companions, require_new_folder
+from erniequant.checkpoint.writer import MAX_SHARD_BYTES, require_new_folder
+from erniequant.companions import write_companions
 from erniequant.errors import ErnieQuantError
 from erniequant.fastdeploy.config import DEFAULT_K_ORDER, choose_k_order, fastdeploy_config
-from erniequant.fastdeploy.convert import expert_to_rank, plain_to_rank, wint8_to_rank
+from erniequant.fastdeploy.convert import encoded_to_rank, plain_to_rank, wint8_to_rank
 from erniequant.fastdeploy.names import Matrix, Part, Plain, parts_of, rank_keys
 from erniequant.fastdeploy.sizes import NO_WINT4, FastDeployModel, fastdeploy_model, text_moe
 from erniequant.format.fit import tensor_misfits
@@ -77,22 +78,48 @@ def write_fastdeploy(
     model = fastdeploy_model(architecture, w4_end_layer, tensor_parallel)
     for line in tensor_misfits(architecture, source.headers):
         raise ErnieQuantError(line)
-    folder = Path(folder)
+    digests = write_parts(
+        Path(folder),
+        model,
+        k_order,
+        lambda part: tensors_of(part, source, experts, tensor_parallel),
+        max_shard_bytes,
+    )
+    write_companions(source.folder, Path(folder))
+    config = fastdeploy_config(source.config, architecture, model, k_order)
+    write_json(Path(folder) / CONFIG_FILE, config)
+    return written(Path(folder), model, digests, _left_out(source, model))
+
+
+def write_parts(
+    folder: Path,
+    model: FastDeployModel,
+    k_order: str,
+    tensors: Callable[[Part], Iterator[dict[str, torch.Tensor]]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, str]:
+    """Write the weights into a new folder; sha256 of every file by its path below the folder.
+
+    Args:
+        tensors: the keys of a part, for one rank after the other.
+
+    Raises:
+        ErnieQuantError: the folder is not new, or the disk refuses.
+    """
     require_new_folder(folder)
     shards = planned_shards(model, k_order, max_shard_bytes)
-    folders = rank_folders(folder, tensor_parallel)
     digests: dict[str, str] = {}
     with ExitStack() as stack:
         files = []
-        for rank_folder in folders:
+        for rank_folder in rank_folders(folder, model.tensor_parallel):
             rank_folder.mkdir(exist_ok=True)
             cleaned = _removed_on_error(ShardFiles(rank_folder, shards), folder)
             files.append(stack.enter_context(cleaned))
         for each in files:
             each.prepare()
         for part in parts_of(model):
-            for rank, tensors in enumerate(tensors_of(part, source, experts, tensor_parallel)):
-                for key, tensor in tensors.items():
+            for rank, keys in enumerate(tensors(part)):
+                for key, tensor in keys.items():
                     files[rank].write(key, tensor)
         for each in files:
             for shard in shards:
@@ -100,12 +127,17 @@ def write_fastdeploy(
                 digests[path.as_posix()] = each.finish(shard)
             if len(shards) > 1:
                 write_json(each.folder / INDEX_FILE, index_of(shards))
-        copy_companions(source.folder, folder)
-        config = fastdeploy_config(source.config, architecture, model, k_order)
-        write_json(folder / CONFIG_FILE, config)
-    total = tensor_parallel * sum(t.n_bytes for shard in shards for t in shard.tensors)
-    count = tensor_parallel * sum(len(shard.tensors) for shard in shards)
-    return WrittenFastDeploy(str(folder), digests, total, count, _left_out(source, model))
+    return digests
+
+
+def written(
+    folder: Path, model: FastDeployModel, digests: dict[str, str], left_out: tuple[str, ...] = ()
+) -> WrittenFastDeploy:
+    """What there is to say of a folder that was written."""
+    outputs = [OutputTensor.of(key, *info) for key, info in rank_keys(model).items()]
+    ranks = model.tensor_parallel
+    total = ranks * sum(tensor.n_bytes for tensor in outputs)
+    return WrittenFastDeploy(str(folder), digests, total, ranks * len(outputs), left_out)
 
 
 def rank_folders(folder: Path, ranks: int) -> list[Path]:
@@ -138,7 +170,7 @@ def tensors_of(
     elif part.expert is not None:
         encoded = experts(*part.expert)
         for rank in range(ranks):
-            yield _named(part, expert_to_rank(part, encoded, rank, ranks))
+            yield _named(part, encoded_to_rank(part, encoded, rank, ranks))
     else:
         sources = [source.tensor(name) for name in part.sources]
         for rank in range(ranks):

@@ -1,0 +1,51 @@
+"""Verify a checkpoint of FastDeploy: every key is there, and everything decodes; against the
+original, the error of every matrix."""
+
+from pathlib import Path
+
+import torch
+
+from erniequant.checkpoint.reader import open_checkpoint
+from erniequant.errors import ErnieQuantError
+from erniequant.fastdeploy.exporting import detect_k_order
+from erniequant.fastdeploy.reader import check_folder, open_fastdeploy
+from erniequant.format.report import file_states
+from erniequant.format.verify import MatrixError, VerifyReport
+
+
+def verify_fastdeploy(source: str | Path, reference: str | Path | None = None) -> VerifyReport:
+    """Check a checkpoint of FastDeploy, against its original when given.
+
+    Raises:
+        ErnieQuantError: it cannot be read at all, or the original is another model.
+    """
+    problems = list(check_folder(source))
+    opened = open_fastdeploy(source)
+    original = None if reference is None else open_checkpoint(reference)
+    if opened.k_order is None and original is not None:
+        opened.k_order = detect_k_order(opened, original)
+    checksums = file_states(opened.folder)
+    problems += [
+        f"file {name} is missing or was changed" for name, s in checksums.items() if s != "ok"
+    ]
+    decoded, errors = 0, []
+    for name in opened.names():
+        try:
+            weight = opened.tensor(name).float()
+        except ErnieQuantError as error:
+            problems.append(str(error))
+            continue
+        if not bool(torch.isfinite(weight).all()):
+            problems.append(f"tensor {name} does not decode to finite numbers")
+            continue
+        if not opened.is_decoded(name):
+            continue
+        decoded += 1
+        if original is not None:
+            exact = original.tensor(name).float()
+            power = exact.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+            errors.append(MatrixError(name, float((weight - exact).square().sum() / power)))
+    tensors = sum(len(rank.headers) for rank in opened.ranks)
+    return VerifyReport(
+        str(opened.folder), tuple(problems), tensors, decoded, checksums, tuple(errors)
+    )

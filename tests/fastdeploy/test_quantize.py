@@ -1,0 +1,208 @@
+"""From an original to a checkpoint for FastDeploy and back into transformers."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import erniequant
+from erniequant.ccq import decode_wint2
+from erniequant.checkpoint.reader import open_checkpoint
+from erniequant.errors import ErnieQuantError
+from erniequant.fastdeploy import check_folder, open_fastdeploy
+from erniequant.progress import NullProgress
+from erniequant.quantization.report import QuantizationReport
+from erniequant_cli.main import app
+from tests.micro import write_text
+
+OPTIONS = {"bits": 2, "format": "fastdeploy-wint2", "w4_layers": 1, "calib_samples": 12,
+           "calib_length": 64, "device": "cpu"}  # fmt: skip
+IDS = torch.arange(3, 60)[None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_text(tmp_path_factory.mktemp("text") / "a.txt"))
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    fd_source: Path, text: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, QuantizationReport]:
+    folder = tmp_path_factory.mktemp("fd") / "q"
+    return folder, erniequant.quantize(fd_source, folder, calib=text, **OPTIONS)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(IDS).logits.float()
+
+
+def test_fastdeploy_finds_every_key(quantized: tuple[Path, QuantizationReport]) -> None:
+    folder, report = quantized
+    assert check_folder(folder) == ()
+    assert report.degraded == 0
+    config = json.loads((folder / "config.json").read_text())
+    w4 = config["quantization_config"]["moe_quant_config"]["moe_w4_quant_config"]
+    # Layer 0 is dense; the first layer with experts is layer 1.
+    assert w4["quant_end_layer"] == 1
+    assert json.loads((folder / "quantization_report.json").read_text())["format"] == {
+        "format": "fastdeploy-wint2", "k_order": "mma64", "wint4_layers": [1],
+        "wint2_layers": [2, 3],
+    }  # fmt: skip
+    stored = open_checkpoint(folder)
+    assert report.plan.output_bytes == stored.total_bytes
+
+
+def test_experts_are_what_they_decode_to(
+    quantized: tuple[Path, QuantizationReport], fd_source: Path
+) -> None:
+    stored, original = open_checkpoint(quantized[0]), open_checkpoint(fd_source)
+    for layer, bound in ((1, 0.03), (2, 0.35)):
+        prefix = f"model.layers.{layer}.mlp.experts.2"
+        exact = original.tensor(f"{prefix}.down_proj.weight").float()
+        found = open_fastdeploy(quantized[0]).tensor(f"{prefix}.down_proj.weight")
+        assert (found - exact).square().sum() < bound * exact.square().sum()
+    names = ("quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp")
+    key = "ernie.layers.2.mlp.experts.2.down_proj"
+    parts = [stored.tensor(f"{key}.{name}") for name in names]
+    assert torch.equal(decode_wint2(*parts, k_order="mma64").T, found)
+
+
+def test_logits_of_the_import_are_those_of_the_export(
+    quantized: tuple[Path, QuantizationReport], tmp_path: Path
+) -> None:
+    model, tokenizer = erniequant.load(quantized[0], device="cpu", dtype="float32")
+    assert tokenizer is not None
+    runner = CliRunner()
+    result = runner.invoke(app, ["export", str(quantized[0]), str(tmp_path / "x"), "--to", "fp32"])
+    assert result.exit_code == 0, result.output
+    stock, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "x", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert torch.equal(logits(model), logits(stock))
+
+
+def test_it_is_close_to_the_original(
+    quantized: tuple[Path, QuantizationReport], fd_source: Path
+) -> None:
+    model, _ = erniequant.load(quantized[0], device="cpu", dtype="float32")
+    original, _ = erniequant.load(fd_source, device="cpu", dtype="float32")
+    wanted = logits(original)
+    assert (logits(model) - wanted).norm() < 0.35 * wanted.norm()
+
+
+def test_cut_for_two_ranks_and_joined_again(
+    quantized: tuple[Path, QuantizationReport], tmp_path: Path
+) -> None:
+    arguments = ["export", str(quantized[0]), str(tmp_path / "tp2"), "--to", "fastdeploy-wint2",
+                 "--tensor-parallel", "2"]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert check_folder(tmp_path / "tp2") == ()
+    whole, cut = open_fastdeploy(quantized[0]), open_fastdeploy(tmp_path / "tp2")
+    assert len(cut.ranks) == 2 and whole.names() == cut.names()
+    for name in whole.names():
+        assert torch.equal(whole.tensor(name), cut.tensor(name)), name
+    model, _ = erniequant.load(tmp_path / "tp2", device="cpu", dtype="float32")
+    again, _ = erniequant.load(quantized[0], device="cpu", dtype="float32")
+    assert torch.equal(logits(model), logits(again))
+
+
+def test_verify(
+    quantized: tuple[Path, QuantizationReport], fd_source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    runner = CliRunner()
+    arguments = ["verify", "--reference", str(fd_source), "--json", str(out)]
+    result = runner.invoke(app, [*arguments, str(quantized[0])])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    # Three matrices of four experts in three layers, attention, one dense MLP and shared experts.
+    assert found["decoded_matrices"] == 3 * 4 * 3 + 4 * 4 + 3 + 3 * 3
+    assert found["checksums"] == {"model.safetensors": "ok"}
+    shutil.copytree(quantized[0], tmp_path / "damaged")
+    shard = tmp_path / "damaged" / "model.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-50] ^= 1
+    shard.write_bytes(raw)
+    result = runner.invoke(app, [*arguments, str(tmp_path / "damaged")])
+    assert result.exit_code == 1 and "missing or was changed" in result.output
+
+
+class StopAfter(NullProgress):
+    def __init__(self, units: int):
+        self.left = units
+
+    def advance(self, units: int, label: str) -> None:
+        self.left -= units
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+# Among the wint4 experts of layer 1, among the WINT2 ones of layer 2, and of the last layer.
+@pytest.mark.parametrize("done", [2, 6, 11])
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
+    quantized: tuple[Path, QuantizationReport],
+    fd_source: Path,
+    text: str,
+    tmp_path: Path,
+    done: int,
+) -> None:
+    folder = tmp_path / "q"
+    with pytest.raises(KeyboardInterrupt):
+        erniequant.quantize(fd_source, folder, calib=text, progress=StopAfter(done), **OPTIONS)
+    with pytest.raises(ErnieQuantError, match="k_order|the plan|--format"):
+        erniequant.quantize(fd_source, folder, calib=text, **OPTIONS | {"k_order": "plain"})
+    report = erniequant.quantize(fd_source, folder, calib=text, threads=1, **OPTIONS)
+    assert report.sessions == 2
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / name).read_bytes() == (quantized[0] / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 3}, "has 2 bits, not 3"),
+        ({"w4_layers": 9}, "w4-layers 9 of 3"),
+        ({"format": "gguf"}, "no format 'gguf'"),
+        ({"format": "native"}, "k-order and w4-layers are of the format"),
+        ({"k_order": "mma32"}, "no k_order 'mma32'"),
+    ],
+)
+def test_what_does_not_go_is_one_line(
+    fd_source: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ErnieQuantError, match=message):
+        erniequant.quantize(fd_source, tmp_path / "q", no_calib=True, **OPTIONS | changes)
+    assert not (tmp_path / "q").exists()
+
+
+def test_models_and_folders_that_do_not_go(
+    micro_vl: Path, micro_ernie: Path, packed_ernie: Path, tmp_path: Path
+) -> None:
+    for source, message in (
+        (micro_vl, "text mixtures of experts only"),
+        (micro_ernie, "hidden_size 96; FastDeploy needs a multiple of 128"),
+    ):
+        with pytest.raises(ErnieQuantError, match=message):
+            erniequant.quantize(source, tmp_path / "q", no_calib=True, **OPTIONS)
+    arguments = ["export", str(packed_ernie), str(tmp_path / "x"), "--to", "fastdeploy-wint2"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "erniequant quantize SRC DST --bits 2 --format fastdeploy-wint2" in result.output
