@@ -29,6 +29,8 @@ from erniequant.quantization.pipeline import quantize
 
 BITS = (4, 3, 2)
 RTN_GROUP = 64
+WINT2_W4_LAYERS = (0, 1)
+"""Of three layers with experts, how many have 4 bits in the rows of FastDeploy's format."""
 # Figures move by less than their standard error beyond this; a row takes seconds on two cores.
 EVALUATION_TOKENS = 32_768
 CONTEXT = 512
@@ -97,12 +99,14 @@ def run_demo(
     bits: tuple[int, ...] = BITS,
     tokens: int = EVALUATION_TOKENS,
     calib_samples: int = CALIBRATION_SAMPLES,
+    all_formats: bool = False,
     progress: Progress | None = None,
 ) -> DemoReport:
     """Quantise the embedded model at each of `bits`, measure, write `report.json` and `report.md`.
 
     out: folder for the reports, made if need be; with keep_models the quantised models stay in it.
     tokens: how much of the held-out text to use. calib_samples: windows of calibration text.
+    all_formats: also FastDeploy's WINT2, alone and with first layers of 4 bits.
 
     Raises ErnieQuantError where `out` is no folder.
     """
@@ -126,7 +130,9 @@ def run_demo(
     # The operators of so small a model are over before a second thread has started: on a busy
     # machine of two cores, rounding the experts took 0.5 s on one thread and 24 s on two.
     torch.set_num_threads(1)
-    watch.start(EVALUATION_UNITS * (1 + 2 * len(bits)) + experts * len(bits))
+    others = WINT2_W4_LAYERS if all_formats else ()
+    models = len(bits) + len(others)
+    watch.start(EVALUATION_UNITS * (1 + len(bits) + models) + experts * models)
     try:
         base = bench.measure(bench.reference, "bf16")
         rows = [_row("bf16", 16, base, size.row(tensor_bytes(source)), 0.0)]
@@ -134,6 +140,9 @@ def run_demo(
             with _folder(out / f"{width}bit", keep_models) as folder:
                 row = _quantised_row(bench, source, folder, width, calib_samples, threads)
                 rows.append(row)
+        for count in others:
+            with _folder(out / f"wint2-{count}", keep_models) as folder:
+                rows.append(_wint2_row(bench, source, folder, count, calib_samples, threads))
         rows += [_rounded_row(bench, original, width) for width in bits]
     finally:
         watch.finish()
@@ -198,6 +207,35 @@ def _quantised_row(
     return _row("erniequant", bits, found, bench.size.row(tensor_bytes(folder)), seconds)
 
 
+def _wint2_row(
+    bench: _Bench, source: Path, folder: Path, w4_layers: int, calib_samples: int,
+    threads: int | None,
+) -> DemoRow:  # fmt: skip
+    """FastDeploy's format: its dense layers are wint8, and count in all bits and in the ratio."""
+    what = "WINT2" if not w4_layers else f"WINT2 + {w4_layers} wint4"
+    step = _Step(bench.watch, f"quantising to {what}")
+    started = time.perf_counter()
+    report = quantize(
+        source,
+        folder,
+        bits=2,
+        format="fastdeploy-wint2",
+        w4_layers=w4_layers,
+        calib_samples=calib_samples,
+        device="cpu",
+        threads=threads,
+        progress=step,
+    )
+    seconds = time.perf_counter() - started
+    model, _ = load(folder, device="cpu")
+    size = {
+        "expert_bits_per_weight": report.plan.expert_bits_per_weight,
+        "total_bits_per_weight": report.plan.total_bits_per_weight,
+        "megabytes": report.plan.output_bytes / 1e6,
+    }
+    return _row(what, 2, bench.measure(model, what), size, seconds)
+
+
 def _rounded_row(bench: _Bench, original: nn.Module, bits: int) -> DemoRow:
     started = time.perf_counter()
     model, expert_bits = round_experts(original, bits)
@@ -250,9 +288,18 @@ def to_markdown(report: DemoReport) -> str:
         f"{report.context}; ratio paired with bf16 on the same tokens, ± one standard error "
         "clustered by window; KL(bf16 || model) in nats per token; top-1: how often both models "
         "find the same token likeliest; seconds to quantise. RTN: round-to-nearest, asymmetric, "
-        f"groups of {RTN_GROUP} inputs, best clip per group.\n"
+        f"groups of {RTN_GROUP} inputs, best clip per group.{_note_on_wint2(report)}\n"
     )
     return head + body + note
+
+
+def _note_on_wint2(report: DemoReport) -> str:
+    if not any(row.method.startswith("WINT2") for row in report.rows):
+        return ""
+    return (
+        " WINT2: FastDeploy's format, where everything but experts is in wint8; + wint4: experts "
+        "of the first layer with 4 bits."
+    )
 
 
 def cells(row: DemoRow) -> list[str]:

@@ -15,6 +15,9 @@ def demo(
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="Keep the quantised models in DIR as well.")
     ] = False,
+    all_formats: Annotated[
+        bool, typer.Option("--all-formats", help="Also FastDeploy's WINT2.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     json: JsonFile = None,
     quiet: Quiet = False,
@@ -28,13 +31,21 @@ def demo(
       erniequant demo
 
       erniequant demo --out my-report --keep-models
+
+      erniequant demo --all-formats
     """
     from erniequant.demo import run_demo
     from erniequant_cli.loading import hush
     from erniequant_cli.progress import make_progress
 
     hush()
-    report = run_demo(out, keep_models=keep_models, threads=threads, progress=make_progress(quiet))
+    report = run_demo(
+        out,
+        keep_models=keep_models,
+        threads=threads,
+        all_formats=all_formats,
+        progress=make_progress(quiet),
+    )
     write_json(json, report.to_dict())
     if not quiet:
         from erniequant_cli.tables import print_demo

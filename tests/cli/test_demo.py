@@ -90,3 +90,13 @@ def test_output_that_is_a_file_is_refused(tmp_path):
     blocker.touch()
     with pytest.raises(ErnieQuantError, match="choose another --out"):
         run_demo(blocker)
+
+
+def test_other_formats_are_asked_for(run, monkeypatch, demo, tmp_path):
+    report, _ = demo
+    seen = []
+    module = importlib.import_module("erniequant.demo")
+    monkeypatch.setattr(module, "run_demo", lambda *_, **k: seen.append(k) or report)
+    assert run("demo", "--out", tmp_path, "--all-formats", "--quiet").exit_code == 0
+    assert run("demo", "--out", tmp_path, "--quiet").exit_code == 0
+    assert [k["all_formats"] for k in seen] == [True, False]

@@ -10,6 +10,9 @@ import pytest
 
 DEFAULTS = {
     "bits": 2,
+    "format": "native",
+    "k_order": None,
+    "w4_layers": None,
     "calib": "builtin",
     "calib_samples": 128,
     "calib_length": 1024,
@@ -28,6 +31,9 @@ DEFAULTS = {
 }
 OTHERS = {
     "bits": 4,
+    "format": "fastdeploy-wint2",
+    "k_order": "plain",
+    "w4_layers": 2,
     "calib": "words.txt",
     "calib_samples": 3,
     "calib_length": 64,
