@@ -24,8 +24,8 @@ CHUNK = 128
 DRY_TRIES, TRIES = 3, 3
 """Nibbles that a group tries in the dry run and afterwards."""
 
-SWEEPS = 2
-"""Rounds of coordinate descent: the first gains 6 %, the second 2 %, a third less than 1 %."""
+SWEEPS = 4
+"""Rounds of coordinate descent; on correlated inputs each of the first four gains 1 to 4 %."""
 
 _MOST_NIBBLES = torch.linspace(8.0, 15.4, 32)
 _SMALLEST_UNIT = torch.finfo(torch.bfloat16).tiny
@@ -236,7 +236,7 @@ def common_unit(scales: torch.Tensor) -> torch.Tensor:
 def _improve(
     found: Candidates, weight: torch.Tensor, unit: torch.Tensor, moments: torch.Tensor, plan: Plan
 ) -> None:
-    """One round of coordinate descent over all bytes, scales kept; updates ``found``."""
+    """One round of coordinate descent over all bytes and nibbles; updates ``found``."""
     for start in range(weight.shape[1] - GROUP, -1, -GROUP):
         rows = slice(start, start + GROUP)
         blocks = slice(start // BYTE_WEIGHTS, (start + GROUP) // BYTE_WEIGHTS)
@@ -244,6 +244,7 @@ def _improve(
         forms = diagonal_blocks(own).double()
         metric = roots(forms)
         codes = found.codes[:, blocks].contiguous()
+        nibbles = found.nibbles[:, start // GROUP].contiguous()
         error = found.error[:, rows].contiguous()
         improve_group(
             weight[:, rows].contiguous().numpy(),
@@ -254,10 +255,12 @@ def _improve(
             plan.points(metric),
             book_labels(plan.books),
             found.book.numpy(),
-            (found.nibbles[:, start // GROUP] * unit).numpy(),
+            unit.numpy(),
             codes.numpy(),
+            nibbles.numpy(),
             error.numpy(),
         )
+        found.nibbles[:, start // GROUP] = nibbles
         found.codes[:, blocks] = codes
         found.error[:, rows] = error
 

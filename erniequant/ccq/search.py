@@ -128,53 +128,79 @@ def improve_group(
     points: Float32,
     labels: Float32,
     book: NDArray[np.int64],
-    scale: Float32,
+    unit: Float32,
     codes: Bytes,
+    nibbles: Bytes,
     error: Float32,
 ) -> None:
-    """Choose every byte of a group anew, all others being what they are: coordinate descent.
+    """Choose every byte of a group anew, all others being what they are, for its nibble and the two
+    beside it; keep what lowers the loss most. Coordinate descent.
 
     Args:
         weight: ``[n, 64]``.
-        gradient: ``[n, 64]``: the errors of the whole matrix times the Hessian; overwritten.
+        gradient: ``[n, 64]``: the errors of the whole matrix times the Hessian.
         hessian: ``[64, 64]``, of the group.
         roots, inverses: ``[16, 4, 4]``, of the blocks on its diagonal.
         points, labels, book: as in `encode_group`, with these roots.
-        scale: ``[n]``, of the group.
-        codes, error: ``[n, 16]`` and ``[n, 64]``, improved in place.
+        unit: ``[n]``.
+        codes, nibbles, error: ``[n, 16]``, ``[n]`` and ``[n, 64]``, improved in place.
     """
     distance = np.empty(256, np.float32)
     bits = distance.view(np.int32)
     target, wanted = np.empty(4, np.float32), np.empty(4, np.float32)
-    change = np.empty(4, np.float32)
+    e, slope, chosen = np.empty(64, np.float32), np.empty(64, np.float32), np.empty(16, np.uint8)
+    best_error, best_codes = np.empty(64, np.float32), np.empty(16, np.uint8)
     for n in range(weight.shape[0]):
-        if scale[n] == 0:
-            continue
-        inverse = np.float32(1) / scale[n]
-        for b in range(BLOCKS - 1, -1, -1):
-            # The best value of the block is the present one plus A^-1 times the gradient.
-            for i in range(4):
-                k = 4 * b + i
-                x = weight[n, k] - error[n, k]
-                for j in range(4):
-                    x += inverses[b, i, j] * gradient[n, 4 * b + j]
-                wanted[i] = x
-            for i in range(4):
-                x = np.float32(0)
-                for j in range(i, 4):
-                    x += roots[b, i, j] * wanted[j]
-                target[i] = x * inverse
-            code = _nearest(target, points[book[n], b], distance, bits)
-            if code == codes[n, b]:
+        lowest, present, best_nibble = np.float32(0), int(nibbles[n]), int(nibbles[n])
+        for nibble in range(max(present - 1, 1), min(present + 1, 15) + 1):
+            scale = unit[n] * np.float32(nibble)
+            if scale == 0:
                 continue
-            codes[n, b] = code
-            for i in range(4):
-                k = 4 * b + i
-                e = weight[n, k] - labels[book[n], i, code] * scale[n]
-                change[i] = e - error[n, k]
-                error[n, k] = e
-            for j in range(64):
-                x = gradient[n, j]
+            inverse = np.float32(1) / scale
+            for b in range(BLOCKS):
+                chosen[b] = codes[n, b]
                 for i in range(4):
-                    x += change[i] * hessian[4 * b + i, j]
-                gradient[n, j] = x
+                    value = labels[book[n], i, chosen[b]] * scale
+                    e[4 * b + i] = weight[n, 4 * b + i] - value
+            for j in range(64):
+                slope[j] = gradient[n, j]
+            if nibble != present:
+                for k in range(64):
+                    change, row = e[k] - error[n, k], hessian[k]
+                    for j in range(64):
+                        slope[j] += change * row[j]
+            for b in range(BLOCKS - 1, -1, -1):
+                # The best value of the block is the present one plus A^-1 times the gradient.
+                for i in range(4):
+                    x = weight[n, 4 * b + i] - e[4 * b + i]
+                    for j in range(4):
+                        x += inverses[b, i, j] * slope[4 * b + j]
+                    wanted[i] = x
+                for i in range(4):
+                    x = np.float32(0)
+                    for j in range(i, 4):
+                        x += roots[b, i, j] * wanted[j]
+                    target[i] = x * inverse
+                code = _nearest(target, points[book[n], b], distance, bits)
+                if code == chosen[b]:
+                    continue
+                chosen[b] = code
+                for i in range(4):
+                    k = 4 * b + i
+                    value = weight[n, k] - labels[book[n], i, code] * scale
+                    change, row = value - e[k], hessian[k]
+                    e[k] = value
+                    for j in range(64):
+                        slope[j] += change * row[j]
+            # L(E + D) - L(E) = D . (H E + H (E + D)).
+            gain = np.float32(0)
+            for j in range(64):
+                gain += (e[j] - error[n, j]) * (gradient[n, j] + slope[j])
+            if gain < lowest:
+                lowest, best_nibble = gain, nibble
+                best_error[:] = e
+                best_codes[:] = chosen
+        if lowest < 0:
+            nibbles[n] = best_nibble
+            codes[n] = best_codes
+            error[n] = best_error

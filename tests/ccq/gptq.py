@@ -26,15 +26,16 @@ def gptq(
     w[:, dead] = 0
     h.diagonal().add_(DAMPING * h.diagonal().mean())
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    found = torch.empty_like(w)
+    found, errors = torch.empty_like(w), torch.empty_like(w)
     for start in range(0, w.shape[1], group):
         end = min(start + group, w.shape[1])
-        scale, zero = clipped_range(w[:, start:end], bits)
+        scale, zero = clipped_range(w[:, start:end].float(), bits)
         for k in range(start, end):
             code = (w[:, k] / scale).round().add_(zero).clamp_(0, 2**bits - 1)
             found[:, k] = (code - zero) * scale
-            error = (w[:, k] - found[:, k]) / upper[k, k]
-            w[:, k:] -= error[:, None] * upper[k, k:]
+            errors[:, k] = (w[:, k] - found[:, k]) / upper[k, k]
+            w[:, k:end] -= errors[:, k, None] * upper[k, k:end]
+        w[:, end:] -= errors[:, start:end] @ upper[start:end, end:]
     return found.float()
 
 

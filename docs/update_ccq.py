@@ -1,0 +1,146 @@
+"""Measure the tables of docs/ccq.md again and write them between their markers.
+
+Run from the repository root on an idle machine: ``python docs/update_ccq.py [NAME ...]``.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from update_readme import replace_section
+
+PAGE = Path(__file__).with_name("ccq.md")
+sys.path.insert(0, str(PAGE.parents[1]))
+
+from erniequant.ccq import encode_matrix  # noqa: E402
+from erniequant.ccq.books import BOOKS, UNIFORM_BOOK  # noqa: E402
+from erniequant.ccq.encode import Settings  # noqa: E402
+from erniequant.ccq.study import VARIANTS, measure  # noqa: E402
+from erniequant.codes import get_code  # noqa: E402
+from erniequant.quantization.matrix import Rotation, quantize_matrix  # noqa: E402
+from erniequant.rotation import block_size, random_signs  # noqa: E402
+from tests.ccq.gptq import gptq, relative_error  # noqa: E402
+from tests.ccq.massive import massive_layer  # noqa: E402
+from tests.ccq.tiny import expert_matrices  # noqa: E402
+
+PUBLISHED = Settings(books=(UNIFORM_BOOK,), feedback=False, sweeps=0)
+
+
+def gaussian_rows() -> Iterator[str]:
+    """Error and speed of each variant on N(0, 1)."""
+    yield "| code books | K = 1024 | K = 2560 | weights/s, K = 2560 |"
+    yield "|---|---|---|---|"
+    for name, settings in VARIANTS.items():
+        small, large = measure(settings, 1024, 256), measure(settings, 2560, 256)
+        cells = (f"{x.mse:.4f} ± {x.half_width:.4f}" for x in (small, large))
+        yield f"| {name} | {' | '.join(cells)} | {large.rate:,.0f} |"
+
+
+def native_error(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Relative error of cc2 at the standard effort."""
+    outputs, inputs = weight.shape
+    signs = random_signs(inputs, torch.Generator().manual_seed(1))
+    rotation = Rotation(signs, block_size(inputs))
+    tile = min(outputs & -outputs, 256)
+    code = get_code("cc2", 12)
+    return quantize_matrix(weight, hessian.clone(), torch.ones(outputs), rotation, code, tile).error
+
+
+def wint2_error(settings: Settings) -> Callable[[torch.Tensor, torch.Tensor], float]:
+    """Relative error of the encoder with some settings."""
+    return lambda weight, hessian: encode_matrix(weight, hessian, settings=settings).error
+
+
+def gptq_error(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Relative error of the baseline."""
+    return relative_error(weight, gptq(weight, hessian), hessian)
+
+
+METHODS = {
+    "GPTQ, 2 bits, group 64": ("2.28", gptq_error),
+    "WINT2, published map, no feedback": ("2 + 4/64 + 80/K", wint2_error(PUBLISHED)),
+    "WINT2, our encoder": ("2 + 4/64 + 80/K", wint2_error(Settings())),
+    "cc2, L = 12": ("2 + 17/K", native_error),
+}
+"""Methods of the comparison: bits per weight for K inputs, relative error of a matrix."""
+
+
+def tiny_rows() -> Iterator[str]:
+    """Mean and range over the expert matrices of the embedded model."""
+    layers = expert_matrices()
+    yield "| method | bits/weight | gate and up, mean | range | down, mean | range |"
+    yield "|---|---|---|---|---|---|"
+    for name, (bits, error) in METHODS.items():
+        cells = []
+        for part in ("gate_up", "down"):
+            found = [error(x.weight, x.hessian) for x in layers if x.name.endswith(part)]
+            mean = sum(found) / len(found)
+            cells.append(f"{mean:.4f} | {min(found):.4f} – {max(found):.4f}")
+        yield f"| {name} | {bits} | {' | '.join(cells)} |"
+
+
+CASES = ((0.5, 1, 1.0), (0.5, 1, 0.05), (0.9, 2, 1.0), (0.9, 2, 8.0), (0.999, 1, 1.0))
+
+
+def massive_rows() -> Iterator[str]:
+    """Matrices with massive channels: share of the trace, how many, size of their weights."""
+    yield "| share | channels | size of weights | tokens | GPTQ | WINT2 | ratio | cc2 |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for tokens in (2048, 300):
+        for share, channels, size in CASES:
+            layer = massive_layer(512, tokens, share, channels, size)
+            theirs, ours = gptq_error(*layer), encode_matrix(*layer).error
+            yield (
+                f"| {share} | {channels} | {size:g} | {tokens} | {theirs:.5f} | {ours:.5f} | "
+                f"{ours / theirs:.3f} | {native_error(*layer):.5f} |"
+            )
+
+
+def part_rows() -> Iterator[str]:
+    """What each part of the encoder is worth."""
+    full = Settings()
+    settings = {
+        "the encoder": full,
+        "one round of coordinate descent": replace(full, sweeps=1),
+        "no coordinate descent": replace(full, sweeps=0),
+        "12 code books": replace(full, books=BOOKS[:12]),
+        "one code book": replace(full, books=BOOKS[:1]),
+        "the same without coordinate descent": replace(full, books=BOOKS[:1], sweeps=0),
+        "nor other nibbles than the guessed one": replace(full, books=BOOKS[:1], sweeps=0, tries=1),
+        "and without feedback": replace(full, books=BOOKS[:1], sweeps=0, tries=1, feedback=False),
+        "and the published map": replace(PUBLISHED, tries=1),
+    }
+    generator = torch.Generator().manual_seed(2)
+    mix = torch.eye(1024) + torch.randn(1024, 1024, generator=generator) / 32
+    x = torch.randn(4096, 1024, generator=generator) @ mix
+    weight = torch.randn(128, 1024, generator=generator)
+    tiny = [layer for layer in expert_matrices() if ".3." in layer.name]
+    yield "| encoder | correlated Gaussian inputs | tiny model |"
+    yield "|---|---|---|"
+    for name, chosen in settings.items():
+        of_tiny = [wint2_error(chosen)(layer.weight, layer.hessian) for layer in tiny]
+        error = wint2_error(chosen)(weight, x.T @ x / 4096)
+        yield f"| {name} | {error:.4f} | {sum(of_tiny) / len(of_tiny):.4f} |"
+
+
+SECTIONS = {
+    "gaussian": gaussian_rows,
+    "tiny": tiny_rows,
+    "massive": massive_rows,
+    "parts": part_rows,
+}
+
+
+def main(names: list[str]) -> None:
+    """Write the named tables, all by default."""
+    torch.set_num_threads(1)
+    for name in names or list(SECTIONS):
+        rows = "\n".join(SECTIONS[name]())
+        page = replace_section(PAGE.read_text(encoding="utf-8"), name, rows)
+        PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
