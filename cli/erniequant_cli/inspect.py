@@ -22,9 +22,16 @@ def inspect(
 
       erniequant inspect ernie-2bit --json contents.json
     """
-    from erniequant.format.inspect import inspect as look
+    from erniequant.fastdeploy.loading import is_fastdeploy_folder
 
-    result = look(model)
+    if is_fastdeploy_folder(model):
+        from erniequant.fastdeploy.inspecting import inspect_fastdeploy
+
+        result = inspect_fastdeploy(model)
+    else:
+        from erniequant.format.inspect import inspect as look
+
+        result = look(model)
     write_json(json, result.to_dict())
     if not quiet:
         from erniequant_cli.tables import print_inspection

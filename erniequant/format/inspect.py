@@ -122,7 +122,7 @@ def inspect(source: str | Path) -> ModelSummary:
         expert_bytes=sum(checkpoint.headers[name].n_bytes for name in expert_names),
         total_weights=decoded + sum(kept_weights.values()),
         total_bytes=checkpoint.total_bytes,
-        provenance=_provenance(checkpoint.folder),
+        provenance=provenance(checkpoint.folder),
         tensors=tensors,
     )
 
@@ -161,7 +161,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
     ]
 
 
-def _provenance(folder: Path) -> dict[str, Any]:
+def provenance(folder: Path) -> dict[str, Any]:
+    """What the report beside the weights says of where they come from; empty without one."""
     path = folder / REPORT_FILE
     if not path.is_file():
         return {}

@@ -145,6 +145,20 @@ def test_verify(
     assert result.exit_code == 1 and "missing or was changed" in result.output
 
 
+def test_inspect_counts_what_was_planned(
+    quantized: tuple[Path, QuantizationReport], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    result = CliRunner().invoke(app, ["inspect", str(quantized[0]), "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    found, plan = json.loads(out.read_text()), quantized[1].plan
+    assert found["bits_per_weight"]["experts"] == pytest.approx(plan.expert_bits_per_weight)
+    assert found["expert_weights"] == plan.expert_weights == 3 * 4 * 3 * 384 * 256
+    assert found["total_bytes"] == plan.output_bytes
+    assert found["codes"] == {"experts: wint2, k_order mma64": 2, "experts: wint4": 1}
+    assert {t["name"] for t in found["tensors"]} == set(open_checkpoint(quantized[0]).names())
+
+
 class StopAfter(NullProgress):
     def __init__(self, units: int):
         self.left = units
