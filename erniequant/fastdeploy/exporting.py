@@ -13,6 +13,7 @@ from erniequant.exporting import DTYPES, ExportReport
 from erniequant.fastdeploy.config import K_ORDERS, plain_config
 from erniequant.fastdeploy.names import Matrix
 from erniequant.fastdeploy.reader import FastDeployCheckpoint, open_fastdeploy
+from erniequant.format.report import file_states
 
 _LIKE = 0.5
 """Largest relative squared error of weights that are the original's: WINT2 has 0.1 to 0.2, and
@@ -45,6 +46,12 @@ def export_bf16(
     source = open_fastdeploy(src, k_order)
     if source.k_order is None and reference is not None:
         source.k_order = detect_k_order(source, open_checkpoint(reference))
+    for file, state in file_states(source.folder).items():
+        if state != "ok":
+            raise ErnieQuantError(
+                f"{source.folder}: file {file} is missing or was changed: its sha256 is not that "
+                "of the report; copy it again or run verify"
+            )
     dtype = DTYPES[to]
     with CheckpointWriter(dst, max_shard_bytes) as writer:
         for name in source.names():

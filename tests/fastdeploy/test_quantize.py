@@ -15,7 +15,7 @@ import erniequant
 from erniequant.ccq import decode_wint2
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.fastdeploy import check_folder, open_fastdeploy
+from erniequant.fastdeploy import check_folder, export_bf16, open_fastdeploy
 from erniequant.progress import NullProgress
 from erniequant.quantization.report import QuantizationReport
 from erniequant_cli.main import app
@@ -143,6 +143,8 @@ def test_verify(
     shard.write_bytes(raw)
     result = runner.invoke(app, [*arguments, str(tmp_path / "damaged")])
     assert result.exit_code == 1 and "missing or was changed" in result.output
+    with pytest.raises(ErnieQuantError, match="model.safetensors is missing or was changed"):
+        export_bf16(tmp_path / "damaged", tmp_path / "x")
 
 
 def test_inspect_counts_what_was_planned(
