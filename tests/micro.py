@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from erniequant.progress import NullProgress
+
 CHARACTERS = {"<unk>": 0, "</s>": 1} | {chr(30 + i): i for i in range(2, 96)}
 """A vocabulary of printable characters."""
 
@@ -61,3 +63,15 @@ def write_text(path: Path) -> Path:
     letters = torch.randint(32, 125, (3000,), generator=generator).tolist()
     path.write_text("".join(map(chr, letters)))
     return path
+
+
+class StopAfter(NullProgress):
+    """Ends a run as Ctrl-C does when so many experts are done."""
+
+    def __init__(self, units: int):
+        self.left = units
+
+    def advance(self, units: int, label: str) -> None:
+        self.left -= units
+        if self.left == 0:
+            raise KeyboardInterrupt

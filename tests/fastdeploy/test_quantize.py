@@ -16,10 +16,9 @@ from erniequant.ccq import decode_wint2
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.fastdeploy import check_folder, export_bf16, open_fastdeploy
-from erniequant.progress import NullProgress
 from erniequant.quantization.report import QuantizationReport
 from erniequant_cli.main import app
-from tests.micro import write_text
+from tests.micro import StopAfter, write_text
 
 OPTIONS = {"bits": 2, "format": "fastdeploy-wint2", "w4_layers": 1, "calib_samples": 12,
            "calib_length": 64, "device": "cpu"}  # fmt: skip
@@ -159,16 +158,6 @@ def test_inspect_counts_what_was_planned(
     assert found["total_bytes"] == plan.output_bytes
     assert found["codes"] == {"experts: wint2, k_order mma64": 2, "experts: wint4": 1}
     assert {t["name"] for t in found["tensors"]} == set(open_checkpoint(quantized[0]).names())
-
-
-class StopAfter(NullProgress):
-    def __init__(self, units: int):
-        self.left = units
-
-    def advance(self, units: int, label: str) -> None:
-        self.left -= units
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 # Among the wint4 experts of layer 1, among the WINT2 ones of layer 2, and of the last layer.

@@ -15,10 +15,10 @@ from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.images import evaluation_inputs
 from erniequant.inputs import ModelInput
-from erniequant.progress import NullProgress
 from erniequant.quantization.report import QuantizationReport
 from erniequant.runtime.experts import PackedExperts
 from erniequant_cli.main import app
+from tests.micro import StopAfter
 
 OPTIONS = {"calib_samples": 24, "calib_length": 64, "max_tp": 1, "effort": "fast"}
 GROUPS = ("text_moe", "vision_moe")
@@ -187,18 +187,6 @@ def test_text_alone_is_announced_and_degraded(
     # They are sound all the same, and take what the text experts see for their inputs.
     errors = report["layer_errors"]["1.vision_moe"]
     assert 0 < errors["gate_up_proj"] < 0.2 and 0 < errors["down_proj"] < 0.2
-
-
-class StopAfter(NullProgress):
-    """Ends the run when so many experts are done."""
-
-    def __init__(self, units: int):
-        self.left = units
-
-    def advance(self, units: int, label: str) -> None:
-        self.left -= units
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 # Among the experts for text of the first layer, between both sets, among those for images, and in
