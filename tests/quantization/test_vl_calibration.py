@@ -3,6 +3,7 @@ model; docs/vision_language.md has the figures."""
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,15 @@ from erniequant.evaluate.images import evaluation_inputs
 from erniequant.inputs import ModelInput
 
 DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The operators of so small a model are over before a second thread has started."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +67,10 @@ def inputs(models: dict[str, Any]) -> list[ModelInput]:
 def test_weighted_errors_fall_in_nearly_every_matrix(
     script: ModuleType, models: dict[str, Any], inputs: list[ModelInput]
 ) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with_images, on_text = (
-            script.matrix_errors(models["original"], models[name], inputs)
-            for name in ("images", "text")
-        )
-    finally:
-        torch.set_num_threads(threads)
+    with_images, on_text = (
+        script.matrix_errors(models["original"], models[name], inputs)
+        for name in ("images", "text")
+    )
     # Two matrices of eight experts in three layers; on held-out images.
     assert len(with_images) == 48
     lower = [with_images[name] < on_text[name] for name in with_images]
