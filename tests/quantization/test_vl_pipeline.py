@@ -2,6 +2,7 @@
 experts."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ from tests.micro import StopAfter
 
 OPTIONS = {"calib_samples": 24, "calib_length": 64, "max_tp": 1, "effort": "fast"}
 GROUPS = ("text_moe", "vision_moe")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
