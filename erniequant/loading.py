@@ -25,6 +25,7 @@ def load(
     *,
     keep_decoded: bool | None = None,
     k_order: str | None = None,
+    reference: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """Model in evaluation mode and tokenizer of a quantised or plain checkpoint.
 
@@ -35,6 +36,7 @@ def load(
         keep_decoded: keep experts decoded after first use (see `PackedExperts`). None: on the CPU,
             when all of them fit in 2 GB.
         k_order: of a FastDeploy WINT2 checkpoint whose files do not say: "plain" or "mma64".
+        reference: the original of such a checkpoint, to find its K order by.
 
     Returns:
         The transformers model, and the tokenizer or None if the checkpoint has none.
@@ -45,7 +47,8 @@ def load(
     """
     target = resolve_device(device)
     if is_fastdeploy_folder(source):
-        model = load_fastdeploy(source, target, resolve_dtype(dtype), k_order)
+        model = load_fastdeploy(source, target, resolve_dtype(dtype), k_order, reference)
+        _keep_decoded(model, target, keep_decoded)
         folder = Path(model.name_or_path)
         return model.eval(), load_tokenizer(folder) if has_tokenizer(folder) else None
     checkpoint = open_checkpoint(source)
@@ -112,10 +115,11 @@ def _from_pretrained(
 
 def _keep_decoded(model: Any, device: torch.device, keep: bool | None) -> None:
     from erniequant.runtime.experts import PackedExperts
+    from erniequant.runtime.fastdeploy_experts import FastDeployExperts
 
-    packed = [m for m in model.modules() if isinstance(m, PackedExperts)]
+    packed = [m for m in model.modules() if isinstance(m, PackedExperts | FastDeployExperts)]
     if keep is None:
-        weights = sum(3 * m.num_experts * m.hidden_dim * m.intermediate_dim for m in packed)
+        weights = sum(m.weights for m in packed)
         keep = device.type == "cpu" and weights * model.dtype.itemsize <= _KEEP_DECODED_BYTES
     for module in packed:
         module.keep_decoded = keep

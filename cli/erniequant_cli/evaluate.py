@@ -67,7 +67,7 @@ def perplexity(
     from erniequant.evaluate.texts import evaluation_text
 
     words = evaluation_text(file=text, dataset=dataset)
-    subject, tokenizer = load_model(model, device, dtype)
+    subject, tokenizer = load_model(model, device, dtype, reference)
     other = None
     if reference is not None:
         other, other_tokenizer = load_model(reference, device, dtype)

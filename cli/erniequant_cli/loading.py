@@ -5,12 +5,17 @@ from typing import Any
 from erniequant.errors import ErnieQuantError
 
 
-def load_model(folder: str, device: str, dtype: str | None) -> tuple[Any, Any]:
-    """Model in evaluation mode and tokenizer; `dtype` None keeps the checkpoint's own."""
+def load_model(
+    folder: str, device: str, dtype: str | None, reference: str | None = None
+) -> tuple[Any, Any]:
+    """Model in evaluation mode and tokenizer; `dtype` None keeps the checkpoint's own.
+
+    reference: the original, which tells the K order of a FastDeploy checkpoint that does not.
+    """
     from erniequant.loading import load
 
     hush()
-    model, tokenizer = load(folder, device=device, dtype=dtype)
+    model, tokenizer = load(folder, device=device, dtype=dtype, reference=reference)
     if tokenizer is None:
         raise ErnieQuantError(f"{folder} has no tokenizer: copy the original's into it")
     return model, tokenizer

@@ -1,17 +1,21 @@
-"""Run a checkpoint of FastDeploy in transformers: decoded as it is loaded.
-
-Nothing stays packed: the model takes the memory of the original.
-"""
+"""Run a checkpoint of FastDeploy in transformers, its experts packed as they are stored."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from erniequant.checkpoint.reader import CONFIG_FILE, read_json
+from erniequant.ccq import decode_wint2
+from erniequant.checkpoint.reader import CONFIG_FILE, open_checkpoint, read_json
 from erniequant.errors import ErnieQuantError, foreign_errors
 from erniequant.fastdeploy.config import is_fastdeploy_wint2
-from erniequant.fastdeploy.reader import open_fastdeploy
+from erniequant.fastdeploy.exporting import detect_k_order
+from erniequant.fastdeploy.names import PROJECTIONS, WINT2_SUFFIXES, Matrix
+from erniequant.fastdeploy.packers import WINT4
+from erniequant.fastdeploy.reader import FastDeployCheckpoint, open_fastdeploy
+from erniequant.runtime.fastdeploy_experts import Decoder, FastDeployExperts
+
+_GENERATION_FILE = "generation_config.json"
 
 
 def is_fastdeploy_folder(source: str | Path) -> bool:
@@ -25,45 +29,129 @@ def load_fastdeploy(
     device: torch.device,
     dtype: torch.dtype | str,
     k_order: str | None = None,
+    reference: str | Path | None = None,
 ) -> Any:
-    """The stock model of the decoded weights.
+    """The stock model with `FastDeployExperts`; everything else is decoded.
 
     Args:
         source: folder, with or without rank folders, or Hugging Face id.
         dtype: of weights and activations; "auto" is bfloat16.
         k_order: of WINT2, where the files do not say.
+        reference: the original, to find the K order by.
 
     Raises:
         ErnieQuantError: a tensor is missing, left over, or of another kind than FastDeploy asks
             for, or nobody says which K order it has.
     """
-    from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
+    from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, GenerationConfig
 
     opened = open_fastdeploy(source, k_order)
+    if opened.k_order is None and reference is not None:
+        opened.k_order = detect_k_order(opened, open_checkpoint(reference))
     for rank in opened.ranks:
         rank.fetch()
     wanted = torch.bfloat16 if isinstance(dtype, str) else dtype
-    state = {name: opened.tensor(name) for name in opened.names()}
-    state = {n: t if t.dtype == torch.float32 and _stays(n) else t.to(wanted)
-             for n, t in state.items()}  # fmt: skip
-    with foreign_errors(f"transformers cannot load {opened.folder}"):
+    with foreign_errors(f"transformers cannot build the model of {opened.folder}"):
         config = Ernie4_5_MoeConfig(**opened.config)
-        kind: Any = Ernie4_5_MoeForCausalLM
-        model, info = kind.from_pretrained(
-            None, config=config, state_dict=state, dtype=wanted, output_loading_info=True
-        )
-    optional = {name for name in info["missing_keys"] if "e_score_correction_bias" in name}
-    for names, what in (
-        (set(info["missing_keys"]) - optional, "is missing"),
-        (set(info["unexpected_keys"]), "is left over"),
-    ):
-        if names:
-            raise ErnieQuantError(f"{opened.folder}: tensor {min(names)} {what}")
+        with torch.device("meta"):
+            model: Any = Ernie4_5_MoeForCausalLM(config)
+        # Its buffers are computed, not stored.
+        rotary = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb = rotary
+    for layer in opened.model.moe_layers:
+        model.model.layers[layer].mlp.experts = _experts(opened, layer, config.hidden_act)
+    state = {
+        # What transformers calls a correction bias in memory.
+        name.replace(".mlp.moe_statics.", ".mlp.gate.moe_statics."): _typed(name, opened, wanted)
+        for name in opened.names()
+        if ".mlp.experts." not in name
+    }
+    for layer in opened.model.moe_layers:
+        bias = f"model.layers.{layer}.mlp.gate.moe_statics.e_score_correction_bias"
+        state.setdefault(bias, torch.zeros(1, opened.model.experts))
+    info = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    lacking = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if lacking or info.unexpected_keys:
+        name = (lacking or info.unexpected_keys)[0]
+        raise ErnieQuantError(f"{opened.folder}: tensor {name} is missing or left over")
+    if (opened.folder / _GENERATION_FILE).is_file():
+        with foreign_errors(f"transformers cannot read {opened.folder / _GENERATION_FILE}"):
+            model.generation_config = GenerationConfig.from_pretrained(
+                opened.folder, local_files_only=True
+            )
     model.name_or_path = str(opened.folder)
+    model.requires_grad_(False)
     with foreign_errors(f"the model of {opened.folder} cannot be moved to {device}"):
         return model.to(device)
 
 
-def _stays(name: str) -> bool:
-    """Whether transformers keeps a tensor in float32: routers and their biases."""
-    return ".mlp.gate." in name or "e_score_correction_bias" in name
+def _experts(opened: FastDeployCheckpoint, layer: int, activation: str) -> FastDeployExperts:
+    """The experts of a layer; ranks are joined without decoding where there is more than one."""
+    count = opened.model.experts
+    by_expert = {
+        part.expert: part
+        for part in opened.parts.values()
+        if isinstance(part, Matrix) and part.expert is not None and part.expert[0] == layer
+    }
+    if len(opened.ranks) > 1:
+        return _decoded_experts(opened, by_expert, layer, activation)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    decode: dict[str, Decoder] = {}
+    for projection in PROJECTIONS:
+        matrices = [by_expert[layer, expert, projection] for expert in range(count)]
+        stored = [opened.keys_of(matrix, opened.ranks[0]) for matrix in matrices]
+        parts[projection] = {
+            suffix: torch.stack([tensors[suffix] for tensors in stored]) for suffix in stored[0]
+        }
+        decode[projection] = _decoder(opened, matrices[0])
+    return FastDeployExperts(parts, decode, activation, _weights(opened))
+
+
+def _decoded_experts(
+    opened: FastDeployCheckpoint,
+    by_expert: dict[tuple[int, int, str], Matrix],
+    layer: int,
+    activation: str,
+) -> FastDeployExperts:
+    """Experts of rank folders, whose codes were cut: decoded to bfloat16, the type of their
+    scales."""
+    parts = {}
+    for projection in PROJECTIONS:
+        decoded = []
+        for expert in range(opened.model.experts):
+            matrix = by_expert[layer, expert, projection]
+            whole = opened.decode(matrix, opened.k_order)
+            decoded.append(torch.cat([whole[name] for name in matrix.sources]))
+        parts[projection] = {"weight": torch.stack(decoded)}
+    plain: Decoder = lambda tensors: tensors["weight"]  # noqa: E731
+    return FastDeployExperts(parts, dict.fromkeys(PROJECTIONS, plain), activation, _weights(opened))
+
+
+def _decoder(opened: FastDeployCheckpoint, matrix: Matrix) -> Decoder:
+    if matrix.format == "wint4":
+        return lambda tensors: (
+            WINT4.dequantize(tensors["quant_weight"].cpu(), tensors["weight_scale"].cpu())
+            .T.contiguous()
+            .to(tensors["weight_scale"].device)
+        )
+    order = opened.k_order
+    if order is None:
+        raise ErnieQuantError(
+            f"{opened.folder} does not say in which order its WINT2 codes have their inputs; give "
+            "k_order (mma64 since July 2025, plain before) or the original to compare with"
+        )
+    return lambda tensors: decode_wint2(
+        *(tensors[s] for s in WINT2_SUFFIXES), k_order=order
+    ).T.contiguous()
+
+
+def _weights(opened: FastDeployCheckpoint) -> int:
+    return 3 * opened.model.experts * opened.model.hidden * opened.model.inner
+
+
+def _typed(name: str, opened: FastDeployCheckpoint, dtype: torch.dtype) -> torch.Tensor:
+    tensor = opened.tensor(name)
+    # transformers keeps routers and their biases in float32.
+    stays = ".mlp.gate." in name or "e_score_correction_bias" in name
+    return tensor.float() if stays else tensor.to(dtype)

@@ -66,6 +66,11 @@ class PackedExperts(nn.Module):
         self._decoded.clear()
         super()._load_from_state_dict(*args, **kwargs)
 
+    @property
+    def weights(self) -> int:
+        """Number of weights that are packed."""
+        return 3 * self.num_experts * self.hidden_dim * self.intermediate_dim
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype that the format gives a parameter, the guard included."""
         return self._stored[name][1]

@@ -49,7 +49,7 @@ def models(monkeypatch):
     """`load` knows any folder; records what it was asked for."""
     asked = []
 
-    def load(folder, device="auto", dtype=None):
+    def load(folder, device="auto", dtype=None, reference=None):
         asked.append((folder, device, dtype))
         return Bigram(len(folder)), LetterTokenizer(shift=int(folder == "other-tokens"))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.fastdeploy import check_folder, export_bf16, open_fastdeploy
 from erniequant.quantization.report import QuantizationReport
+from erniequant.runtime.fastdeploy_experts import FastDeployExperts
 from erniequant_cli.main import app
 from tests.micro import StopAfter, write_text
 
@@ -95,6 +97,56 @@ def test_logits_of_the_import_are_those_of_the_export(
     )
     assert not any(info.values()), info
     assert torch.equal(logits(model), logits(stock))
+
+
+def test_experts_stay_packed_and_keep_their_types(
+    quantized: tuple[Path, QuantizationReport],
+) -> None:
+    model, _ = erniequant.load(quantized[0], device="cpu", keep_decoded=False)
+    packed = [m for m in model.modules() if isinstance(m, FastDeployExperts)]
+    assert len(packed) == 3
+    # wint4 in the first layer with experts, WINT2 in the others.
+    assert packed[0].up_gate_proj_quant_weight.dtype == torch.int8
+    assert packed[1].up_gate_proj_quant_weight.shape == (4, 384 // 4, 2 * 256)
+    expected = logits(model)
+    for module in packed:
+        module.keep_decoded = True
+    assert torch.equal(logits(model), expected)
+    model.to(torch.float32)
+    assert packed[1].down_proj_super_scales.dtype == torch.bfloat16
+    exact, _ = erniequant.load(quantized[0], device="cpu", dtype="float32")
+    # The weights in wint8 were rounded to bfloat16 here, which moves a router's choice or two.
+    assert (logits(model) - logits(exact)).norm() < 0.1 * logits(exact).norm()
+
+
+@pytest.mark.parametrize("order", ["mma64", "plain"])
+def test_the_original_tells_an_order_that_no_file_says(
+    quantized: tuple[Path, QuantizationReport],
+    fd_source: Path,
+    text: str,
+    tmp_path: Path,
+    order: str,
+) -> None:
+    folder = tmp_path / "q"
+    if order == "mma64":
+        shutil.copytree(quantized[0], folder)
+    else:
+        erniequant.quantize(fd_source, folder, calib=text, **OPTIONS | {"k_order": order})
+    expected = logits(erniequant.load(folder, device="cpu", dtype="float32")[0])
+    # As a file of Baidu is.
+    config = json.loads((folder / "config.json").read_text())
+    del config["erniequant"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ErnieQuantError, match="give k_order"):
+        erniequant.load(folder, device="cpu")
+    for known in ({"k_order": order}, {"reference": fd_source}):
+        model, _ = erniequant.load(folder, device="cpu", dtype="float32", **known)
+        assert torch.equal(logits(model), expected)
+    arguments = ["eval", "perplexity", str(folder), "--reference", str(fd_source), "--text", text,
+                 "--device", "cpu", "--quiet"]  # fmt: skip
+    assert CliRunner().invoke(app, arguments).exit_code == 0
 
 
 def test_it_is_close_to_the_original(

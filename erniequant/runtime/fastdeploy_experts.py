@@ -1,0 +1,99 @@
+"""The experts of one layer in FastDeploy's formats, kept packed: a drop-in for the experts module
+of transformers.
+
+An expert's two matrices are decoded in plain torch as they are needed, on any device; there is no
+kernel for them yet.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from erniequant.runtime.ops import experts_forward
+
+Decoder = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+"""Stored parts of one matrix by suffix to its weights, float32 ``[N, K]``."""
+
+_NAMES = {"gate_up_proj": "up_gate_proj", "down_proj": "down_proj"}
+
+
+class FastDeployExperts(nn.Module):
+    """All experts of a layer; parameters ``{up_gate_proj,down_proj}_{suffix}`` are ``[E, ...]`` of
+    what a checkpoint stores for each.
+
+    Attributes:
+        keep_decoded: keep every expert's weights after first use. Faster, at the memory of the
+            original model; set it back to False to free them.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Mapping[str, torch.Tensor]],
+        decode: Mapping[str, Decoder],
+        activation: str,
+        weights: int,
+    ):
+        """``parts`` and ``decode`` by ``up_gate_proj`` and ``down_proj``; ``weights`` counts those
+        that they stand for."""
+        super().__init__()
+        self.weights = weights
+        self._suffixes = {name: tuple(tensors) for name, tensors in parts.items()}
+        self._decode, self.activation = decode, activation
+        for name, tensors in parts.items():
+            for suffix, tensor in tensors.items():
+                parameter = nn.Parameter(tensor, requires_grad=False)
+                self.register_parameter(f"{name}_{suffix}", parameter)
+        self.num_experts = len(next(iter(parts["down_proj"].values())))
+        self._keep_decoded = False
+        self._decoded: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
+
+    @property
+    def keep_decoded(self) -> bool:
+        """Whether decoded weights are kept."""
+        return self._keep_decoded
+
+    @keep_decoded.setter
+    def keep_decoded(self, keep: bool) -> None:
+        self._keep_decoded = keep
+        self._decoded.clear()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        # Moving the module to another device must not leave weights behind.
+        self._decoded.clear()
+        stored = {name: parameter.dtype for name, parameter in self.named_parameters()}
+        moved = super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            # Another type of activations must not round scales.
+            parameter.data = parameter.data.to(stored[name])
+        return moved
+
+    def weight(self, projection: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """Weights ``[N, K]`` of one expert, decoded in float32 and rounded to ``dtype``."""
+        key = (projection, expert, dtype)
+        found = self._decoded.get(key)
+        if found is None:
+            name = _NAMES[projection]
+            parts = {
+                suffix: getattr(self, f"{name}_{suffix}")[expert] for suffix in self._suffixes[name]
+            }
+            found = self._decode[name](parts).to(dtype)
+            if self._keep_decoded:
+                self._decoded[key] = found
+        return found
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts' outputs; shapes as in `PackedExperts`."""
+        return experts_forward(
+            hidden_states, top_k_index, top_k_weights, self.num_experts,
+            lambda projection, e: self.weight(projection, e, hidden_states.dtype),
+            self.activation,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing a model."""
+        shapes: dict[str, Any] = {n: tuple(p.shape) for n, p in self.named_parameters()}
+        return f"experts={self.num_experts}, {shapes}"
