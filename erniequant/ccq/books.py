@@ -61,8 +61,8 @@ BOOKS: tuple[Book, ...] = (
     (19951, 14211),
 )
 
-UNIFORM_BOOK: Book = (128, 64)
-"""The published map, all words evenly, on integers: for comparison."""
+UNIFORM_BOOK: Book = (32767 / 255, 0)
+"""The published map, from the smallest to the largest word evenly: for comparison."""
 
 
 @lru_cache(maxsize=4)

@@ -59,7 +59,7 @@ class EncodedWint2:
         effective: float32 ``[N, K]``: the weights that these stand for, to the last bit.
         error: ``tr(E H E^T) / tr(W H W^T)``, with the identity where the Hessian is not finite or
             has no energy; 0 for a zero matrix.
-        damping: of the Hessian, as a fraction of its mean diagonal.
+        damping: of the Hessian, as a fraction of the mean energy of ordinary inputs.
         fallback: why there was no feedback, or None.
     """
 
@@ -142,7 +142,7 @@ def encode_matrix(
         factor.feedback.zero_().fill_diagonal_(1)
     plan = Plan.of(factor, settings.books)
     if factor.fallback is None:
-        moments.diagonal().add_(factor.damping)
+        moments.diagonal().add_(factor.ridge)
     else:
         moments = torch.block_diag(*factor.local).float()
     parts = [
