@@ -253,3 +253,13 @@ def test_wrong_arguments_are_named() -> None:
         encode_wint2(torch.zeros(2, 128, 8))
     with pytest.raises(ErnieQuantError, match=r"importance must be \[8\], not \[9\]"):
         encode_matrix(torch.zeros(8, 128), torch.eye(128), torch.ones(9))
+
+
+def test_sparse_outputs_are_never_worse_than_zeros() -> None:
+    # The code books have no zero but that of nibble 0.
+    generator = torch.Generator().manual_seed(4)
+    weight = gaussian(64, 256) * (torch.rand(64, 256, generator=generator) < 0.02)
+    found = encode_matrix(weight, torch.eye(256))
+    error, energy = (found.effective - weight).square().sum(1), weight.square().sum(1)
+    assert (error <= energy * 1.001).all()
+    assert error.sum() < 0.5 * energy.sum()
