@@ -12,6 +12,7 @@ from erniequant.ccq.factor import (
     diagonal_blocks,
     encoding_order,
     factorise_blocks,
+    ordinary_energy,
     roots,
 )
 from erniequant.ccq.order import stored_rows, to_natural
@@ -84,6 +85,20 @@ def test_the_factor_gives_the_hessian_back() -> None:
     assert torch.equal(factor.feedback.triu(4), torch.zeros(128, 128))
     root = roots(factor.local).double()
     torch.testing.assert_close(root.mT @ root, factor.local, rtol=1e-5, atol=1e-5)
+
+
+def test_massive_inputs_do_not_damp_the_others() -> None:
+    hessian = moments_of(128)
+    plain = ordinary_energy(hessian.diagonal())
+    assert plain == pytest.approx(1)
+    hessian[7] *= 1000
+    hessian[:, 7] *= 1000
+    median = float(hessian.diagonal().median())
+    massive = ordinary_energy(hessian.diagonal())
+    assert plain < massive < plain + 10 * median / 128
+    assert factorise_blocks(hessian).ridge == pytest.approx(0.03 * massive)
+    # Where most inputs never occur there is no median to go by.
+    assert ordinary_energy(torch.tensor([0.0, 0, 0, 8])) == 2
 
 
 def test_hessians_that_cannot_be_factored_give_no_feedback() -> None:
