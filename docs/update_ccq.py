@@ -19,7 +19,7 @@ from erniequant.ccq.books import BOOKS, UNIFORM_BOOK  # noqa: E402
 from erniequant.ccq.encode import Settings  # noqa: E402
 from erniequant.ccq.study import VARIANTS, measure  # noqa: E402
 from erniequant.codes import get_code  # noqa: E402
-from erniequant.quantization.matrix import Rotation, quantize_matrix  # noqa: E402
+from erniequant.quantization.matrix import QuantizedMatrix, Rotation, quantize_matrix  # noqa: E402
 from erniequant.rotation import block_size, random_signs  # noqa: E402
 from tests.ccq.gptq import gptq, relative_error  # noqa: E402
 from tests.ccq.massive import massive_layer  # noqa: E402
@@ -38,14 +38,19 @@ def gaussian_rows() -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} | {large.rate:,.0f} |"
 
 
-def native_error(weight: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Relative error of cc2 at the standard effort."""
+def native(weight: torch.Tensor, hessian: torch.Tensor) -> QuantizedMatrix:
+    """cc2 at the standard effort."""
     outputs, inputs = weight.shape
     signs = random_signs(inputs, torch.Generator().manual_seed(1))
     rotation = Rotation(signs, block_size(inputs))
     tile = min(outputs & -outputs, 256)
     code = get_code("cc2", 12)
-    return quantize_matrix(weight, hessian.clone(), torch.ones(outputs), rotation, code, tile).error
+    return quantize_matrix(weight, hessian.clone(), torch.ones(outputs), rotation, code, tile)
+
+
+def native_error(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Relative error of cc2 at the standard effort."""
+    return native(weight, hessian).error
 
 
 def wint2_error(settings: Settings) -> Callable[[torch.Tensor, torch.Tensor], float]:
@@ -79,6 +84,34 @@ def tiny_rows() -> Iterator[str]:
             mean = sum(found) / len(found)
             cells.append(f"{mean:.4f} | {min(found):.4f} – {max(found):.4f}")
         yield f"| {name} | {bits} | {' | '.join(cells)} |"
+
+
+def held_out_rows() -> Iterator[str]:
+    """Error on other text than the Hessians are from; four experts of each layer."""
+    encoders: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+        "GPTQ": gptq,
+        "WINT2": lambda w, h: encode_matrix(w, h).effective,
+        "WINT2 without descent": lambda w, h: (
+            encode_matrix(w, h, settings=Settings(sweeps=0)).effective
+        ),
+        "cc2": lambda w, h: native(w, h).effective,
+    }
+    truth = {layer.name: layer.hessian for layer in expert_matrices(32768, held_out=True)}
+    yield f"| tokens | per expert and input | {' | '.join(encoders)} |"
+    yield "|---" * (2 + len(encoders)) + "|"
+    for tokens in (1024, 4096, 16384, 65536):
+        layers = [
+            layer
+            for layer in expert_matrices(tokens)
+            if layer.name.split(".")[1] in ("1", "3", "9", "12")
+        ]
+        cells = []
+        for encode in encoders.values():
+            errors = [
+                relative_error(x.weight, encode(x.weight, x.hessian), truth[x.name]) for x in layers
+            ]
+            cells.append(f"{sum(errors) / len(errors):.4f}")
+        yield f"| {tokens} | {tokens * 4 // 16 // 256} | {' | '.join(cells)} |"
 
 
 CASES = ((0.5, 1, 1.0), (0.5, 1, 0.05), (0.9, 2, 1.0), (0.9, 2, 8.0), (0.999, 1, 1.0))
@@ -119,15 +152,17 @@ def part_rows() -> Iterator[str]:
     tiny = [layer for layer in expert_matrices() if ".3." in layer.name]
     yield "| encoder | correlated Gaussian inputs | tiny model |"
     yield "|---|---|---|"
-    for name, chosen in settings.items():
-        of_tiny = [wint2_error(chosen)(layer.weight, layer.hessian) for layer in tiny]
-        error = wint2_error(chosen)(weight, x.T @ x / 4096)
+    encoders = {name: wint2_error(chosen) for name, chosen in settings.items()}
+    for name, error_of in (encoders | {"cc2, L = 12": native_error}).items():
+        of_tiny = [error_of(layer.weight, layer.hessian) for layer in tiny]
+        error = error_of(weight, x.T @ x / 4096)
         yield f"| {name} | {error:.4f} | {sum(of_tiny) / len(of_tiny):.4f} |"
 
 
 SECTIONS = {
     "gaussian": gaussian_rows,
     "tiny": tiny_rows,
+    "held_out": held_out_rows,
     "massive": massive_rows,
     "parts": part_rows,
 }

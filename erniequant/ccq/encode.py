@@ -59,7 +59,7 @@ class EncodedWint2:
         effective: float32 ``[N, K]``: the weights that these stand for, to the last bit.
         error: ``tr(E H E^T) / tr(W H W^T)``, with the identity where the Hessian is not finite or
             has no energy; 0 for a zero matrix.
-        damping: of the Hessian, as a fraction of its mean diagonal.
+        damping: of the Hessian, as a fraction of the mean energy of ordinary inputs.
         fallback: why there was no feedback, or None.
     """
 
@@ -142,7 +142,7 @@ def encode_matrix(
         factor.feedback.zero_().fill_diagonal_(1)
     plan = Plan.of(factor, settings.books)
     if factor.fallback is None:
-        moments.diagonal().add_(factor.damping)
+        moments.diagonal().add_(factor.ridge)
     else:
         moments = torch.block_diag(*factor.local).float()
     parts = [
@@ -151,7 +151,7 @@ def encode_matrix(
     ]
     codes, nibbles, unit, book = (torch.cat(part) for part in zip(*parts, strict=True))
     tensors = _stored(codes, nibbles, unit, book, order, k_order, settings.books)
-    effective = decode_wint2(*tensors, k_order=k_order).T.contiguous()
+    effective = _decode_by_outputs(tensors, k_order)
     measure = hessian.float() / mean if usable else torch.eye(weight.shape[1])
     error = relative_error(weight, effective, measure)
     return EncodedWint2(*tensors, effective, error, factor.damping, factor.fallback)
@@ -312,6 +312,17 @@ def _stored(
         chosen[:, 0].contiguous(),
         chosen[:, 1].contiguous(),
     )
+
+
+def _decode_by_outputs(tensors: Stored, k_order: str) -> torch.Tensor:
+    """`decode_wint2`, ``[N, K]``; some outputs at a time, since decoding takes six times the
+    space of its result."""
+    inputs, outputs = BYTE_WEIGHTS * tensors[0].shape[0], tensors[0].shape[1]
+    found = torch.empty(outputs, inputs)
+    for start in range(0, outputs, ROW_BLOCK):
+        part = slice(start, start + ROW_BLOCK)
+        found[part] = decode_wint2(*(tensor[..., part] for tensor in tensors), k_order=k_order).T
+    return found
 
 
 def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor) -> float:

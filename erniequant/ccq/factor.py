@@ -15,6 +15,14 @@ from erniequant.calibration.hessian import DAMPING_STEPS, ROW_BLOCK, all_finite,
 from erniequant.ccq.decode import BYTE_WEIGHTS, GROUP
 from erniequant.ccq.order import stored_rows
 
+DAMPING = DAMPING_STEPS[1:]
+"""Damping tried in turn. It begins higher than for the native codes: the search follows the
+Hessian more closely. With 4 tokens of an expert per input, 3 % instead of 1 % lowers the error on
+other text by 3 %; with 16 it changes nothing."""
+
+MASSIVE = 10.0
+"""An input with more than this times the median energy counts as this in what damping refers to."""
+
 
 @dataclass(frozen=True, eq=False)
 class BlockFactor:
@@ -23,13 +31,15 @@ class BlockFactor:
     Attributes:
         feedback: ``M``, float32 ``[K, K]``.
         local: ``D``, float64 ``[K / 4, 4, 4]``, positive definite.
-        damping: what was added to the diagonal, as a fraction of its mean.
+        damping: what was added to the diagonal, as a fraction of `ordinary_energy`.
+        ridge: the same, as it was added.
         fallback: why there is no feedback (``M = I``), or None.
     """
 
     feedback: torch.Tensor
     local: torch.Tensor
     damping: float
+    ridge: float
     fallback: str | None
 
 
@@ -51,18 +61,26 @@ def encoding_order(energy: torch.Tensor, k_order: str) -> torch.Tensor:
     return blocks.gather(1, inside[..., None].expand_as(blocks))[groups].flatten()
 
 
+def ordinary_energy(energy: torch.Tensor) -> float:
+    """Mean of a Hessian's diagonal ``[K]`` without what massive inputs add to it: they would damp
+    all others to nothing."""
+    values = energy.double().clamp_min(0)
+    middle = float(values.median())
+    return float((values.clamp_max(MASSIVE * middle) if middle > 0 else values).mean())
+
+
 def factorise_blocks(hessian: torch.Tensor) -> BlockFactor:
-    """Factor a Hessian float32 ``[K, K]`` with damping as in `erniequant.calibration.hessian`;
-    without feedback where that fails."""
-    mean = float(hessian.diagonal().double().mean())
-    if not (mean > 0 and all_finite(hessian)):
+    """Factor a Hessian float32 ``[K, K]`` with as little damping of `DAMPING` as will do; without
+    feedback where that fails."""
+    unit = ordinary_energy(hessian.diagonal())
+    if not (unit > 0 and all_finite(hessian)):
         return _no_feedback(torch.ones(len(hessian)), 0.0, "no usable Hessian")
-    for damping in DAMPING_STEPS:
-        lower = cholesky(hessian, damping * mean)
+    for damping in DAMPING:
+        lower = cholesky(hessian, damping * unit)
         if lower is not None:
-            return _by_blocks(lower, damping)
-    energy = hessian.diagonal().clamp_min(DAMPING_STEPS[0] * mean)
-    return _no_feedback(energy, DAMPING_STEPS[-1], "no damping made the Hessian positive definite")
+            return _by_blocks(lower, damping, damping * unit)
+    energy = hessian.diagonal().clamp_min(DAMPING[0] * unit)
+    return _no_feedback(energy, DAMPING[-1], "no damping made the Hessian positive definite")
 
 
 def diagonal_blocks(matrix: torch.Tensor) -> torch.Tensor:
@@ -71,7 +89,7 @@ def diagonal_blocks(matrix: torch.Tensor) -> torch.Tensor:
     return grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
-def _by_blocks(lower: torch.Tensor, damping: float) -> BlockFactor:
+def _by_blocks(lower: torch.Tensor, damping: float, ridge: float) -> BlockFactor:
     diagonal = diagonal_blocks(lower)
     inverse = torch.linalg.solve_triangular(
         diagonal, torch.eye(BYTE_WEIGHTS, dtype=lower.dtype).expand_as(diagonal), upper=False
@@ -79,12 +97,12 @@ def _by_blocks(lower: torch.Tensor, damping: float) -> BlockFactor:
     for rows in lower.split(ROW_BLOCK):
         blocks = rows.unflatten(1, (-1, 1, BYTE_WEIGHTS))
         rows.copy_((blocks @ inverse).flatten(1))
-    return BlockFactor(lower.float(), diagonal @ diagonal.mT, damping, None)
+    return BlockFactor(lower.float(), diagonal @ diagonal.mT, damping, ridge, None)
 
 
 def _no_feedback(energy: torch.Tensor, damping: float, why: str) -> BlockFactor:
     local = torch.diag_embed(energy.double().view(-1, BYTE_WEIGHTS))
-    return BlockFactor(torch.eye(energy.numel()), local, damping, why)
+    return BlockFactor(torch.eye(energy.numel()), local, damping, 0.0, why)
 
 
 def roots(forms: torch.Tensor) -> torch.Tensor:

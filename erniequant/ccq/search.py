@@ -54,7 +54,7 @@ def encode_group(
     error: Float32,
     loss: NDArray[np.float64],
 ) -> None:
-    """Encode a group with feedback inside it, for several nibbles, and keep the best.
+    """Encode a group with feedback inside it, for several nibbles; keep the best.
 
     Args:
         weight: ``[n, 64]``, what errors are counted from.
@@ -66,7 +66,7 @@ def encode_group(
         book: ``[n]``.
         unit: ``[n]``: the scale of nibble 1, not negative.
         first: ``[n]``: the nibble tried first; then its neighbours on both sides in turn.
-        tries: how many.
+        tries: how many; nibble 0 is tried besides.
         codes, nibbles, error: ``[n, 16]``, ``[n]`` and ``[n, 64]``, results.
         loss: ``[n]``, to which the loss of the group is added.
     """
@@ -76,10 +76,11 @@ def encode_group(
     e, chosen = np.empty(64, np.float32), np.empty(BLOCKS, np.uint8)
     for n in range(weight.shape[0]):
         lowest = _UNREACHABLE
-        for attempt in range(tries):
+        for attempt in range(tries + 1):
             step = (attempt + 1) // 2
-            nibble = first[n] + (step if attempt % 2 else -step)
-            # Without a unit, zero is all there is; it is worth a try where scales are small.
+            # Zero comes last: the best where a group holds little else, and given up at once where
+            # it does not. Without a unit it is all there is.
+            nibble = first[n] + (step if attempt % 2 else -step) if attempt < tries else 0
             if nibble < 0 or nibble > 15 or (unit[n] == 0 and nibble > 0):
                 continue
             scale = unit[n] * np.float32(nibble)

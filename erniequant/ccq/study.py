@@ -125,7 +125,8 @@ def good_books(keep: int, seed: int = 5) -> list[Book]:
 
 
 def search_books(keep: int, seed: int = 3) -> list[Book]:
-    """The books that, added one by one, lower most the error of channels that take their best."""
+    """The books that, added one by one, lower most the error of channels that take their best; the
+    present ones are candidates as well."""
     candidates = tuple(dict.fromkeys((*good_books(200), *BOOKS)))
     inputs, outputs = 1024, 96
     torch.manual_seed(seed)

@@ -165,6 +165,20 @@ def test_hessians_of_any_size(factor: float) -> None:
     assert found.error == pytest.approx(encode_matrix(weight, hessian).error, rel=0.02)
 
 
+def test_super_scales_are_the_least_squares_fit() -> None:
+    weight, hessian = gaussian(48, 256), correlated(256)
+    found = encode_matrix(weight, hessian)
+    # Of the damped Hessian, which is what the encoder minimises.
+    damped = hessian / hessian.diagonal().mean() + found.damping * torch.eye(256)
+
+    def losses(factor: float) -> torch.Tensor:
+        error = factor * found.effective - weight
+        return ((error @ damped) * error).sum(1)
+
+    # bfloat16 rounds by up to 2^-8.
+    assert (losses(1.0) < losses(1.01)).all() and (losses(1.0) < losses(0.99)).all()
+
+
 def test_zeros_stay_zero() -> None:
     nothing = encode_matrix(torch.zeros(8, 128), torch.eye(128))
     assert not nothing.effective.any() and nothing.error == 0
@@ -253,3 +267,13 @@ def test_wrong_arguments_are_named() -> None:
         encode_wint2(torch.zeros(2, 128, 8))
     with pytest.raises(ErnieQuantError, match=r"importance must be \[8\], not \[9\]"):
         encode_matrix(torch.zeros(8, 128), torch.eye(128), torch.ones(9))
+
+
+def test_sparse_outputs_are_never_worse_than_zeros() -> None:
+    # The code books have no zero but that of nibble 0.
+    generator = torch.Generator().manual_seed(4)
+    weight = gaussian(64, 256) * (torch.rand(64, 256, generator=generator) < 0.02)
+    found = encode_matrix(weight, torch.eye(256))
+    error, energy = (found.effective - weight).square().sum(1), weight.square().sum(1)
+    assert (error <= energy * 1.001).all()
+    assert error.sum() < 0.5 * energy.sum()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, silu
 
-from erniequant_data import calibration_text, tiny_model_dir
+from erniequant_data import calibration_text, heldout_text, tiny_model_dir
 
 WINDOW = 512
 
@@ -23,14 +23,16 @@ class Layer:
 
 
 @lru_cache(maxsize=2)
-def expert_matrices(tokens: int = 32768) -> tuple[Layer, ...]:
+def expert_matrices(tokens: int = 32768, held_out: bool = False) -> tuple[Layer, ...]:
     """Gate over up, and down, of all experts of all layers, from stock transformers on the
-    calibration text; tokens count by their squared routing weight."""
+    calibration text or on text that nothing has seen; tokens count by their squared routing
+    weight."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir(), dtype=torch.float32).eval()
+    text = heldout_text() if held_out else calibration_text()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir())
-    ids = torch.tensor(tokenizer(calibration_text()[: 8 * tokens])["input_ids"][:tokens])
+    ids = torch.tensor(tokenizer(text[: 8 * tokens])["input_ids"][:tokens])
     sums: dict[tuple[int, int, str], torch.Tensor] = {}
 
     def watch(index: int) -> Any:
