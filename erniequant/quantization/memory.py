@@ -58,12 +58,14 @@ class Needs:
         length: of its longest window.
         patches: of all images, at most.
         layer: of `largest_layer`.
+        wint2: experts are encoded as WINT2.
     """
 
     tokens: int
     length: int
     patches: int
     layer: int
+    wint2: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,10 @@ def _parts(model: Architecture, needs: Needs) -> _Parts:
     solving = 28 * hidden**2 + 2 * matrices
     encoding = 8 * hidden**2 + 5 * matrices
     down = 24 * inner**2 + 4 * inner * hidden + 2 * matrices
+    if needs.wint2:
+        # A third float64 copy, and errors of 128 outputs for each of 32 code books.
+        solving += 8 * hidden**2 + 4 * 128 * 32 * hidden
+        down += 8 * inner**2 + 4 * 128 * 32 * inner
     chunk = 4 * min(CHUNK, max(tokens, 1)) * (6 * hidden + 9 * inner)
     mean = tokens * sizes.top_k / min(group.experts for group in sizes.groups)
     popular = min(tokens, POPULARITY * mean)

@@ -138,7 +138,7 @@ def quantize(
     threads = threads or os.cpu_count() or 1
     images = 0 if no_calib or model.images is None else image_documents(calib, calibration)
     tokens, length, patches = (0, 2, 0) if no_calib else amounts(calib, calibration, model, images)
-    needs = Needs(tokens, length, patches, largest_layer(checkpoint, model))
+    needs = Needs(tokens, length, patches, largest_layer(checkpoint, model), wint2=format != NATIVE)
     memory = _fit(model, needs, threads, max_memory, target)
     predicted = estimate(plan, memory, tokens)
     plan_text = describe(plan, memory, predicted, checkpoint.absent_bytes)

@@ -262,3 +262,9 @@ def test_wrong_words_are_named() -> None:
         decode_wint275(torch.zeros(22, 4, dtype=torch.int16), scales)
     with pytest.raises(ErnieQuantError, match=r"super_scales must be \[3\]"):
         decode_wint275(torch.zeros(22, 3, dtype=torch.uint8), scales)
+
+
+def test_the_package_offers_it() -> None:
+    import erniequant
+
+    assert erniequant.ccq.decode_wint2 is decode_wint2
