@@ -105,7 +105,9 @@ def _experts(opened: FastDeployCheckpoint, layer: int, activation: str) -> FastD
             suffix: torch.stack([tensors[suffix] for tensors in stored]) for suffix in stored[0]
         }
         decode[projection] = _decoder(opened, matrices[0])
-    return FastDeployExperts(parts, decode, activation, _weights(opened))
+    wint2 = opened.model.expert_format(layer) == "wint2"
+    order = opened.k_order if wint2 else None
+    return FastDeployExperts(parts, decode, activation, _weights(opened), order)
 
 
 def _decoded_experts(

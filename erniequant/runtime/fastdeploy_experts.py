@@ -1,17 +1,18 @@
 """The experts of one layer in FastDeploy's formats, kept packed: a drop-in for the experts module
 of transformers.
 
-An expert's two matrices are decoded in plain torch as they are needed, on any device; there is no
-kernel for them yet.
+On a GPU, experts in WINT2 run on kernels that decode a few at a time. Elsewhere, and in wint4 or
+float32, an expert's two matrices are decoded in plain torch as they are needed.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from erniequant.runtime.ops import experts_forward
+from erniequant.runtime.ops import KERNEL_DTYPES, experts_forward
 
 Decoder = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 """Stored parts of one matrix by suffix to its weights, float32 ``[N, K]``."""
@@ -34,11 +35,12 @@ class FastDeployExperts(nn.Module):
         decode: Mapping[str, Decoder],
         activation: str,
         weights: int,
+        k_order: str | None = None,
     ):
         """``parts`` and ``decode`` by ``up_gate_proj`` and ``down_proj``; ``weights`` counts those
-        that they stand for."""
+        that they stand for; ``k_order`` if both are in WINT2."""
         super().__init__()
-        self.weights = weights
+        self.weights, self.k_order = weights, k_order
         self._suffixes = {name: tuple(tensors) for name, tensors in parts.items()}
         self._decode, self.activation = decode, activation
         for name, tensors in parts.items():
@@ -87,11 +89,37 @@ class FastDeployExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs; shapes as in `PackedExperts`."""
+        kept = self._keep_decoded or (torch.is_grad_enabled() and hidden_states.requires_grad)
+        if self._on_kernels(hidden_states) and not kept:
+            return self._run_kernels(hidden_states, top_k_index, top_k_weights)
         return experts_forward(
             hidden_states, top_k_index, top_k_weights, self.num_experts,
             lambda projection, e: self.weight(projection, e, hidden_states.dtype),
             self.activation,
         )  # fmt: skip
+
+    def _on_kernels(self, x: torch.Tensor) -> bool:
+        fits = x.dtype in KERNEL_DTYPES and self.activation == "silu"
+        return x.is_cuda and fits and self.k_order is not None
+
+    def _run_kernels(
+        self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
+    ) -> torch.Tensor:
+        from erniequant_kernels.tuning import tuning_for
+        from erniequant_kernels.wint2_moe import Wint2Matrices, moe_experts_wint2
+
+        gate_up, down = (
+            Wint2Matrices.of(
+                {suffix: getattr(self, f"{name}_{suffix}") for suffix in self._suffixes[name]},
+                self.k_order or "",
+            )
+            for name in _NAMES.values()
+        )
+        # Triton launches on the current device, which in a model over several is often another one.
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            return moe_experts_wint2(
+                x.contiguous(), expert_index, routing, gate_up, down, tuning_for(x.device)
+            )
 
     def extra_repr(self) -> str:
         """Sizes, for printing a model."""

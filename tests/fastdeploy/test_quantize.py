@@ -119,6 +119,23 @@ def test_experts_stay_packed_and_keep_their_types(
     assert (logits(model) - logits(exact)).norm() < 0.1 * logits(exact).norm()
 
 
+def test_wint2_on_the_kernels(
+    quantized: tuple[Path, QuantizationReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = erniequant.load(quantized[0], device="cpu", keep_decoded=False)
+    experts = model.model.layers[3].mlp.experts
+    x = torch.randn(9, 384, generator=torch.Generator().manual_seed(1)).bfloat16()
+    index = torch.arange(18).view(9, 2) % 4
+    routing = torch.rand(9, 2, generator=torch.Generator().manual_seed(2))
+    expected = experts(x, index, routing).float()
+    # wint4 has none.
+    assert model.model.layers[1].mlp.experts.k_order is None
+    monkeypatch.setattr(FastDeployExperts, "_on_kernels", lambda self, x: True)
+    found = experts(x, index, routing).float()
+    assert not torch.equal(found, expected)
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize("order", ["mma64", "plain"])
 def test_the_original_tells_an_order_that_no_file_says(
     quantized: tuple[Path, QuantizationReport],

@@ -1,0 +1,61 @@
+"""A layer of WINT2 experts on the kernels, against plain torch."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from erniequant.ccq import decode_wint2
+from erniequant.runtime.ops import experts_forward
+from erniequant_kernels.dense_gemm import DenseGemmConfig
+from erniequant_kernels.tuning import Tuning
+from erniequant_kernels.wint2_moe import Wint2Matrices, moe_experts_wint2
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXPERTS, HIDDEN, INNER = 5, 256, 128
+# Two experts of gate and up at a time, so that five of them take three turns.
+TUNING = Tuning(8, (), DenseGemmConfig(16, 64, 32, 4, 2, 8), 2 * 2 * 2 * HIDDEN * INNER * 2)
+
+
+def matrices(inputs: int, outputs: int, k_order: str, seed: int) -> Wint2Matrices:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+    return Wint2Matrices(
+        random(EXPERTS, inputs // 4, outputs).to(DEVICE),
+        random(EXPERTS, inputs // 128, outputs).to(DEVICE),
+        (torch.rand(EXPERTS, outputs, generator=generator) * 2e-4 + 1e-4).bfloat16().to(DEVICE),
+        torch.full((EXPERTS, outputs), 31317.0, device=DEVICE),
+        torch.full((EXPERTS, outputs), 17232.0, device=DEVICE),
+        k_order,
+    )
+
+
+def weight(matrix: Wint2Matrices, expert: int) -> torch.Tensor:
+    parts = (matrix.quant_weight, matrix.weight_scale, matrix.super_scales, matrix.code_scale,
+             matrix.code_zp)  # fmt: skip
+    return decode_wint2(*(part[expert] for part in parts), k_order=matrix.k_order).T
+
+
+@pytest.mark.parametrize("k_order", ["plain", "mma64"])
+@pytest.mark.parametrize("tokens", [0, 1, 37])
+def test_equals_plain_torch(k_order: str, tokens: int) -> None:
+    gate_up = matrices(HIDDEN, 2 * INNER, k_order, 1)
+    down = matrices(INNER, HIDDEN, k_order, 2)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16().to(DEVICE)
+    # Expert 3 gets no token, and one choice is of no expert.
+    index = torch.randint(0, 4, (tokens, 2), generator=generator)
+    index[index == 3] = 4
+    if tokens > 5:
+        index[5, 1] = EXPERTS
+    index, routing = index.to(DEVICE), torch.rand(tokens, 2, generator=generator).to(DEVICE)
+    found = moe_experts_wint2(x, index, routing, gate_up, down, TUNING)
+    both: dict[str, Any] = {"gate_up_proj": gate_up, "down_proj": down}
+    expected = experts_forward(
+        x.float(), index, routing, EXPERTS, lambda name, e: weight(both[name], e), "silu"
+    )
+    assert found.dtype == torch.bfloat16 and found.shape == expected.shape
+    assert (found.float() - expected).norm() <= 0.01 * expected.norm()
