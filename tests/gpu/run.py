@@ -21,7 +21,13 @@ from erniequant_kernels.bench.machine import machine
 from erniequant_kernels.bench.timing import copy_bandwidth, cuda_timer
 
 REPORT = Path("gpu-report.json")
-TESTS = ("tests/kernels", "tests/ccq/test_kernel.py", "tests/ccq/test_moe.py", "tests/runtime/test_ops.py", "tests/runtime/test_experts.py")
+TESTS = (
+    "tests/kernels",
+    "tests/ccq/test_kernel.py",
+    "tests/ccq/test_moe.py",
+    "tests/runtime/test_ops.py",
+    "tests/runtime/test_experts.py",
+)
 TEST_SECONDS, BENCH_SECONDS = 330, 540  # since the start
 # Most telling first, in case time runs out.
 BATCHES = (("21b", (1, 16, 2048, 4, 64, 256, 1024)), ("vl", (1, 16, 256)), ("300b", (1, 16)))
