@@ -18,6 +18,7 @@ from erniequant.checkpoint.writer import (
     copy_companions,
 )
 from erniequant.errors import ErnieQuantError
+from erniequant.fastdeploy.recognise import is_fastdeploy_folder
 from erniequant.format.decoding import expert_matrices
 from erniequant.format.fit import require_fit
 from erniequant.format.headers import kept_names, require_sound
@@ -42,13 +43,21 @@ class ExportReport:
 
 
 def export(
-    src: str | Path, dst: str | Path, to: str = "bf16", *, max_shard_bytes: int = MAX_SHARD_BYTES
+    src: str | Path,
+    dst: str | Path,
+    to: str = "bf16",
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    k_order: str | None = None,
+    reference: str | Path | None = None,
 ) -> ExportReport:
     """Decode the experts of ``src`` (folder or Hugging Face id) into the new folder ``dst``.
 
     Args:
         to: "bf16" or "fp32"; fp32 also widens the tensors that are copied, so that a model
             computing in float32 is reproduced exactly.
+        k_order: of a FastDeploy WINT2 checkpoint whose files do not say: "plain" or "mma64".
+        reference: the original of such a checkpoint, to find its K order by.
 
     Raises:
         ErnieQuantError: src is not a sound quantised checkpoint, its files are not those that its
@@ -56,6 +65,12 @@ def export(
     """
     if to not in DTYPES:
         raise ErnieQuantError(f"cannot export to {to!r}; use {' or '.join(DTYPES)}")
+    if is_fastdeploy_folder(src):
+        from erniequant.fastdeploy.exporting import export_bf16
+
+        return export_bf16(
+            src, dst, to, k_order=k_order, reference=reference, max_shard_bytes=max_shard_bytes
+        )
     source = open_checkpoint(src)
     source.fetch()
     check = require_sound(source)

@@ -8,7 +8,7 @@ import torch
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
 from erniequant.devices import resolve_device
 from erniequant.errors import ErnieQuantError, foreign_errors
-from erniequant.fastdeploy.loading import is_fastdeploy_folder, load_fastdeploy
+from erniequant.fastdeploy.recognise import is_fastdeploy_folder
 from erniequant.format.headers import QuantizedExperts, sound_if_quantized
 from erniequant.tokenizers import has_tokenizer, load_tokenizer
 
@@ -47,6 +47,8 @@ def load(
     """
     target = resolve_device(device)
     if is_fastdeploy_folder(source):
+        from erniequant.fastdeploy.loading import load_fastdeploy
+
         model = load_fastdeploy(source, target, resolve_dtype(dtype), k_order, reference)
         _keep_decoded(model, target, keep_decoded)
         folder = Path(model.name_or_path)
@@ -114,10 +116,9 @@ def _from_pretrained(
 
 
 def _keep_decoded(model: Any, device: torch.device, keep: bool | None) -> None:
-    from erniequant.runtime.experts import PackedExperts
-    from erniequant.runtime.fastdeploy_experts import FastDeployExperts
+    from erniequant.runtime.decoded import DecodingExperts
 
-    packed = [m for m in model.modules() if isinstance(m, PackedExperts | FastDeployExperts)]
+    packed = [m for m in model.modules() if isinstance(m, DecodingExperts)]
     if keep is None:
         weights = sum(m.weights for m in packed)
         keep = device.type == "cpu" and weights * model.dtype.itemsize <= _KEEP_DECODED_BYTES

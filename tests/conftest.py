@@ -33,6 +33,16 @@ def _same_numbers_in_any_order() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Products on one thread: operators of tiny models are over before a second has started, and
+    on a busy machine wait for it for seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def micro_ernie(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of `write_micro_ernie`."""

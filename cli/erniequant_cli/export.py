@@ -50,27 +50,23 @@ def export(
       erniequant export ernie-wint2 ernie-wint2-tp2 --to fastdeploy-wint2 --tensor-parallel 2
     """
     from erniequant.errors import ErnieQuantError
-    from erniequant.fastdeploy.loading import is_fastdeploy_folder
+    from erniequant.fastdeploy.recognise import is_fastdeploy_folder
 
     order = None if k_order is None else k_order.value
     result: ExportReport | WrittenFastDeploy
-    if is_fastdeploy_folder(src) and to is Target.fastdeploy_wint2:
+    if to is not Target.fastdeploy_wint2:
+        from erniequant.exporting import export as write
+
+        result = write(src, dst, to=to.value, k_order=order, reference=reference)
+    elif is_fastdeploy_folder(src):
         from erniequant.fastdeploy.relayout import relayout
 
         result = relayout(src, dst, tensor_parallel=tensor_parallel, k_order=order)
-    elif is_fastdeploy_folder(src):
-        from erniequant.fastdeploy import export_bf16
-
-        result = export_bf16(src, dst, to.value, k_order=order, reference=reference)
-    elif to is Target.fastdeploy_wint2:
+    else:
         raise ErnieQuantError(
             f"{src} was not quantised for FastDeploy; make it from the original: erniequant "
             "quantize SRC DST --bits 2 --format fastdeploy-wint2"
         )
-    else:
-        from erniequant.exporting import export as write
-
-        result = write(src, dst, to=to.value)
     write_json(json, result.to_dict())
     if not quiet:
         typer.echo(f"wrote {dst}")

@@ -22,7 +22,7 @@ def inspect(
 
       erniequant inspect ernie-2bit --json contents.json
     """
-    from erniequant.fastdeploy.loading import is_fastdeploy_folder
+    from erniequant.fastdeploy.recognise import is_fastdeploy_folder
 
     if is_fastdeploy_folder(model):
         from erniequant.fastdeploy.inspecting import inspect_fastdeploy

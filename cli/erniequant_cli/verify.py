@@ -25,7 +25,7 @@ def verify(
 
       erniequant verify ernie-2bit --reference ./ernie --json errors.json
     """
-    from erniequant.fastdeploy.loading import is_fastdeploy_folder
+    from erniequant.fastdeploy.recognise import is_fastdeploy_folder
 
     if is_fastdeploy_folder(model):
         from erniequant.fastdeploy.verifying import verify_fastdeploy

@@ -1,13 +1,30 @@
 """Checkpoints that FastDeploy serves: experts in WINT2 and wint4, everything else in wint8.
 
-docs/fastdeploy.md describes the layout, and what of it is verified.
+docs/fastdeploy.md describes the layout, and what of it is verified. Everything is imported on first
+use: `recognise` is asked of every folder, also where nothing else here is needed.
 """
 
-from erniequant.fastdeploy.config import is_fastdeploy_wint2
-from erniequant.fastdeploy.exporting import detect_k_order, export_bf16
-from erniequant.fastdeploy.reader import FastDeployCheckpoint, check_folder, open_fastdeploy
-from erniequant.fastdeploy.wint4 import quantize_wint4
-from erniequant.fastdeploy.writer import WrittenFastDeploy, write_fastdeploy
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from erniequant.fastdeploy.exporting import detect_k_order, export_bf16
+    from erniequant.fastdeploy.reader import FastDeployCheckpoint, check_folder, open_fastdeploy
+    from erniequant.fastdeploy.recognise import is_fastdeploy_wint2
+    from erniequant.fastdeploy.wint4 import quantize_wint4
+    from erniequant.fastdeploy.writer import WrittenFastDeploy, write_fastdeploy
+
+_MODULES = {
+    "FastDeployCheckpoint": "reader",
+    "WrittenFastDeploy": "writer",
+    "check_folder": "reader",
+    "detect_k_order": "exporting",
+    "export_bf16": "exporting",
+    "is_fastdeploy_wint2": "recognise",
+    "open_fastdeploy": "reader",
+    "quantize_wint4": "wint4",
+    "write_fastdeploy": "writer",
+}
 
 __all__ = [
     "FastDeployCheckpoint",
@@ -20,3 +37,10 @@ __all__ = [
     "quantize_wint4",
     "write_fastdeploy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        module = importlib.import_module(f"erniequant.fastdeploy.{_MODULES[name]}")
+        return getattr(module, name)
+    raise AttributeError(f"module 'erniequant.fastdeploy' has no attribute {name!r}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from erniequant.errors import ErnieQuantError
+from erniequant.fastdeploy.recognise import is_fastdeploy_wint2
 from erniequant.fastdeploy.sizes import FastDeployModel
 from erniequant.models.ernie45_moe import Ernie45Moe
 from erniequant.version import PRODUCER
@@ -43,12 +44,6 @@ class FastDeploySettings:
     k_order: str | None = None
     producer: str | None = None
     tensor_parallel: int | None = None
-
-
-def is_fastdeploy_wint2(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json describes a checkpoint of FastDeploy with WINT2 experts."""
-    settings = config.get("quantization_config")
-    return isinstance(settings, dict) and settings.get("quantization") == "wint2"
 
 
 def fastdeploy_config(

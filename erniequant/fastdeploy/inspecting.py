@@ -49,12 +49,7 @@ def _tensors(opened: FastDeployCheckpoint, parts: list[Part]) -> Iterator[Tensor
     several = len(opened.ranks) > 1
     for number, rank in enumerate(opened.ranks):
         for part in parts:
-            keys = (
-                (part.key,)
-                if isinstance(part, Plain)
-                else (f"{part.prefix}.{suffix}" for suffix in part.keys(1))
-            )
-            for key in keys:
+            for key in part.key_names():
                 header = rank.headers.get(key)
                 if header is not None:
                     yield TensorSummary(

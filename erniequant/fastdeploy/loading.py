@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from erniequant.ccq import decode_wint2
-from erniequant.checkpoint.reader import CONFIG_FILE, open_checkpoint, read_json
+from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError, foreign_errors
-from erniequant.fastdeploy.config import is_fastdeploy_wint2
 from erniequant.fastdeploy.exporting import detect_k_order
 from erniequant.fastdeploy.names import PROJECTIONS, WINT2_SUFFIXES, Matrix
 from erniequant.fastdeploy.packers import WINT4
@@ -16,12 +15,6 @@ from erniequant.fastdeploy.reader import FastDeployCheckpoint, open_fastdeploy
 from erniequant.runtime.fastdeploy_experts import Decoder, FastDeployExperts
 
 _GENERATION_FILE = "generation_config.json"
-
-
-def is_fastdeploy_folder(source: str | Path) -> bool:
-    """Whether a local folder is a checkpoint of FastDeploy with WINT2, in rank folders or not."""
-    path = Path(source).expanduser() / CONFIG_FILE
-    return path.is_file() and is_fastdeploy_wint2(read_json(path))
 
 
 def load_fastdeploy(
@@ -59,7 +52,7 @@ def load_fastdeploy(
         rotary = type(model.model.rotary_emb)(config)
     model.model.rotary_emb = rotary
     for layer in opened.model.moe_layers:
-        model.model.layers[layer].mlp.experts = _experts(opened, layer, config.hidden_act)
+        model.model.layers[layer].mlp.experts = _experts(opened, layer, config.hidden_act, wanted)
     state = {
         # What transformers calls a correction bias in memory.
         name.replace(".mlp.moe_statics.", ".mlp.gate.moe_statics."): _typed(name, opened, wanted)
@@ -86,8 +79,10 @@ def load_fastdeploy(
         return model.to(device)
 
 
-def _experts(opened: FastDeployCheckpoint, layer: int, activation: str) -> FastDeployExperts:
-    """The experts of a layer; ranks are joined without decoding where there is more than one."""
+def _experts(
+    opened: FastDeployCheckpoint, layer: int, activation: str, dtype: torch.dtype
+) -> FastDeployExperts:
+    """The experts of a layer, packed; of rank folders, decoded to ``dtype``."""
     count = opened.model.experts
     by_expert = {
         part.expert: part
@@ -95,7 +90,7 @@ def _experts(opened: FastDeployCheckpoint, layer: int, activation: str) -> FastD
         if isinstance(part, Matrix) and part.expert is not None and part.expert[0] == layer
     }
     if len(opened.ranks) > 1:
-        return _decoded_experts(opened, by_expert, layer, activation)
+        return _decoded_experts(opened, by_expert, layer, activation, dtype)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     decode: dict[str, Decoder] = {}
     for projection in PROJECTIONS:
@@ -115,16 +110,17 @@ def _decoded_experts(
     by_expert: dict[tuple[int, int, str], Matrix],
     layer: int,
     activation: str,
+    dtype: torch.dtype,
 ) -> FastDeployExperts:
-    """Experts of rank folders, whose codes were cut: decoded to bfloat16, the type of their
-    scales."""
+    """Experts of rank folders: a rank may have scales and code books of its own, so codes of
+    several do not join."""
     parts = {}
     for projection in PROJECTIONS:
         decoded = []
         for expert in range(opened.model.experts):
             matrix = by_expert[layer, expert, projection]
             whole = opened.decode(matrix, opened.k_order)
-            decoded.append(torch.cat([whole[name] for name in matrix.sources]))
+            decoded.append(torch.cat([whole[name] for name in matrix.sources]).to(dtype))
         parts[projection] = {"weight": torch.stack(decoded)}
     plain: Decoder = lambda tensors: tensors["weight"]  # noqa: E731
     return FastDeployExperts(parts, dict.fromkeys(PROJECTIONS, plain), activation, _weights(opened))

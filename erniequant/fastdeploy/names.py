@@ -53,6 +53,10 @@ class Matrix:
             return outputs // ranks, self.inputs
         return outputs, self.inputs // ranks
 
+    def key_names(self) -> tuple[str, ...]:
+        """Names of its keys, the same for every rank."""
+        return tuple(f"{self.prefix}.{suffix}" for suffix in self.keys(1))
+
     def keys(self, ranks: int) -> dict[str, TensorInfo]:
         """Shape and dtype of the keys of one rank, by suffix."""
         outputs, inputs = self.rank_shape(ranks)
@@ -92,6 +96,10 @@ class Plain:
     transposed: bool = False
     cut: int | None = None
     optional: bool = False
+
+    def key_names(self) -> tuple[str, ...]:
+        """Its one key."""
+        return (self.key,)
 
     def rank_shape(self, ranks: int) -> tuple[int, ...]:
         """Shape of the key of one rank."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from erniequant.ccq import decode_wint2, encode_matrix
+from erniequant.ccq.encode import relative_error
 from erniequant.checkpoint.layout import OutputTensor, PlannedShard
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.checkpoint.shards import ShardFiles
@@ -20,7 +21,6 @@ from erniequant.fastdeploy.names import (
     WINT2_SUFFIXES,
     Matrix,
     Part,
-    Plain,
     parts_of,
     rank_keys,
 )
@@ -30,7 +30,7 @@ from erniequant.fastdeploy.wint4 import quantize_wint4
 from erniequant.fastdeploy.writer import planned_shards, tensors_of
 from erniequant.models.architecture import Architecture, ExpertGroup
 from erniequant.models.ernie45_moe import Ernie45Moe
-from erniequant.quantization.matrix import MatrixQuantizer, QuantizedMatrix, relative_error
+from erniequant.quantization.matrix import MatrixQuantizer, QuantizedMatrix
 from erniequant.quantization.output import OutputFormat, Place
 from erniequant.quantization.plan import Plan
 
@@ -112,11 +112,11 @@ class FastDeployOutput(OutputFormat):
         return planned_shards(self._model, self._k_order, max_bytes)
 
     def kept(self) -> frozenset[str]:
-        return frozenset(key for part in self._kept for key in _keys(part))
+        return frozenset(key for part in self._kept for key in part.key_names())
 
     def write_kept(self, shards: ShardFiles) -> None:
         for part in self._kept:
-            if all(shards.finished(shards.shard_of(key)) for key in _keys(part)):
+            if all(shards.finished(shards.shard_of(key)) for key in part.key_names()):
                 continue
             (tensors,) = tensors_of(part, self._checkpoint, _no_experts, 1)
             for key, tensor in tensors.items():
@@ -128,7 +128,7 @@ class FastDeployOutput(OutputFormat):
             key
             for (index, _, _), part in self._experts.items()
             if index == layer
-            for key in _keys(part)
+            for key in part.key_names()
         )
 
     def quantizers(self, layer: int, group: ExpertGroup) -> dict[str, MatrixQuantizer]:
@@ -214,12 +214,6 @@ def text_moe_of(model: Architecture) -> Ernie45Moe:
             f"{model.description}; leave out --format"
         )
     return model
-
-
-def _keys(part: Part) -> tuple[str, ...]:
-    if isinstance(part, Plain):
-        return (part.key,)
-    return tuple(f"{part.prefix}.{suffix}" for suffix in part.keys(1))
 
 
 def _no_experts(layer: int, expert: int, projection: str) -> dict[str, torch.Tensor]:

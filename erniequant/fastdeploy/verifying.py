@@ -10,7 +10,7 @@ from erniequant.errors import ErnieQuantError
 from erniequant.fastdeploy.exporting import detect_k_order
 from erniequant.fastdeploy.reader import check_folder, open_fastdeploy
 from erniequant.format.report import file_states
-from erniequant.format.verify import MatrixError, VerifyReport
+from erniequant.format.verify import VerifyReport, matrix_error
 
 
 def verify_fastdeploy(source: str | Path, reference: str | Path | None = None) -> VerifyReport:
@@ -42,10 +42,13 @@ def verify_fastdeploy(source: str | Path, reference: str | Path | None = None) -
             continue
         decoded += 1
         if original is not None:
-            exact = original.tensor(name).float()
-            power = exact.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-            errors.append(MatrixError(name, float((weight - exact).square().sum() / power)))
+            errors.append(matrix_error(original, name, weight, problems))
     tensors = sum(len(rank.headers) for rank in opened.ranks)
     return VerifyReport(
-        str(opened.folder), tuple(problems), tensors, decoded, checksums, tuple(errors)
+        str(opened.folder),
+        tuple(problems),
+        tensors,
+        decoded,
+        checksums,
+        tuple(entry for entry in errors if entry is not None),
     )

@@ -98,7 +98,7 @@ def verify(model_dir: str | Path, reference: str | Path | None = None) -> Verify
             if not torch.isfinite(weight).all():
                 problems.append(f"tensor {name} does not decode to finite numbers")
             elif original is not None:
-                errors.append(_error(original, name, weight, problems))
+                errors.append(matrix_error(original, name, weight, problems))
     return VerifyReport(
         str(checkpoint.folder), tuple(problems), len(checkpoint.headers), decoded, checksums,
         tuple(entry for entry in errors if entry is not None),
@@ -113,9 +113,10 @@ def _sign_problems(checkpoint: Checkpoint, layer: QuantizedExperts) -> Iterator[
             yield f"tensor {name} has rows that differ; they must be equal"
 
 
-def _error(
+def matrix_error(
     original: Checkpoint, name: str, weight: torch.Tensor, problems: list[str]
 ) -> MatrixError | None:
+    """The error of a decoded matrix; a line to ``problems`` if the original has no such one."""
     header = original.headers.get(name)
     if header is None or header.shape != tuple(weight.shape):
         problems.append(f"the reference has no tensor {name} of shape {list(weight.shape)}")

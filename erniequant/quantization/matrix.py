@@ -216,18 +216,6 @@ def refit_scale(
     return found, max(loss, 0.0) / energy if energy > 0 else 0.0
 
 
-def relative_error(weight: torch.Tensor, effective: torch.Tensor, hessian: torch.Tensor) -> float:
-    """``tr(E H E^T) / tr(W H W^T)`` of weights ``[N, K]`` and what stands for them; 0 for a zero
-    matrix."""
-    loss = energy = 0.0
-    for start in range(0, weight.shape[0], ROW_BLOCK):
-        rows = slice(start, start + ROW_BLOCK)
-        w, e = weight[rows], effective[rows] - weight[rows]
-        loss += float(((e @ hessian) * e).sum(dtype=torch.float64))
-        energy += float(((w @ hessian) * w).sum(dtype=torch.float64))
-    return max(loss, 0.0) / energy if energy > 0 else 0.0
-
-
 def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Inner products of the columns of ``[K, n]`` matrices, float64 ``[n]``."""
     return (a * b).sum(0, dtype=torch.float64)

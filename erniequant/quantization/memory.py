@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from erniequant.ccq.books import BOOKS
+from erniequant.ccq.encode import CHUNK as OUTPUTS_AT_ONCE
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.models.architecture import Architecture
@@ -130,9 +132,10 @@ def _parts(model: Architecture, needs: Needs) -> _Parts:
     encoding = 8 * hidden**2 + 5 * matrices
     down = 24 * inner**2 + 4 * inner * hidden + 2 * matrices
     if needs.wint2:
-        # A third float64 copy, and errors of 128 outputs for each of 32 code books.
-        solving += 8 * hidden**2 + 4 * 128 * 32 * hidden
-        down += 8 * inner**2 + 4 * 128 * 32 * inner
+        # A third float64 copy, and errors of some outputs for each code book.
+        errors = 4 * OUTPUTS_AT_ONCE * len(BOOKS)
+        solving += 8 * hidden**2 + errors * hidden
+        down += 8 * inner**2 + errors * inner
     chunk = 4 * min(CHUNK, max(tokens, 1)) * (6 * hidden + 9 * inner)
     mean = tokens * sizes.top_k / min(group.experts for group in sizes.groups)
     popular = min(tokens, POPULARITY * mean)

@@ -5,25 +5,19 @@ do not take, an expert's two matrices are decoded to the activation dtype as the
 Decoded weights equal those of an export: the same logits up to the order of summation.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import nn
 
 from erniequant.format.decoding import decode_weight
 from erniequant.format.schema import GUARD, SUFFIXES, LayerSpec, layer_params
+from erniequant.runtime.decoded import DecodingExperts
 from erniequant.runtime.ops import experts_forward, moe_experts, spec_text
 
 
-class PackedExperts(nn.Module):
+class PackedExperts(DecodingExperts):
     """All experts of a layer; parameters as stored, directly on the module.
 
     The guard is a parameter too (see docs/format.md), so that saving the model writes it again.
-
-    Attributes:
-        keep_decoded: keep every expert's weights after first use. Faster, at the memory of the
-            original model; set it back to False to free them.
     """
 
     def __init__(
@@ -44,27 +38,6 @@ class PackedExperts(nn.Module):
                 # A parameter's own name has no dot; only the guard of a dense layer has one.
                 self.add_module(child, nn.Module())
             self.get_submodule(child).register_parameter(leaf, parameter)
-        self._keep_decoded = False
-        self._decoded: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
-
-    @property
-    def keep_decoded(self) -> bool:
-        """Whether decoded weights are kept."""
-        return self._keep_decoded
-
-    @keep_decoded.setter
-    def keep_decoded(self, keep: bool) -> None:
-        self._keep_decoded = keep
-        self._decoded.clear()
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        # Moving the module to another device must not leave weights behind.
-        self._decoded.clear()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._decoded.clear()
-        super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def weights(self) -> int:
@@ -75,20 +48,14 @@ class PackedExperts(nn.Module):
         """The dtype that the format gives a parameter, the guard included."""
         return self._stored[name][1]
 
-    def weight(self, projection: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """Weights ``[N, K]`` of one expert, decoded in float32 and rounded to ``dtype``."""
-        key = (projection, expert, dtype)
-        found = self._decoded.get(key)
-        if found is None:
-            found = decode_weight(
-                getattr(self, f"{projection}_packed")[expert],
-                getattr(self, f"{projection}_scale")[expert],
-                getattr(self, f"{projection}_signs")[0, 0],
-                self.spec.projection(projection),
-            ).to(dtype)
-            if self._keep_decoded:
-                self._decoded[key] = found
-        return found
+    def decode(self, projection: str, expert: int) -> torch.Tensor:
+        """Weights float32 ``[N, K]`` of one expert."""
+        return decode_weight(
+            getattr(self, f"{projection}_packed")[expert],
+            getattr(self, f"{projection}_scale")[expert],
+            getattr(self, f"{projection}_signs")[0, 0],
+            self.spec.projection(projection),
+        )
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

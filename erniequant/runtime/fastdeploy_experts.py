@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from erniequant.runtime.decoded import DecodingExperts
 from erniequant.runtime.ops import KERNEL_DTYPES, experts_forward
 
 Decoder = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
@@ -20,13 +21,9 @@ Decoder = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 _NAMES = {"gate_up_proj": "up_gate_proj", "down_proj": "down_proj"}
 
 
-class FastDeployExperts(nn.Module):
+class FastDeployExperts(DecodingExperts):
     """All experts of a layer; parameters ``{up_gate_proj,down_proj}_{suffix}`` are ``[E, ...]`` of
     what a checkpoint stores for each.
-
-    Attributes:
-        keep_decoded: keep every expert's weights after first use. Faster, at the memory of the
-            original model; set it back to False to free them.
     """
 
     def __init__(
@@ -40,7 +37,7 @@ class FastDeployExperts(nn.Module):
         """``parts`` and ``decode`` by ``up_gate_proj`` and ``down_proj``; ``weights`` counts those
         that they stand for; ``k_order`` if both are in WINT2."""
         super().__init__()
-        self.weights, self.k_order = weights, k_order
+        self._weights, self.k_order = weights, k_order
         self._suffixes = {name: tuple(tensors) for name, tensors in parts.items()}
         self._decode, self.activation = decode, activation
         for name, tensors in parts.items():
@@ -48,42 +45,29 @@ class FastDeployExperts(nn.Module):
                 parameter = nn.Parameter(tensor, requires_grad=False)
                 self.register_parameter(f"{name}_{suffix}", parameter)
         self.num_experts = len(next(iter(parts["down_proj"].values())))
-        self._keep_decoded = False
-        self._decoded: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
 
     @property
-    def keep_decoded(self) -> bool:
-        """Whether decoded weights are kept."""
-        return self._keep_decoded
-
-    @keep_decoded.setter
-    def keep_decoded(self, keep: bool) -> None:
-        self._keep_decoded = keep
-        self._decoded.clear()
+    def weights(self) -> int:
+        """Number of weights that are packed."""
+        return self._weights
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        # Moving the module to another device must not leave weights behind.
-        self._decoded.clear()
-        stored = {name: parameter.dtype for name, parameter in self.named_parameters()}
+        stored = {name: parameter.data for name, parameter in self.named_parameters()}
         moved = super()._apply(fn, recurse)
         for name, parameter in self.named_parameters():
-            # Another type of activations must not round scales.
-            parameter.data = parameter.data.to(stored[name])
+            if parameter.dtype != stored[name].dtype:
+                # Another type of activations must not round scales and code books.
+                parameter.data = stored[name].to(parameter.device)
         return moved
 
-    def weight(self, projection: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """Weights ``[N, K]`` of one expert, decoded in float32 and rounded to ``dtype``."""
-        key = (projection, expert, dtype)
-        found = self._decoded.get(key)
-        if found is None:
-            name = _NAMES[projection]
-            parts = {
-                suffix: getattr(self, f"{name}_{suffix}")[expert] for suffix in self._suffixes[name]
-            }
-            found = self._decode[name](parts).to(dtype)
-            if self._keep_decoded:
-                self._decoded[key] = found
-        return found
+    def decode(self, projection: str, expert: int) -> torch.Tensor:
+        """Weights float32 ``[N, K]`` of one expert."""
+        name = _NAMES[projection]
+        stored = self._parts(name)
+        return self._decode[name]({suffix: stored[suffix][expert] for suffix in stored})
+
+    def _parts(self, name: str) -> dict[str, torch.Tensor]:
+        return {suffix: getattr(self, f"{name}_{suffix}") for suffix in self._suffixes[name]}
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -109,11 +93,7 @@ class FastDeployExperts(nn.Module):
         from erniequant_kernels.wint2_moe import Wint2Matrices, moe_experts_wint2
 
         gate_up, down = (
-            Wint2Matrices.of(
-                {suffix: getattr(self, f"{name}_{suffix}") for suffix in self._suffixes[name]},
-                self.k_order or "",
-            )
-            for name in _NAMES.values()
+            Wint2Matrices.of(self._parts(name), self.k_order or "") for name in _NAMES.values()
         )
         # Triton launches on the current device, which in a model over several is often another one.
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,9 @@ from erniequant.inputs import ModelInput
 from erniequant_cli.main import app
 from tests.micro_vl import IMAGE, IMAGE_END, IMAGE_START, write_micro_vl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EOS = 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

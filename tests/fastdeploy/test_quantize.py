@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,11 @@ from erniequant.runtime.fastdeploy_experts import FastDeployExperts
 from erniequant_cli.main import app
 from tests.micro import StopAfter, write_text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = {"bits": 2, "format": "fastdeploy-wint2", "w4_layers": 1, "calib_samples": 12,
            "calib_length": 64, "device": "cpu"}  # fmt: skip
 IDS = torch.arange(3, 60)[None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +105,13 @@ def test_experts_stay_packed_and_keep_their_types(
     for module in packed:
         module.keep_decoded = True
     assert torch.equal(logits(model), expected)
+    # A code book that bfloat16 cannot hold survives the types of activations.
+    books = packed[1].down_proj_code_scale.clone()
+    assert not torch.equal(books.bfloat16().float(), books)
+    weight = packed[1].weight("down_proj", 2, torch.float32)
+    packed[1].to(torch.float16).to(torch.bfloat16)
+    assert torch.equal(packed[1].down_proj_code_scale, books)
+    assert torch.equal(packed[1].weight("down_proj", 2, torch.float32), weight)
     model.to(torch.float32)
     assert packed[1].down_proj_super_scales.dtype == torch.bfloat16
     exact, _ = erniequant.load(quantized[0], device="cpu", dtype="float32")
@@ -187,7 +187,9 @@ def test_cut_for_two_ranks_and_joined_again(
     assert len(cut.ranks) == 2 and whole.names() == cut.names()
     for name in whole.names():
         assert torch.equal(whole.tensor(name), cut.tensor(name)), name
+    erniequant.export(tmp_path / "tp2", tmp_path / "plain", "fp32")
     model, _ = erniequant.load(tmp_path / "tp2", device="cpu", dtype="float32")
+    assert torch.equal(logits(erniequant.load(tmp_path / "plain", device="cpu")[0]), logits(model))
     again, _ = erniequant.load(quantized[0], device="cpu", dtype="float32")
     assert torch.equal(logits(model), logits(again))
 

@@ -3,13 +3,11 @@ model; docs/vision_language.md has the figures."""
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 import erniequant
 import erniequant_data
@@ -17,16 +15,9 @@ from erniequant.evaluate import image_perplexity
 from erniequant.evaluate.images import evaluation_inputs
 from erniequant.inputs import ModelInput
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DOCS = Path(__file__).parents[2] / "docs"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The operators of so small a model are over before a second thread has started."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

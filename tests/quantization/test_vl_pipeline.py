@@ -2,7 +2,6 @@
 experts."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,10 @@ from erniequant.runtime.experts import PackedExperts
 from erniequant_cli.main import app
 from tests.micro import StopAfter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = {"calib_samples": 24, "calib_length": 64, "max_tp": 1, "effort": "fast"}
 GROUPS = ("text_moe", "vision_moe")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
