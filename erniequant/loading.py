@@ -15,6 +15,7 @@ from erniequant.tokenizers import has_tokenizer, load_tokenizer
 _ADAPTER_FILE = "adapter_config.json"
 # Models without a correction bias do not store it; transformers fills in zeros, which is right.
 _OPTIONAL = "e_score_correction_bias"
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _KEEP_DECODED_BYTES = 2_000_000_000
 
 
@@ -32,7 +33,8 @@ def load(
     Args:
         source: folder or Hugging Face id.
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
-        dtype: of activations and unquantised weights, for example "bfloat16"; None: as stored.
+        dtype: of activations and unquantised weights, for example "bfloat16"; None or "auto": as
+            stored.
         keep_decoded: keep experts decoded after first use (see `PackedExperts`). None: on the CPU,
             when all of them fit in 2 GB.
         k_order: of a FastDeploy WINT2 checkpoint whose files do not say: "plain" or "mma64".
@@ -65,11 +67,15 @@ def load(
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
-    """A torch dtype, or "auto" for None. Raises ErnieQuantError for anything but a float type."""
-    if dtype is None:
+    """A torch dtype, or "auto" for None and "auto".
+
+    Raises:
+        ErnieQuantError: nothing computes in it.
+    """
+    if dtype is None or dtype == "auto":
         return "auto"
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(found, torch.dtype) or found not in _DTYPES:
         raise ErnieQuantError(f"no such dtype {dtype!r}; use bfloat16, float16 or float32")
     return found
 

@@ -3,14 +3,21 @@ against."""
 
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from erniequant.codes.spec import WORD_BITS, ConvolutionalCode
 
 
+# Not a tensor: one made in inference mode, say, could not take part in training later.
 @lru_cache(maxsize=32)
+def _labels(code: ConvolutionalCode) -> NDArray[np.float32]:
+    return code.table()
+
+
 def _label_table(code: ConvolutionalCode, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(code.table()).to(device)
+    return torch.from_numpy(_labels(code)).to(device)
 
 
 def registers(words: torch.Tensor, code: ConvolutionalCode) -> torch.Tensor:

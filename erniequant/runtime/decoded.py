@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from erniequant.runtime.products import DIFFERENTIABLE, DecodedProduct, experts_forward
+
 
 class DecodingExperts(nn.Module):
     """What experts modules of every format have in common.
@@ -14,10 +16,13 @@ class DecodingExperts(nn.Module):
     Attributes:
         keep_decoded: keep every expert's weights after first use. Faster, at the memory of the
             original model; set it back to False to free them.
+        num_experts: experts of the layer.
+        activation: name of the activation of the gate, as in the model's config.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, experts: int, activation: str) -> None:
         super().__init__()
+        self.num_experts, self.activation = experts, activation
         self._keep_decoded = False
         self._decoded: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
 
@@ -29,6 +34,27 @@ class DecodingExperts(nn.Module):
     @abstractmethod
     def decode(self, projection: str, expert: int) -> torch.Tensor:
         """Weights float32 ``[N, K]`` of one expert."""
+
+    @abstractmethod
+    def multiply(
+        self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
+    ) -> torch.Tensor:
+        """`forward` in the dtype of ``x``."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts' outputs.
+
+        hidden_states ``[T, H]``, top_k_index int64 ``[T, k]``, top_k_weights ``[T, k]``; returns
+        ``[T, H]`` in the dtype of hidden_states. T may be 0; indices beyond the experts do nothing.
+        Under autocast the products run in its dtype, as those of the stock module do. Gradients
+        reach hidden_states and top_k_weights; the experts themselves have none.
+        """
+        x, device = hidden_states, hidden_states.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        return self.multiply(x, top_k_index, top_k_weights).to(hidden_states.dtype)
 
     @property
     def keep_decoded(self) -> bool:
@@ -54,7 +80,26 @@ class DecodingExperts(nn.Module):
         key = (projection, expert, dtype)
         found = self._decoded.get(key)
         if found is None:
-            found = self.decode(projection, expert).to(dtype)
+            # What is kept serves training too, in whatever mode the first caller was.
+            with torch.inference_mode(False), torch.no_grad():
+                found = self.decode(projection, expert).to(dtype)
             if self._keep_decoded:
                 self._decoded[key] = found
         return found
+
+    # Decoding goes through numpy, and which experts are chosen is known only when it runs.
+    @torch.compiler.disable
+    def multiply_decoded(
+        self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
+    ) -> torch.Tensor:
+        """`multiply` with weights from `weight`, in plain torch."""
+
+        def weight(projection: str, expert: int) -> torch.Tensor:
+            return self.weight(projection, expert, x.dtype)
+
+        if self.activation in DIFFERENTIABLE:
+            out: torch.Tensor = DecodedProduct.apply(
+                x, routing, expert_index, self.num_experts, weight
+            )
+            return out
+        return experts_forward(x, expert_index, routing, self.num_experts, weight, self.activation)

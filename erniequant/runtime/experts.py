@@ -5,19 +5,23 @@ do not take, an expert's two matrices are decoded to the activation dtype as the
 Decoded weights equal those of an export: the same logits up to the order of summation.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from erniequant.format.decoding import decode_weight
 from erniequant.format.schema import GUARD, SUFFIXES, LayerSpec, layer_params
 from erniequant.runtime.decoded import DecodingExperts
-from erniequant.runtime.ops import experts_forward, moe_experts, spec_text
+from erniequant.runtime.ops import moe_experts, spec_text
+from erniequant.runtime.products import DIFFERENTIABLE
 
 
 class PackedExperts(DecodingExperts):
     """All experts of a layer; parameters as stored, directly on the module.
 
-    The guard is a parameter too (see docs/format.md), so that saving the model writes it again.
+    The guard (see docs/format.md) is none of them: adapters would take it for the experts' weight,
+    and a cast would change it. `guard` is its name, and whoever saves the model writes it.
     """
 
     def __init__(
@@ -25,19 +29,15 @@ class PackedExperts(DecodingExperts):
         *, guard: str = GUARD,
     ):  # fmt: skip
         """Parameters are left uninitialised. Raises ErnieQuantError if ``spec`` does not fit."""
-        super().__init__()
-        self.num_experts, self.hidden_dim, self.intermediate_dim = experts, hidden, inner
-        self.spec = spec
-        self.activation = activation
+        super().__init__(experts, activation)
+        self.hidden_dim, self.intermediate_dim = hidden, inner
+        self.spec, self.guard = spec, guard
         self._spec_text = spec_text(spec)
         self._stored = layer_params(experts, hidden, inner, spec, where, guard=guard)
+        del self._stored[guard]
         for name, (shape, dtype) in self._stored.items():
             parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-            child, _, leaf = name.rpartition(".")
-            if child:
-                # A parameter's own name has no dot; only the guard of a dense layer has one.
-                self.add_module(child, nn.Module())
-            self.get_submodule(child).register_parameter(leaf, parameter)
+            self.register_parameter(name, parameter)
 
     @property
     def weights(self) -> int:
@@ -45,8 +45,15 @@ class PackedExperts(DecodingExperts):
         return 3 * self.num_experts * self.hidden_dim * self.intermediate_dim
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype that the format gives a parameter, the guard included."""
+        """The dtype that the format gives a parameter."""
         return self._stored[name][1]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Files hold the guard, which has no place here.
+        state_dict.pop(prefix + self.guard, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def decode(self, projection: str, expert: int) -> torch.Tensor:
         """Weights float32 ``[N, K]`` of one expert."""
@@ -57,24 +64,17 @@ class PackedExperts(DecodingExperts):
             self.spec.projection(projection),
         )
 
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    def multiply(
+        self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
     ) -> torch.Tensor:
-        """Weighted sum of the chosen experts' outputs.
-
-        hidden_states ``[T, H]``, top_k_index int64 ``[T, k]``, top_k_weights ``[T, k]``; returns
-        ``[T, H]`` in the dtype of hidden_states. T may be 0; indices beyond the experts do nothing.
-        """
-        # The operator has no gradient; decoded weights are kept for speed, which it cannot use.
-        needs_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
-        if needs_gradient or (self._keep_decoded and not torch.compiler.is_compiling()):
-            return experts_forward(
-                hidden_states, top_k_index, top_k_weights, self.num_experts,
-                lambda projection, e: self.weight(projection, e, hidden_states.dtype),
-                self.activation,
-            )  # fmt: skip
+        """The operator, except where weights are kept, which it cannot use, or where it has no
+        gradient."""
+        decoded = self._keep_decoded and not torch.compiler.is_compiling()
+        trained = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
+        if decoded or (trained and self.activation not in DIFFERENTIABLE):
+            return self.multiply_decoded(x, expert_index, routing)
         return moe_experts(
-            hidden_states, top_k_index, top_k_weights, *self._tensors("gate_up_proj"),
+            x, expert_index, routing, *self._tensors("gate_up_proj"),
             *self._tensors("down_proj"), self._spec_text, self.activation,
         )  # fmt: skip
 

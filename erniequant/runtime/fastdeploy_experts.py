@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from erniequant.runtime.decoded import DecodingExperts
-from erniequant.runtime.ops import KERNEL_DTYPES, experts_forward
+from erniequant.runtime.ops import KERNEL_DTYPES
 
 Decoder = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 """Stored parts of one matrix by suffix to its weights, float32 ``[N, K]``."""
@@ -36,15 +36,14 @@ class FastDeployExperts(DecodingExperts):
     ):
         """``parts`` and ``decode`` by ``up_gate_proj`` and ``down_proj``; ``weights`` counts those
         that they stand for; ``k_order`` if both are in WINT2."""
-        super().__init__()
+        super().__init__(len(next(iter(parts["down_proj"].values()))), activation)
         self._weights, self.k_order = weights, k_order
         self._suffixes = {name: tuple(tensors) for name, tensors in parts.items()}
-        self._decode, self.activation = decode, activation
+        self._decode = decode
         for name, tensors in parts.items():
             for suffix, tensor in tensors.items():
                 parameter = nn.Parameter(tensor, requires_grad=False)
                 self.register_parameter(f"{name}_{suffix}", parameter)
-        self.num_experts = len(next(iter(parts["down_proj"].values())))
 
     @property
     def weights(self) -> int:
@@ -69,18 +68,14 @@ class FastDeployExperts(DecodingExperts):
     def _parts(self, name: str) -> dict[str, torch.Tensor]:
         return {suffix: getattr(self, f"{name}_{suffix}") for suffix in self._suffixes[name]}
 
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    def multiply(
+        self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
     ) -> torch.Tensor:
-        """Weighted sum of the chosen experts' outputs; shapes as in `PackedExperts`."""
-        kept = self._keep_decoded or (torch.is_grad_enabled() and hidden_states.requires_grad)
-        if self._on_kernels(hidden_states) and not kept:
-            return self._run_kernels(hidden_states, top_k_index, top_k_weights)
-        return experts_forward(
-            hidden_states, top_k_index, top_k_weights, self.num_experts,
-            lambda projection, e: self.weight(projection, e, hidden_states.dtype),
-            self.activation,
-        )  # fmt: skip
+        """Kernels where they can, without gradient; else decoded weights."""
+        trained = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
+        if self._on_kernels(x) and not self._keep_decoded and not trained:
+            return self._run_kernels(x, expert_index, routing)
+        return self.multiply_decoded(x, expert_index, routing)
 
     def _on_kernels(self, x: torch.Tensor) -> bool:
         fits = x.dtype in KERNEL_DTYPES and self.activation == "silu"

@@ -5,43 +5,23 @@ workspace is what `erniequant_kernels.moe.Plan.workspace_bytes` says; weights st
 where many tokens per expert make it cheaper to decode a few experts at a time into that workspace.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
+from typing import Any
 
 import torch
-from torch.nn import functional
-from transformers.activations import ACT2FN
 
 from erniequant.format.decoding import decode_weight
 from erniequant.format.schema import LayerSpec, MatrixSpec
-
-WeightOf = Callable[[str, int], torch.Tensor]
-"""Projection and expert to the decoded weights ``[N, K]`` in the dtype of the activations."""
+from erniequant.runtime.products import (
+    DIFFERENTIABLE,
+    WeightOf,
+    experts_backward,
+    experts_forward,
+)
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 """Activations that the kernels take; float32 asks for more precision than they have."""
-
-
-def experts_forward(
-    x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor, experts: int,
-    weight: WeightOf, activation: str,
-) -> torch.Tensor:  # fmt: skip
-    """The whole computation in plain torch, one expert at a time; accumulates in float32.
-
-    Shapes as in `_in_plain_torch`. Waits for the device: it asks which experts were chosen.
-    """
-    act = ACT2FN[activation]
-    out = torch.zeros_like(x, dtype=torch.float32)
-    for expert in torch.unique(expert_index).tolist():
-        if not 0 <= expert < experts:
-            continue
-        token, slot = torch.where(expert_index == expert)
-        gate_up = functional.linear(x[token], weight("gate_up_proj", expert))
-        gate, up = gate_up.chunk(2, dim=-1)
-        y = functional.linear(act(gate) * up, weight("down_proj", expert))
-        out.index_add_(0, token, y.float() * routing[token, slot, None].float())
-    return out.to(x.dtype)
 
 
 def _in_plain_torch(
@@ -71,19 +51,26 @@ def _in_plain_torch(
     Returns:
         ``[T, H]`` in the dtype of ``x``.
     """
-    layer = parse_spec(spec)
-    tensors = {
-        "gate_up_proj": (gate_up_packed, gate_up_scale, gate_up_signs),
-        "down_proj": (down_packed, down_scale, down_signs),
-    }
+    gate_up = (gate_up_packed, gate_up_scale, gate_up_signs)
+    down = (down_packed, down_scale, down_signs)
+    weight = _decoder(gate_up, down, parse_spec(spec), x.dtype)
+    experts = gate_up_packed.shape[0]
+    return experts_forward(x, expert_index, routing, experts, weight, activation)
+
+
+def _decoder(
+    gate_up: tuple[torch.Tensor, ...], down: tuple[torch.Tensor, ...], spec: LayerSpec,
+    dtype: torch.dtype,
+) -> WeightOf:  # fmt: skip
+    """Decodes one expert at a time; ``gate_up`` and ``down`` are packed, scale and signs."""
+    tensors = {"gate_up_proj": gate_up, "down_proj": down}
 
     def weight(projection: str, expert: int) -> torch.Tensor:
         packed, scale, signs = tensors[projection]
-        decoded = decode_weight(packed[expert], scale[expert], signs, layer.projection(projection))
-        return decoded.to(x.dtype)
+        decoded = decode_weight(packed[expert], scale[expert], signs, spec.projection(projection))
+        return decoded.to(dtype)
 
-    experts = gate_up_packed.shape[0]
-    return experts_forward(x, expert_index, routing, experts, weight, activation)
+    return weight
 
 
 moe_experts = torch.library.custom_op("erniequant::moe_experts", mutates_args=())(_in_plain_torch)
@@ -106,6 +93,47 @@ def _on_cuda(
     if x.dtype not in KERNEL_DTYPES or activation != "silu":
         return _in_plain_torch(x, expert_index, routing, *gate_up, *down, spec, activation)
     return run_kernels(x, expert_index, routing, gate_up, down, parse_spec(spec))
+
+
+@torch.library.custom_op("erniequant::moe_experts_backward", mutates_args=())
+def moe_experts_backward(
+    grad: torch.Tensor, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor,
+    gate_up_packed: torch.Tensor, gate_up_scale: torch.Tensor, gate_up_signs: torch.Tensor,
+    down_packed: torch.Tensor, down_scale: torch.Tensor, down_signs: torch.Tensor,
+    spec: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of `moe_experts` with "silu" for ``x`` and ``routing``, in plain torch everywhere.
+
+    grad: ``[T, H]``, of the output; the rest as in `moe_experts`.
+    """
+    gate_up = (gate_up_packed, gate_up_scale, gate_up_signs)
+    down = (down_packed, down_scale, down_signs)
+    weight = _decoder(gate_up, down, parse_spec(spec), x.dtype)
+    return experts_backward(grad, x, expert_index, routing, len(gate_up_packed), weight)
+
+
+@moe_experts_backward.register_fake
+def _(
+    grad: torch.Tensor, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor,
+    *_: object,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return torch.empty_like(x), torch.empty_like(routing)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.spec, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    if ctx.activation not in DIFFERENTIABLE:
+        raise NotImplementedError(f"moe_experts has no gradient for {ctx.activation}")
+    x, expert_index, routing, *packed = ctx.saved_tensors
+    grad_x, grad_routing = moe_experts_backward(grad, x, expert_index, routing, *packed, ctx.spec)
+    return (grad_x, None, grad_routing, *(None for _ in (*packed, ctx.spec, ctx.activation)))
+
+
+moe_experts.register_autograd(_gradient, setup_context=_keep_inputs)
 
 
 def run_kernels(

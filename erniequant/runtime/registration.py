@@ -1,4 +1,4 @@
-"""Register with transformers without making `import erniequant` wait for it.
+"""Register with transformers and PEFT without making `import erniequant` wait for it.
 
 Importing transformers takes seconds, and `erniequant --help` has one. What is loaded already is
 told at once, the rest at the moment it has been imported.
@@ -28,10 +28,18 @@ def _register_vision_model() -> None:
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(*VISION_MODEL)
 
 
+def _register_adapters() -> None:
+    from erniequant.runtime.adapters import register
+
+    register()
+
+
 TRIGGERS: dict[str, Callable[[], None]] = {
     # Defines `from_pretrained`.
     "transformers.modeling_utils": _register_format,
     "transformers.models.auto.modeling_auto": _register_vision_model,
+    # PEFT 0.19 and later.
+    "peft.utils.transformers_weight_conversion": _register_adapters,
 }
 
 

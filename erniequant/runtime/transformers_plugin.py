@@ -4,6 +4,9 @@ Works with transformers 5.16 and later. The tensors on disk carry the names of `
 parameters, so no weight conversion takes part in loading.
 """
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +19,22 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from erniequant.checkpoint.reader import (
+    CONFIG_FILE,
+    Checkpoint,
+    TensorHeader,
+    read_header,
+    read_json,
+)
 from erniequant.errors import ErnieQuantError
-from erniequant.format.headers import expert_sizes
+from erniequant.format.headers import expert_sizes, require_sound
 from erniequant.format.schema import (
     PROJECTIONS,
     QUANT_METHOD,
     LayerSpec,
     QuantizationMetadata,
     experts_module,
+    guard_tensor,
     is_dense_key,
     layer_key_of,
 )
@@ -66,7 +77,9 @@ class ErnieQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing beyond torch is needed."""
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
         layers = dict(self.quantization_config.metadata.layers)
         for path, module in list(model.named_modules()):
             if type(module).__name__ not in (*STOCK_EXPERTS, STOCK_MLP):
@@ -77,10 +90,16 @@ class ErnieQuantizer(HfQuantizer):
                 self._all_replaced = False
                 continue
             self._stock[path] = module
-            model.set_submodule(path, _packed(module, key, spec, model.config))
+            packed = _packed(module, key, spec, model.config)
+            model.set_submodule(path, packed)
+            # It is in the files for those who do not know the format, and in no module.
+            guard = re.escape(f"{experts_module(key)}.{packed.guard}") + "$"
+            model._keys_to_ignore_on_load_unexpected.add(guard)
         if layers:
             missing = ", ".join(map(experts_module, layers))
             raise ErnieQuantError(f"quantization_config names {missing}, which the model lacks")
+        if checkpoint_files:
+            _require_sound(checkpoint_files)
         self._dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
         return model
 
@@ -93,8 +112,6 @@ class ErnieQuantizer(HfQuantizer):
             for name, parameter in module.named_parameters():
                 if parameter.device.type == "meta":
                     continue  # offloaded to disk
-                # Loading makes every float parameter trainable; the guard is one.
-                parameter.requires_grad_(False)
                 loaded = getattr(parameter, "_is_hf_initialized", False)
                 if not loaded or parameter.dtype != module.stored_dtype(name):
                     bad.append(f"{path}.{name} ({'wrong dtype' if loaded else 'missing'})")
@@ -150,14 +167,26 @@ class ErnieQuantizer(HfQuantizer):
             model.set_submodule(path, stock)
         return model
 
+    def get_state_dict_and_metadata(
+        self, model: nn.Module
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """The tensors that `save_pretrained` writes: those of the model, and the guards."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # of a model with adapters, only these are saved
+        tensors = model.state_dict()
+        for path, module in model.named_modules():
+            if isinstance(module, PackedExperts):
+                tensors[f"{path}.{module.guard}"] = guard_tensor()
+        return tensors, {}
+
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the same tensors again."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradient."""
-        return False
+        """Adapters can be trained: gradients pass through packed experts, which have none."""
+        return True
 
 
 class _Keep(ConversionOps):
@@ -172,6 +201,25 @@ class _Keep(ConversionOps):
     @property
     def reverse_op(self) -> "ConversionOps":
         return _Keep()
+
+
+def _require_sound(files: Sequence[str]) -> None:
+    """Ask of the files of a checkpoint what `erniequant.load` asks.
+
+    transformers alone fills what is missing with random numbers, and only warns.
+    """
+    # Imports transformers' models, which are not there yet when this module registers itself.
+    from erniequant.format.fit import require_fit
+
+    folder = Path(files[0]).parent
+    if not (folder / CONFIG_FILE).is_file():
+        return  # a config from elsewhere, which may ask for less than the files hold
+    headers: dict[str, TensorHeader] = {}
+    for file in files:
+        headers |= read_header(Path(file))
+    checkpoint = Checkpoint(folder, read_json(folder / CONFIG_FILE), headers)
+    check = require_sound(checkpoint)
+    require_fit(checkpoint.config, headers, {layer.key for layer in check.layers})
 
 
 def _packed(stock: Any, key: str, spec: LayerSpec, config: Any) -> PackedExperts:
