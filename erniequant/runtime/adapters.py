@@ -7,6 +7,7 @@ parameters, so their names keep meaning modules: shared experts and dense layers
 
 import functools
 import logging
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -30,9 +31,8 @@ def register() -> None:
 
     @functools.wraps(stock)
     def convert(peft_config: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        experts = packed_experts(model)
-        if experts:
-            check_targets(peft_config, experts)
+        if packed_experts(model):
+            check_targets(peft_config, model)
         else:
             stock(peft_config, model, *args, **kwargs)
 
@@ -46,12 +46,14 @@ def packed_experts(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, DecodingExperts)]
 
 
-def check_targets(peft_config: Any, experts: list[str]) -> None:
-    """Say once that experts are skipped, if the targets of a PEFT config cover them.
+def check_targets(peft_config: Any, model: nn.Module) -> None:
+    """Say that experts are skipped, if the targets of a PEFT config cover them.
 
     Raises:
-        ErnieQuantError: it asks for parameters of experts, which are not there.
+        ErnieQuantError: the config asks for parameters of experts, which are not there, or for
+            nothing else.
     """
+    experts = packed_experts(model)
     parameters = [f"{path}.{name}" for path in experts for name in _PARAMETERS]
     for target in getattr(peft_config, "target_parameters", None) or ():
         if any(name == target or name.endswith(f".{target}") for name in parameters):
@@ -59,24 +61,32 @@ def check_targets(peft_config: Any, experts: list[str]) -> None:
                 f"target_parameters has {target!r}, but the experts are packed and take no "
                 "adapter; leave it out, and name modules in target_modules"
             )
-    if _cover(peft_config, experts):
-        _logger.warning(
-            "packed experts take no adapter and stay as they are; adapters go to the other targets"
-        )
-
-
-def _cover(peft_config: Any, experts: list[str]) -> bool:
-    """Whether the targets would cover experts if these were modules, as in the original."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     targets = getattr(peft_config, "target_modules", None)
     if targets is None:
-        return False
-    if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
-        return True
-    return any(
-        check_target_module_exists(peft_config, f"{path}{number}.{matrix}")
-        for path in experts
-        for number in ("", ".0")
-        for matrix in _MATRICES
+        return
+    everything = isinstance(targets, str) and targets.lower() == _ALL_LINEAR
+    if not everything and not any(_covered(peft_config, _as_modules(experts))):
+        return
+    linear = (name for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    if not everything and not any(_covered(peft_config, linear)):
+        raise ErnieQuantError(
+            f"target_modules has nothing but packed {targets}, which take no adapter; add modules "
+            "of the attention"
+        )
+    _logger.warning(
+        "packed experts take no adapter and stay as they are; adapters go to the other targets"
     )
+
+
+def _as_modules(experts: list[str]) -> Iterator[str]:
+    """Names that matrices of experts have where they are modules: numbered, or of an MLP."""
+    for path in experts:
+        for number in ("", ".0"):
+            yield from (f"{path}{number}.{matrix}" for matrix in _MATRICES)
+
+
+def _covered(peft_config: Any, names: Iterable[str]) -> Iterator[bool]:
+    """Whether each of the names is among the targets."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return (bool(check_target_module_exists(peft_config, name)) for name in names)
