@@ -13,6 +13,10 @@ CHARACTERS = {"<unk>": 0, "</s>": 1} | {chr(30 + i): i for i in range(2, 96)}
 CALIBRATION = {"calib_samples": 12, "calib_length": 64, "max_tp": 1, "effort": "fast"}
 """Options of a quantisation of the micro model that takes half a second."""
 
+FASTDEPLOY = {"bits": 2, "format": "fastdeploy-wint2", "w4_layers": 1, "calib_samples": 12,
+              "calib_length": 64, "device": "cpu"}  # fmt: skip
+"""The same for FastDeploy, with experts in wint4 and in WINT2."""
+
 
 def write_micro_ernie(folder: Path, **changes: Any) -> Path:
     """A bf16 checkpoint with Baidu's per-expert tensor names.

@@ -38,6 +38,8 @@ def load_fastdeploy(
     """
     from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, GenerationConfig
 
+    from erniequant.runtime.fastdeploy_quantizer import FastDeployQuantizer
+
     opened = open_fastdeploy(source, k_order)
     if opened.k_order is None and reference is not None:
         opened.k_order = detect_k_order(opened, open_checkpoint(reference))
@@ -75,6 +77,7 @@ def load_fastdeploy(
             )
     model.name_or_path = str(opened.folder)
     model.requires_grad_(False)
+    FastDeployQuantizer().attach(model)
     with foreign_errors(f"the model of {opened.folder} cannot be moved to {device}"):
         return model.to(device)
 

@@ -9,10 +9,12 @@ from types import ModuleType
 
 import pytest
 
+import erniequant
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.fastdeploy.writer import write_fastdeploy
+from erniequant.quantization.report import QuantizationReport
 from tests.fastdeploy.codes import MadeUpExperts, decode_wint2
-from tests.micro import add_tokenizer, write_micro_ernie
+from tests.micro import FASTDEPLOY, add_tokenizer, write_micro_ernie, write_text
 
 W4_END = 1
 """Layer 0 is dense, the experts of layer 1 are wint4, those of layers 2 and 3 WINT2."""
@@ -71,3 +73,18 @@ def fd_ranks(fd_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`fd_source` for two ranks."""
     folder = tmp_path_factory.mktemp("fastdeploy") / "ranks"
     return write(fd_source, folder, tensor_parallel=2)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a text to calibrate on."""
+    return str(write_text(tmp_path_factory.mktemp("text") / "a.txt"))
+
+
+@pytest.fixture(scope="session")
+def quantized(
+    fd_source: Path, text: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, QuantizationReport]:
+    """`fd_source` quantised for FastDeploy, and the report."""
+    folder = tmp_path_factory.mktemp("fd") / "q"
+    return folder, erniequant.quantize(fd_source, folder, calib=text, **FASTDEPLOY)

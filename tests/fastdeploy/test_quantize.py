@@ -19,26 +19,11 @@ from erniequant.fastdeploy import check_folder, export_bf16, open_fastdeploy
 from erniequant.quantization.report import QuantizationReport
 from erniequant.runtime.fastdeploy_experts import FastDeployExperts
 from erniequant_cli.main import app
-from tests.micro import StopAfter, write_text
+from tests.micro import FASTDEPLOY, StopAfter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OPTIONS = {"bits": 2, "format": "fastdeploy-wint2", "w4_layers": 1, "calib_samples": 12,
-           "calib_length": 64, "device": "cpu"}  # fmt: skip
 IDS = torch.arange(3, 60)[None]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_text(tmp_path_factory.mktemp("text") / "a.txt"))
-
-
-@pytest.fixture(scope="module")
-def quantized(
-    fd_source: Path, text: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, QuantizationReport]:
-    folder = tmp_path_factory.mktemp("fd") / "q"
-    return folder, erniequant.quantize(fd_source, folder, calib=text, **OPTIONS)
 
 
 @torch.no_grad()
@@ -148,7 +133,7 @@ def test_the_original_tells_an_order_that_no_file_says(
     if order == "mma64":
         shutil.copytree(quantized[0], folder)
     else:
-        erniequant.quantize(fd_source, folder, calib=text, **OPTIONS | {"k_order": order})
+        erniequant.quantize(fd_source, folder, calib=text, **FASTDEPLOY | {"k_order": order})
     expected = logits(erniequant.load(folder, device="cpu", dtype="float32")[0])
     # As a file of Baidu is.
     config = json.loads((folder / "config.json").read_text())
@@ -242,10 +227,10 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
 ) -> None:
     folder = tmp_path / "q"
     with pytest.raises(KeyboardInterrupt):
-        erniequant.quantize(fd_source, folder, calib=text, progress=StopAfter(done), **OPTIONS)
+        erniequant.quantize(fd_source, folder, calib=text, progress=StopAfter(done), **FASTDEPLOY)
     with pytest.raises(ErnieQuantError, match="k_order|the plan|--format"):
-        erniequant.quantize(fd_source, folder, calib=text, **OPTIONS | {"k_order": "plain"})
-    report = erniequant.quantize(fd_source, folder, calib=text, threads=1, **OPTIONS)
+        erniequant.quantize(fd_source, folder, calib=text, **FASTDEPLOY | {"k_order": "plain"})
+    report = erniequant.quantize(fd_source, folder, calib=text, threads=1, **FASTDEPLOY)
     assert report.sessions == 2
     for name in ("model.safetensors", "config.json"):
         assert (folder / name).read_bytes() == (quantized[0] / name).read_bytes()
@@ -265,7 +250,7 @@ def test_what_does_not_go_is_one_line(
     fd_source: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ErnieQuantError, match=message):
-        erniequant.quantize(fd_source, tmp_path / "q", no_calib=True, **OPTIONS | changes)
+        erniequant.quantize(fd_source, tmp_path / "q", no_calib=True, **FASTDEPLOY | changes)
     assert not (tmp_path / "q").exists()
 
 
@@ -277,7 +262,7 @@ def test_models_and_folders_that_do_not_go(
         (micro_ernie, "hidden_size 96; FastDeploy needs a multiple of 128"),
     ):
         with pytest.raises(ErnieQuantError, match=message):
-            erniequant.quantize(source, tmp_path / "q", no_calib=True, **OPTIONS)
+            erniequant.quantize(source, tmp_path / "q", no_calib=True, **FASTDEPLOY)
     arguments = ["export", str(packed_ernie), str(tmp_path / "x"), "--to", "fastdeploy-wint2"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1

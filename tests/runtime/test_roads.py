@@ -139,7 +139,7 @@ def test_compiled(packed_ernie: Path, load: Any) -> None:
 
 
 def test_compiled_layer(family: str, packed: Path) -> None:
-    """A packed layer, with its router where it has one; a whole model with images takes a minute."""
+    """A packed layer, with its router where it has one; a whole VL model takes a minute."""
     torch._dynamo.reset()
     layer = from_pretrained(packed, dtype=torch.float32).model
     layer = getattr(layer, "language_model", layer).layers[1].mlp
