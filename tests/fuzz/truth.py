@@ -165,6 +165,10 @@ def _export(before: Facts, after: Facts, result: Any, pristine: Any) -> str | No
     plain = {k: v for k, v in result.config.items() if k != "dtype"}
     wanted = _without_code({k: v for k, v in after.config.items() if k not in
               ("dtype", "torch_dtype", "quantization_config")})  # fmt: skip
+    stock = before.config.get("architectures")
+    if "architectures" in wanted and plain.get("architectures") == stock:
+        # In place of classes that transformers does not know.
+        wanted["architectures"] = stock
     return None if json.dumps(plain) == json.dumps(wanted) else "exported another config.json"
 
 

@@ -25,11 +25,11 @@ import erniequant
 from erniequant.errors import ErnieQuantError
 from erniequant.format.inspect import inspect
 from erniequant.format.verify import verify
+from tests.foreign import POINTER, edit, with_code
 from tests.micro import add_tokenizer
 
 OPTIONS: dict[str, Any] = {"bits": 2, "no_calib": True, "max_tp": 1, "effort": "fast", "threads": 1}
 KINDS = ("text", "vl", "dense")
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 5368709120\n"
 IDS = torch.arange(2, 19).view(1, 17)
 
 Source = Callable[[str], Path]
@@ -46,12 +46,6 @@ def source(micro_source: Path, micro_vl: Path, micro_dense: Path, tmp_path: Path
         return add_tokenizer(folder) if kind == "dense" else folder
 
     return copy
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    settings = json.loads(path.read_text()) if path.exists() else {}
-    change(settings)
-    path.write_text(json.dumps(settings))
 
 
 def auto(kind: str) -> Any:
@@ -75,31 +69,6 @@ def require_usable(kind: str, folder: Path, trust: bool = True) -> None:
     assert AutoConfig.from_pretrained(folder, trust_remote_code=trust).model_type
     GenerationConfig.from_pretrained(folder)
     assert erniequant.load(folder, device="cpu")[0] is not None
-
-
-def with_code(folder: Path) -> Path:
-    """Names code of the folder wherever transformers looks for it, at any depth."""
-    named = {name: f"own.Own{name}" for name in ("AutoConfig", "AutoModelForCausalLM",
-             "AutoModelForImageTextToText", "AutoProcessor")}  # fmt: skip
-
-    def config(settings: dict[str, Any]) -> None:
-        settings.update(auto_map=named, architectures=["OwnForCausalLM"])
-        settings["custom_pipelines"] = {"own": {"impl": "own.Pipe", "pt": ["AutoModel"]}}
-        for part in ("text_config", "vision_config"):
-            if part in settings:
-                settings[part]["auto_map"] = named
-
-    edit(folder / "config.json", config)
-    edit(folder / "tokenizer_config.json", lambda s: s.update(
-        auto_map={"AutoTokenizer": ["own.OwnTokenizer", None], "AutoProcessor": "own.Own"},
-        tokenizer_class="OwnTokenizer", processor_class="OwnProcessor"))  # fmt: skip
-    edit(folder / "generation_config.json", lambda s: s.update(auto_map=named))
-    edit(folder / "processor_config.json", lambda s: s.update(
-        processor_class="OwnProcessor",
-        image_processor={"auto_map": named, "image_processor_type": "Own", "patch_size": 4},
-    ))  # fmt: skip
-    (folder / "own.py").write_text("raise SystemExit('code of the checkpoint ran')\n")
-    return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
