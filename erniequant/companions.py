@@ -9,6 +9,7 @@ from typing import Any
 from erniequant.checkpoint.config import CODE_ENTRIES, plain_settings, read_json
 from erniequant.checkpoint.files import disk_error, write_file, write_json
 from erniequant.checkpoint.folder import companion_files, require_whole_companions
+from erniequant.errors import foreign_errors
 from erniequant.tokenizers import (
     SETTINGS_FILE,
     has_tokenizer,
@@ -41,16 +42,25 @@ def require_readable_companions(source: Path) -> None:
         _rewritten(path)
 
 
-def require_companions(source: Path) -> None:
+def require_companions(source: Path) -> int:
     """Refuse at once what would make a result of hours unusable.
 
+    Returns:
+        The number of tokens that the tokenizer has, 0 without one.
+
     Raises:
-        ErnieQuantError: as `require_readable_companions`, or the tokenizer cannot be made without
-            code of the checkpoint.
+        ErnieQuantError: as `require_readable_companions`, the settings of generation are not
+            valid, or the tokenizer cannot be made without code of the checkpoint.
     """
     require_readable_companions(source)
-    if has_tokenizer(source):
-        load_tokenizer(source)
+    path = source / _GENERATION
+    if path.is_file():
+        from transformers import GenerationConfig
+
+        # What it raises for, it raises for when the model is loaded.
+        with foreign_errors(f"transformers refuses {path}"):
+            GenerationConfig.from_dict(plain_settings(read_json(path)))
+    return len(load_tokenizer(source)) if has_tokenizer(source) else 0
 
 
 def write_companions(source: Path, destination: Path) -> None:

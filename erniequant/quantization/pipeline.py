@@ -139,7 +139,7 @@ def quantize(
     require_apart(checkpoint.folder, Path(dst).expanduser())
     model = bounded_architecture(checkpoint.config, checkpoint.headers)
     output, plan = _output(checkpoint, model, options)
-    require_companions(checkpoint.folder)
+    vocabulary = require_companions(checkpoint.folder)
     threads = threads or os.cpu_count() or 1
     images = 0 if no_calib or model.images is None else image_documents(calib, calibration)
     tokens, length, patches = (0, 2, 0) if no_calib else amounts(calib, calibration, model, images)
@@ -149,6 +149,11 @@ def quantize(
     plan_text = describe(plan, memory, predicted, checkpoint.absent_bytes)
     if model.images is not None and not no_calib:
         plan_text += f"\n{image_note(calib, calibration, images)}"
+    if vocabulary > model.sizes.vocabulary:
+        plan_text += (
+            f"\nthe tokenizer has {vocabulary} tokens, the model {model.sizes.vocabulary}: "
+            "text with any of the others cannot be run"
+        )
     left = left_behind(checkpoint.folder, {INDEX_FILE, *checkpoint.shards})
     if left:
         plan_text += f"\n{describe_left_behind(left)}"

@@ -1,4 +1,4 @@
-"""Which files of a folder go with its weights, which stay behind, which are only seemingly there."""
+"""Which files of a folder go with its weights, stay behind, or are only seemingly there."""
 
 from pathlib import Path
 

@@ -315,6 +315,32 @@ def test_a_damaged_tokenizer_is_refused_at_once(kind: str, source: Source, tmp_p
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_the_model_lacks_are_told_of(kind: str, source: Source, tmp_path: Path) -> None:
+    folder, told = source(kind), []
+    # The vocabulary of the models is 128, that of the tokenizers less.
+    for tokens in (128, 129):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens([f"<|{tokens}-{i}|>" for i in range(tokens - len(tokenizer))])
+        tokenizer.save_pretrained(folder)
+        told.append(erniequant.quantize(folder, tmp_path / "q", dry_run=True, **OPTIONS).plan_text)
+    assert "tokenizer" not in told[0]
+    assert told[1].endswith("the tokenizer has 129 tokens, the model 128: text with any of the "
+                            "others cannot be run")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("content", ["{", '{"max_new_tokens": -3}'])
+def test_settings_of_generation_that_transformers_refuses(
+    kind: str, content: str, source: Source, tmp_path: Path
+) -> None:
+    folder = source(kind)
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(ErnieQuantError, match="generation_config.json"):
+        erniequant.quantize(folder, tmp_path / "q", **OPTIONS)
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_of_links_as_the_cache_of_the_hub_has_them(
     kind: str, source: Source, tmp_path: Path
 ) -> None:
