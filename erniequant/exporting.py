@@ -10,32 +10,34 @@ from typing import Any
 
 import torch
 
+from erniequant.checkpoint.adapters import require_no_adapter
 from erniequant.checkpoint.files import write_json
-from erniequant.checkpoint.reader import CONFIG_FILE, open_checkpoint
-from erniequant.checkpoint.writer import (
-    MAX_SHARD_BYTES,
-    CheckpointWriter,
-    copy_companions,
-)
+from erniequant.checkpoint.folder import left_behind, require_apart
+from erniequant.checkpoint.reader import CONFIG_FILE, INDEX_FILE, open_checkpoint
+from erniequant.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
+from erniequant.companions import require_readable_companions, write_companions
 from erniequant.errors import ErnieQuantError
 from erniequant.fastdeploy.recognise import is_fastdeploy_folder
 from erniequant.format.decoding import expert_matrices
 from erniequant.format.fit import require_fit
 from erniequant.format.headers import kept_names, require_sound
+from erniequant.format.inspect import REPORT_FILE
 from erniequant.format.report import require_as_reported
+from erniequant.models.registry import with_stock_class
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written."""
+    """What was written; ``left_behind`` names what else is in the source's folder."""
 
     folder: str
     to: str
     tensors: int
     total_bytes: int
     sha256: dict[str, str]
+    left_behind: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -72,6 +74,9 @@ def export(
             src, dst, to, k_order=k_order, reference=reference, max_shard_bytes=max_shard_bytes
         )
     source = open_checkpoint(src)
+    require_no_adapter(source.folder)
+    require_apart(source.folder, Path(dst).expanduser())
+    require_readable_companions(source.folder)
     source.fetch()
     check = require_sound(source)
     require_as_reported(source, check)
@@ -84,9 +89,10 @@ def export(
             for name, weight in expert_matrices(source, layer):
                 writer.add(name, weight.to(dtype))
         written = writer.finish()
-        copy_companions(source.folder, writer.folder)
+        write_companions(source.folder, writer.folder)
         write_json(writer.folder / CONFIG_FILE, _plain_config(source.config, dtype))
-    return ExportReport(str(dst), to, written.tensors, written.total_bytes, written.sha256)
+    left = left_behind(source.folder, {INDEX_FILE, REPORT_FILE, *source.shards})
+    return ExportReport(str(dst), to, written.tensors, written.total_bytes, written.sha256, left)
 
 
 def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -95,6 +101,7 @@ def _widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _plain_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype")}
+    settings = with_stock_class(config)
+    plain = {k: v for k, v in settings.items() if k not in ("quantization_config", "torch_dtype")}
     plain["dtype"] = str(dtype).removeprefix("torch.")
     return plain

@@ -1,10 +1,13 @@
 """Load a model for inference: quantised ones are checked first, plain ones load as they are."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from erniequant.checkpoint.adapters import require_no_adapter
+from erniequant.checkpoint.config import CONFIG_FILE, read_json
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
 from erniequant.devices import resolve_device
 from erniequant.errors import ErnieQuantError, foreign_errors
@@ -12,7 +15,6 @@ from erniequant.fastdeploy.recognise import is_fastdeploy_folder
 from erniequant.format.headers import QuantizedExperts, sound_if_quantized
 from erniequant.tokenizers import has_tokenizer, load_tokenizer
 
-_ADAPTER_FILE = "adapter_config.json"
 # Models without a correction bias do not store it; transformers fills in zeros, which is right.
 _OPTIONAL = "e_score_correction_bias"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -56,6 +58,7 @@ def load(
         folder = Path(model.name_or_path)
         return model.eval(), load_tokenizer(folder) if has_tokenizer(folder) else None
     checkpoint = open_checkpoint(source)
+    require_no_adapter(checkpoint.folder)
     checkpoint.fetch()
     check = sound_if_quantized(checkpoint)
     layers = check.layers if check else ()
@@ -87,9 +90,9 @@ def _from_pretrained(
     dtype: torch.dtype | str,
 ) -> Any:
     from transformers import (
+        AutoConfig,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
-        Ernie4_5_VLMoeConfig,
     )
 
     from erniequant.format.fit import require_fit
@@ -98,15 +101,14 @@ def _from_pretrained(
 
     register()
     folder, config = checkpoint.folder, checkpoint.config
-    if (folder / _ADAPTER_FILE).exists():
-        # transformers would load the weights that it names on top, or instead.
-        raise ErnieQuantError(f"{folder} has an adapter ({_ADAPTER_FILE}); merge or remove it")
     require_fit(config, checkpoint.headers, {layer.key for layer in layers})
     settings = in_terms_of_transformers(config)
     vision = settings["model_type"] == MODEL_TYPE
     auto: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    # transformers does not know the original's name of the architecture.
-    known = {} if settings is config else {"config": Ernie4_5_VLMoeConfig(**settings)}
+    # transformers does not know the original's name of the architecture, nor take every null.
+    as_stored = settings == read_json(folder / CONFIG_FILE)
+    with foreign_errors(f"{folder / CONFIG_FILE} is not valid"):
+        known = {} if as_stored else {"config": AutoConfig.for_model(**copy.deepcopy(settings))}
     with foreign_errors(f"transformers cannot load {folder}"):
         model, info = auto.from_pretrained(
             folder, dtype=dtype, output_loading_info=True,

@@ -145,7 +145,7 @@ def write_packed(original: Path, folder: Path, layers: Mapping[str, Any]) -> Pat
     """Write ``original`` into a new folder with random words in the layers of a description."""
     from erniequant.checkpoint import CheckpointWriter, open_checkpoint
     from erniequant.checkpoint.files import write_json
-    from erniequant.checkpoint.writer import copy_companions
+    from erniequant.companions import write_companions
     from erniequant.format.decoding import encode_scale
     from erniequant.format.headers import expert_sizes, is_dense
     from erniequant.format.schema import (
@@ -178,7 +178,7 @@ def write_packed(original: Path, folder: Path, layers: Mapping[str, Any]) -> Pat
                     tensor = guard_tensor()
                 writer.add(prefix + name, tensor)
         writer.finish()
-    copy_companions(original, folder)
+    write_companions(original, folder)
     metadata = QuantizationMetadata(layers, producer="tests")
     write_json(folder / "config.json", {**source.config, "quantization_config": metadata.to_dict()})
     return folder

@@ -139,6 +139,8 @@ def print_inspection(found: "ModelSummary") -> None:
     )
     table.add_row("bits per weight", bits)
     table.add_row("size", f"{found.total_bytes / 1e9:.3f} GB in {len(found.tensors)} tensors")
+    for note in found.notes:
+        table.add_row("note", note)
     for name, value in found.provenance.items():
         facts = value if isinstance(value, dict) else {name: value}
         for fact, content in facts.items():

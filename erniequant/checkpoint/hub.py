@@ -7,9 +7,21 @@ So a plan needs no weights, and damage in an early shard is found before the las
 from pathlib import Path
 from typing import Any
 
+from erniequant.checkpoint.adapters import ADAPTER_FILE
+from erniequant.checkpoint.config import CONFIG_FILE
+from erniequant.checkpoint.folder import COMPANIONS, LICENCES, TEMPLATES_FOLDER
 from erniequant.errors import ErnieQuantError, foreign_errors
 
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+SMALL_FILES = (
+    CONFIG_FILE,
+    "*.index.json",
+    ADAPTER_FILE,
+    "quantization_report.json",
+    f"{TEMPLATES_FOLDER}/*.jinja",
+    *COMPANIONS,
+    *LICENCES,
+    *map(str.upper, LICENCES),
+)
 
 
 class HubRepository:

@@ -14,20 +14,21 @@ from typing import Any
 
 import torch
 
+from erniequant.checkpoint.adapters import refuse_adapter_alone
+from erniequant.checkpoint.config import CONFIG_FILE, read_config, read_json
 from erniequant.checkpoint.hub import HubRepository
-from erniequant.checkpoint.strict_json import is_plain_file_name, parse_json, read_bounded
+from erniequant.checkpoint.pointers import refuse_pointer
+from erniequant.checkpoint.strict_json import is_plain_file_name, parse_json
 from erniequant.errors import ErnieQuantError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 WORK_FOLDER = ".erniequant-work"
 """Where `erniequant.resume` keeps an unfinished run, inside its destination."""
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pdparams")
 _LENGTH_BYTES = 8
 # The safetensors library refuses longer headers; a damaged length would ask for gigabytes.
 _MAX_HEADER_BYTES = 100_000_000
-_MAX_JSON_BYTES = 100_000_000
 # Beyond these torch cannot make a tensor, even an empty one.
 _MAX_DIMENSIONS, _MAX_ELEMENTS = 64, 2**62
 _MAX_NAME = 1000
@@ -81,7 +82,7 @@ class Checkpoint:
 
     Attributes:
         folder: where it is.
-        config: contents of config.json.
+        config: contents of config.json, as `config.plain_settings` leaves them.
         headers: every tensor by name, in file order.
         shards: names of the files that hold tensors.
     """
@@ -223,7 +224,9 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         raise ErnieQuantError(
             f"{folder} holds an unfinished quantisation; repeat its command to complete it"
         )
-    config = read_json(folder / CONFIG_FILE)
+    if not (folder / CONFIG_FILE).exists():
+        refuse_adapter_alone(folder)
+    config = read_config(folder)
     index = folder / INDEX_FILE
     single = (folder / SINGLE_FILE).is_file()
     remote = {} if hub is None else _remote_headers(hub, index, single)
@@ -232,6 +235,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if single or SINGLE_FILE in remote:
         headers = read_header(folder / SINGLE_FILE) if single else remote[SINGLE_FILE]
         return Checkpoint(folder, config, headers, hub)
+    refuse_adapter_alone(folder)
     pickles = sorted(p.name for pattern in PICKLE_PATTERNS for p in folder.glob(pattern))
     if pickles:
         raise ErnieQuantError(
@@ -306,8 +310,10 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     """Tensors of one safetensors file, which cover its data without gaps or overlaps.
 
     Raises:
-        ErnieQuantError: not a safetensors file, or shorter or longer than its header promises.
+        ErnieQuantError: not a safetensors file, a Git LFS pointer, or shorter or longer than its
+            header promises.
     """
+    refuse_pointer(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -388,19 +394,3 @@ def _require_contiguous(path: Path, entries: dict[str, Any], available: int) -> 
         raise ErnieQuantError(
             f"{path} is damaged: {available - covered} bytes after the last tensor belong to none"
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ErnieQuantError if it is missing or damaged."""
-    try:
-        contents = parse_json(read_bounded(path, _MAX_JSON_BYTES))
-    except FileNotFoundError as error:
-        raise ErnieQuantError(
-            f"{path.parent} has no {path.name}; it is not a checkpoint"
-        ) from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ErnieQuantError(f"{path} cannot be read: {reason}") from error
-    if not isinstance(contents, dict):
-        raise ErnieQuantError(f"{path} does not hold a JSON object")
-    return contents

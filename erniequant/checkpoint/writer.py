@@ -5,9 +5,7 @@ therefore sees either no checkpoint or a whole one.
 """
 
 import os
-import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -15,17 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from erniequant.checkpoint.files import disk_error, sha256_of, write_file, write_json
+from erniequant.checkpoint.files import disk_error, sha256_of, write_json
 from erniequant.checkpoint.layout import shard_name
-from erniequant.checkpoint.reader import CONFIG_FILE, INDEX_FILE
+from erniequant.checkpoint.reader import INDEX_FILE
 from erniequant.errors import ErnieQuantError
 
 MAX_SHARD_BYTES = 2_000_000_000
 """Default bound of a shard; also the memory that the writer holds."""
-
-_COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
-_NOT_COPIED = {CONFIG_FILE, INDEX_FILE, "quantization_report.json"}
-_COPIED_FOLDERS = ("additional_chat_templates",)
 
 
 @dataclass(frozen=True)
@@ -126,42 +120,6 @@ def require_new_folder(folder: Path) -> None:
         raise ErnieQuantError(f"cannot make the folder {folder}: {error.strerror}") from error
     if used:
         raise ErnieQuantError(f"{folder} is not empty; give a new folder")
-
-
-def companion_files(source: Path) -> list[Path]:
-    """Tokenizer, generation, processor and licence files of a checkpoint.
-
-    Not among them: weights, config.json, the index, and a report about other weights.
-    """
-    found = []
-    for path in sorted(source.iterdir()):
-        wanted = path.suffix in _COPIED_SUFFIXES and not path.name.endswith(".index.json")
-        wanted = wanted and path.name not in _NOT_COPIED
-        wanted = wanted or path.name.startswith(("LICENSE", "NOTICE"))
-        if path.is_file() and wanted:
-            found.append(path)
-        elif path.is_dir() and path.name in _COPIED_FOLDERS:
-            found += sorted(p for p in path.iterdir() if p.is_file())
-    return found
-
-
-def copy_companions(source: Path, destination: Path) -> list[str]:
-    """Copy `companion_files` unchanged; returns their names."""
-    copied = companion_files(source)
-    for path in copied:
-        copy_companion(path, source, destination)
-    return [str(path.relative_to(source)) for path in copied]
-
-
-def copy_companion(path: Path, source: Path, destination: Path) -> None:
-    """Copy one of the `companion_files` of ``source`` unchanged to the same place."""
-    target = destination / path.relative_to(source)
-    try:
-        target.parent.mkdir(exist_ok=True)
-        with path.open("rb") as original:
-            write_file(target, partial(shutil.copyfileobj, original))
-    except OSError as error:
-        raise disk_error(target, error) from error
 
 
 def _sync_and_hash(path: Path) -> str:

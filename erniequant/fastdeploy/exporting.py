@@ -4,15 +4,18 @@ from pathlib import Path
 
 import torch
 
+from erniequant.checkpoint.adapters import require_no_adapter
 from erniequant.checkpoint.files import write_json
-from erniequant.checkpoint.reader import CONFIG_FILE, Checkpoint, open_checkpoint
+from erniequant.checkpoint.folder import left_behind, require_apart
+from erniequant.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint, open_checkpoint
 from erniequant.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
-from erniequant.companions import write_companions
+from erniequant.companions import require_readable_companions, write_companions
 from erniequant.errors import ErnieQuantError
 from erniequant.exporting import DTYPES, ExportReport
 from erniequant.fastdeploy.config import K_ORDERS, plain_config
 from erniequant.fastdeploy.names import Matrix
 from erniequant.fastdeploy.reader import FastDeployCheckpoint, open_fastdeploy
+from erniequant.format.inspect import REPORT_FILE
 from erniequant.format.report import file_states
 
 _LIKE = 0.5
@@ -44,6 +47,9 @@ def export_bf16(
     if to not in DTYPES:
         raise ErnieQuantError(f"cannot export to {to!r}; use {' or '.join(DTYPES)}")
     source = open_fastdeploy(src, k_order)
+    require_no_adapter(source.folder)
+    require_apart(source.folder, Path(dst).expanduser())
+    require_readable_companions(source.folder)
     if source.k_order is None and reference is not None:
         source.k_order = detect_k_order(source, open_checkpoint(reference))
     for file, state in file_states(source.folder).items():
@@ -63,7 +69,8 @@ def export_bf16(
         write_companions(source.folder, writer.folder)
         config = plain_config(source.config, str(dtype).removeprefix("torch."))
         write_json(writer.folder / CONFIG_FILE, config)
-    return ExportReport(str(dst), to, written.tensors, written.total_bytes, written.sha256)
+    left = left_behind(source.folder, {INDEX_FILE, REPORT_FILE, *source.files()})
+    return ExportReport(str(dst), to, written.tensors, written.total_bytes, written.sha256, left)
 
 
 def detect_k_order(source: FastDeployCheckpoint, original: Checkpoint) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from erniequant.fastdeploy.names import Matrix, Part, Plain
 from erniequant.fastdeploy.reader import FastDeployCheckpoint, open_fastdeploy
-from erniequant.format.inspect import ModelSummary, TensorSummary, provenance
+from erniequant.format.inspect import ModelSummary, TensorSummary, folder_notes, provenance
 
 
 def inspect_fastdeploy(source: str | Path) -> ModelSummary:
@@ -42,6 +42,7 @@ def inspect_fastdeploy(source: str | Path) -> ModelSummary:
         total_bytes=sum(tensor.n_bytes for tensor in tensors),
         provenance=provenance(opened.folder),
         tensors=tensors,
+        notes=folder_notes(opened.folder),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from erniequant.ccq import decode_wint2
+from erniequant.checkpoint.adapters import require_no_adapter
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError, foreign_errors
 from erniequant.fastdeploy.exporting import detect_k_order
@@ -41,6 +42,7 @@ def load_fastdeploy(
     from erniequant.runtime.fastdeploy_quantizer import FastDeployQuantizer
 
     opened = open_fastdeploy(source, k_order)
+    require_no_adapter(opened.folder)
     if opened.k_order is None and reference is not None:
         opened.k_order = detect_k_order(opened, open_checkpoint(reference))
     for rank in opened.ranks:

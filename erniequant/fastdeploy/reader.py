@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from erniequant.checkpoint.config import read_config
 from erniequant.checkpoint.reader import (
-    CONFIG_FILE,
     INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
     TensorHeader,
     open_checkpoint,
     read_header,
-    read_json,
     read_sharded,
 )
 from erniequant.errors import ErnieQuantError, foreign_errors
@@ -70,6 +69,12 @@ class FastDeployCheckpoint:
             for name in (part.source,) if isinstance(part, Plain) else part.sources:
                 self.parts[name] = part
         self._decoded: dict[str, torch.Tensor] = {}
+
+    def files(self) -> set[str]:
+        """Names in `folder` of what holds the weights: shards, or the folders of ranks."""
+        if len(self.ranks) > 1:
+            return {rank.folder.name for rank in self.ranks}
+        return set(self.ranks[0].shards)
 
     def names(self) -> list[str]:
         """Names of the original's tensors."""
@@ -209,7 +214,7 @@ def _open_ranks(folder: Path) -> tuple[Checkpoint, ...]:
         raise ErnieQuantError(
             f"{folder} has both rank folders and weights of its own; remove one or the other"
         )
-    config = read_json(folder / CONFIG_FILE)
+    config = read_config(folder)
     return tuple(
         Checkpoint(found[rank], config, _rank_headers(found[rank])) for rank in sorted(found)
     )

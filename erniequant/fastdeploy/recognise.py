@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from erniequant.checkpoint.reader import CONFIG_FILE, read_json
+from erniequant.checkpoint.config import CONFIG_FILE, read_json
 
 
 def is_fastdeploy_wint2(config: Mapping[str, Any]) -> bool:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 
+from erniequant.checkpoint.adapters import require_no_adapter
 from erniequant.checkpoint.files import write_json
+from erniequant.checkpoint.folder import require_apart
 from erniequant.checkpoint.reader import CONFIG_FILE
-from erniequant.companions import write_companions
+from erniequant.companions import require_readable_companions, write_companions
 from erniequant.errors import ErnieQuantError
 from erniequant.fastdeploy.config import fastdeploy_config
 from erniequant.fastdeploy.convert import encoded_to_rank, plain_to_rank
@@ -30,6 +32,9 @@ def relayout(
             or the disk refuses.
     """
     source = open_fastdeploy(src, k_order)
+    require_no_adapter(source.folder)
+    require_apart(source.folder, Path(dst))
+    require_readable_companions(source.folder)
     if len(source.ranks) > 1:
         raise ErnieQuantError(
             f"{src} is cut for {len(source.ranks)} ranks already; give the one that is not cut"

@@ -10,7 +10,7 @@ from erniequant.errors import ErnieQuantError
 from erniequant.fastdeploy.exporting import detect_k_order
 from erniequant.fastdeploy.reader import check_folder, open_fastdeploy
 from erniequant.format.report import file_states
-from erniequant.format.verify import VerifyReport, matrix_error
+from erniequant.format.verify import VerifyReport, folder_problems, matrix_error
 
 
 def verify_fastdeploy(source: str | Path, reference: str | Path | None = None) -> VerifyReport:
@@ -24,6 +24,7 @@ def verify_fastdeploy(source: str | Path, reference: str | Path | None = None) -
     original = None if reference is None else open_checkpoint(reference)
     if opened.k_order is None and original is not None:
         opened.k_order = detect_k_order(opened, original)
+    problems += folder_problems(opened.folder)
     checksums = file_states(opened.folder)
     problems += [
         f"file {name} is missing or was changed" for name, s in checksums.items() if s != "ok"

@@ -5,9 +5,11 @@ A wrong number would otherwise cost memory without bound, or give a model that r
 transformers fills what is missing with random numbers and only warns of what is left over.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from erniequant.checkpoint.config import QUANTIZED_BY
 from erniequant.checkpoint.reader import TensorHeader
 from erniequant.errors import ErnieQuantError
 from erniequant.format.schema import experts_module, is_dense_key, layer_key_of
@@ -22,6 +24,10 @@ _SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "moe_num_
 _MAX_INTERMEDIATE = 2**20
 # Not run by transformers, which leaves them out, and so need not be there.
 _NOT_RUN = "mtp"
+_FUSED = re.compile(
+    r"(model\.)?(language_model\.)?layers\.\d+\.mlp\.((text|vision)_moe\.)?experts\."
+    r"(gate_up_proj|down_proj)(\.weight)?"
+)
 
 
 def require_bounded(settings: dict[str, Any], headers: Mapping[str, TensorHeader]) -> None:
@@ -83,7 +89,7 @@ def misfits(
     Raises:
         ErnieQuantError: what `require_bounded` refuses, or sizes that make no model.
     """
-    plain = {k: v for k, v in settings.items() if k != "quantization_config"}
+    plain = {k: v for k, v in settings.items() if k not in QUANTIZED_BY}
     yield from tensor_misfits(bounded_architecture(plain, headers), headers, packed)
 
 
@@ -95,6 +101,11 @@ def tensor_misfits(
     if embedding is None:
         yield "tensor model.embed_tokens.weight is missing from the checkpoint"
         return
+    if model.images is not None:
+        # Their other tensors have other names as well.
+        for line in fused_experts(headers, model):
+            yield line
+            return
     # A headless model is saved without "model."
     prefix = embedding.removesuffix("embed_tokens.weight")
     required, optional = _expected(model, prefix, headers, packed)
@@ -116,6 +127,27 @@ def not_part_of(name: str, model: Architecture) -> str:
         f"tensor {name} is not part of an {model.description} as config.json describes it; "
         "check that config.json and weights belong together"
     )
+
+
+def fused_experts(
+    headers: Mapping[str, TensorHeader], model: Architecture, source: str = "SRC"
+) -> Iterator[str]:
+    """The line for the first tensor that holds all experts of a layer, if there is one.
+
+    transformers writes such names again for a model that it loaded with them, unless it is made to
+    forget how it loaded it.
+    """
+    for name, header in headers.items():
+        # The guard of quantised layers has such a name too, and one dimension.
+        if len(header.shape) == 3 and _FUSED.fullmatch(name):
+            auto = "AutoModelForCausalLM" if model.images is None else "AutoModelForImageTextToText"
+            yield (
+                f"tensor {name} holds all experts of a layer in one; make a checkpoint with one "
+                f'tensor per expert: python -c "from transformers import {auto} as A; m = '
+                f"A.from_pretrained('{source}'); m._weight_conversions = None; "
+                "m.save_pretrained('NEW')\", then copy the tokenizer files to NEW and give NEW"
+            )
+            return
 
 
 def _misfit(header: TensorHeader, shape: tuple[int, ...]) -> Iterator[str]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from erniequant.checkpoint.adapters import adapter_problem
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from erniequant.format.headers import (
     QuantizedExperts,
@@ -47,7 +48,8 @@ class ModelSummary:
     """A checkpoint at a glance. Bits per weight count every stored byte, scales and signs included.
 
     ``codes`` counts layers by description of their code; ``expert_weights`` are routed experts,
-    in a dense model the MLPs, whether quantised or not.
+    in a dense model the MLPs, whether quantised or not. ``notes`` tell of what else in the folder
+    keeps it from being loaded as it is.
     """
 
     folder: str
@@ -62,6 +64,7 @@ class ModelSummary:
     total_bytes: int
     provenance: dict[str, Any]
     tensors: tuple[TensorSummary, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def expert_bits_per_weight(self) -> float:
@@ -124,6 +127,7 @@ def inspect(source: str | Path) -> ModelSummary:
         total_bytes=checkpoint.total_bytes,
         provenance=provenance(checkpoint.folder),
         tensors=tensors,
+        notes=folder_notes(checkpoint.folder),
     )
 
 
@@ -159,6 +163,12 @@ def _natural(name: str) -> list[tuple[int, str]]:
         (int(part), "") if part.isascii() and part.isdigit() else (0, part)
         for part in name.split(".")
     ]
+
+
+def folder_notes(folder: Path) -> tuple[str, ...]:
+    """A line for everything beside the weights that `erniequant.load` refuses."""
+    problem = adapter_problem(folder)
+    return () if problem is None else (problem,)
 
 
 def provenance(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from erniequant.checkpoint.adapters import adapter_problem
+from erniequant.checkpoint.folder import require_whole_companions
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
+from erniequant.errors import ErnieQuantError
 from erniequant.format.decoding import expert_matrices
 from erniequant.format.fit import misfits
 from erniequant.format.headers import QuantizedExperts, check_headers, kept_names
@@ -70,6 +73,7 @@ def verify(model_dir: str | Path, reference: str | Path | None = None) -> Verify
     problems = list(check.problems)
     quantized = {layer.key for layer in check.layers}
     problems += misfits(checkpoint.config, checkpoint.headers, quantized)
+    problems += folder_problems(checkpoint.folder)
     checksums = file_states(checkpoint.folder)
     problems += report_problems(checkpoint, check, checksums)
     for name in kept_names(checkpoint, check.layers):
@@ -103,6 +107,18 @@ def verify(model_dir: str | Path, reference: str | Path | None = None) -> Verify
         str(checkpoint.folder), tuple(problems), len(checkpoint.headers), decoded, checksums,
         tuple(entry for entry in errors if entry is not None),
     )  # fmt: skip
+
+
+def folder_problems(folder: Path) -> Iterator[str]:
+    """What keeps a checkpoint from being used that is not in its weights: an adapter, and files
+    that are only seemingly there."""
+    problem = adapter_problem(folder)
+    if problem is not None:
+        yield problem
+    try:
+        require_whole_companions(folder)
+    except ErnieQuantError as error:
+        yield str(error)
 
 
 def _sign_problems(checkpoint: Checkpoint, layer: QuantizedExperts) -> Iterator[str]:

@@ -13,8 +13,8 @@ import torch
 
 from erniequant.calibration.texts import CalibrationConfig, CalibrationWindows
 from erniequant.checkpoint.files import sha256_of
+from erniequant.checkpoint.folder import companion_files
 from erniequant.checkpoint.reader import CONFIG_FILE, Checkpoint
-from erniequant.checkpoint.writer import companion_files
 from erniequant.quantization.plan import Plan
 
 _PACKAGES = ("torch", "transformers", "numba", "numpy")

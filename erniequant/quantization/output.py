@@ -21,6 +21,7 @@ from erniequant.format.schema import (
     guard_tensor,
 )
 from erniequant.models.architecture import Architecture, ExpertGroup
+from erniequant.models.registry import with_stock_class
 from erniequant.models.vl_config import in_terms_of_transformers
 from erniequant.quantization.matrix import MatrixQuantizer, Rotation, TrellisQuantizer
 from erniequant.quantization.plan import Plan, packed_prefix
@@ -130,7 +131,7 @@ class NativeOutput(OutputFormat):
             for index in self._sizes.moe_layers
             for group in self._sizes.groups
         }
-        settings = dict(in_terms_of_transformers(self._checkpoint.config))
+        settings = dict(with_stock_class(in_terms_of_transformers(self._checkpoint.config)))
         settings["quantization_config"] = QuantizationMetadata(layers, PRODUCER).to_dict()
         return settings
 

@@ -18,7 +18,9 @@ import torch
 from erniequant.calibration.texts import (
     CalibrationConfig,
 )
+from erniequant.checkpoint.adapters import require_no_adapter
 from erniequant.checkpoint.files import disk_error, write_json
+from erniequant.checkpoint.folder import describe_left_behind, left_behind, require_apart
 from erniequant.checkpoint.layout import index_of
 from erniequant.checkpoint.reader import (
     CONFIG_FILE,
@@ -133,8 +135,11 @@ def quantize(
     calibration = CalibrationConfig(source, calib_samples, calib_length, chat_template, seed)
     target = resolve_device(device)
     checkpoint = open_checkpoint(src)
+    require_no_adapter(checkpoint.folder)
+    require_apart(checkpoint.folder, Path(dst).expanduser())
     model = bounded_architecture(checkpoint.config, checkpoint.headers)
     output, plan = _output(checkpoint, model, options)
+    vocabulary = require_companions(checkpoint.folder)
     threads = threads or os.cpu_count() or 1
     images = 0 if no_calib or model.images is None else image_documents(calib, calibration)
     tokens, length, patches = (0, 2, 0) if no_calib else amounts(calib, calibration, model, images)
@@ -144,11 +149,20 @@ def quantize(
     plan_text = describe(plan, memory, predicted, checkpoint.absent_bytes)
     if model.images is not None and not no_calib:
         plan_text += f"\n{image_note(calib, calibration, images)}"
+    if vocabulary > model.sizes.vocabulary:
+        plan_text += (
+            f"\nthe tokenizer has {vocabulary} tokens, the model {model.sizes.vocabulary}: "
+            "text with any of the others cannot be run"
+        )
+    left = left_behind(checkpoint.folder, {INDEX_FILE, *checkpoint.shards})
+    if left:
+        plan_text += f"\n{describe_left_behind(left)}"
     watch.plan(plan_text)
     if dry_run:
-        return QuantizationReport(plan, plan_text, None, (), predicted, None, {}, dry_run=True)
+        return QuantizationReport(
+            plan, plan_text, None, (), predicted, None, {}, dry_run=True, left_behind=left
+        )
 
-    require_companions(checkpoint.folder)
     windows = None if no_calib else read_windows(checkpoint, model, calib, calibration, watch)
     identity = run_identity(checkpoint, plan, calibration, windows, target)
     destination = Path(dst).expanduser()
@@ -193,6 +207,7 @@ def quantize(
             {event["file"]: event["sha256"] for event in work.journal.of("shard")},
             sessions=len(work.journal.of("session")),
             layer_seconds=tuple(work.journal.seconds_of("layer")),
+            left_behind=left,
         )
         _complete(checkpoint, output, shards, report)
         work.remove()

@@ -15,7 +15,7 @@ from erniequant.checkpoint.layout import OutputTensor
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.codes import EFFORTS, code_for_bits, register_length
 from erniequant.errors import ErnieQuantError
-from erniequant.format.fit import not_part_of, tensor_misfits
+from erniequant.format.fit import fused_experts, not_part_of, tensor_misfits
 from erniequant.format.schema import (
     LayerSpec,
     MatrixSpec,
@@ -35,10 +35,6 @@ FORMATS = (NATIVE, FASTDEPLOY)
 _MTP = re.compile(r"model\.mtp_.+")
 # A tied head may be stored although it repeats the embedding.
 _HEAD = "lm_head.weight"
-_FUSED = re.compile(
-    r"model\.(language_model\.)?layers\.\d+\.mlp\.((text|vision)_moe\.)?experts\."
-    r"(gate_up_proj|down_proj)"
-)
 
 
 @dataclass(frozen=True)
@@ -147,9 +143,11 @@ def make_plan(checkpoint: Checkpoint, model: Architecture, options: QuantizeOpti
         )
     expert_names = set(quantized)
     known = {*expert_names, *model.required(), _HEAD}
+    for line in fused_experts(checkpoint.headers, model, str(checkpoint.folder)):
+        raise ErnieQuantError(line)
     for name in checkpoint.names():
         if name not in known and not _MTP.fullmatch(name):
-            raise _unknown(name, model)
+            raise ErnieQuantError(not_part_of(name, model))
     for line in tensor_misfits(model, checkpoint.headers):
         raise ErnieQuantError(line)
     copied = tuple(name for name in checkpoint.names() if name not in expert_names)
@@ -194,15 +192,6 @@ def packed_tensors(
 def packed_prefix(layer_key: str) -> str:
     """What the names of a quantised layer's tensors begin with."""
     return f"model.{experts_module(layer_key)}."
-
-
-def _unknown(name: str, model: Architecture) -> ErnieQuantError:
-    if _FUSED.fullmatch(name):
-        return ErnieQuantError(
-            f"tensor {name} holds all experts of a layer in one; save the checkpoint with one "
-            "tensor per expert (transformers: save_pretrained(..., save_original_format=True))"
-        )
-    return ErnieQuantError(not_part_of(name, model))
 
 
 def layer_spec(hidden: int, group: ExpertGroup, options: QuantizeOptions) -> LayerSpec:

@@ -95,7 +95,7 @@ class QuantizationReport:
 
     ``measured`` has what ``predicted`` predicts, None after a dry run; ``sessions`` counts how
     often the run was begun or continued; ``layer_seconds`` are the times worked when each layer
-    was finished.
+    was finished. ``left_behind`` names what is in the source's folder and not in the result.
     """
 
     plan: Plan
@@ -108,6 +108,7 @@ class QuantizationReport:
     sessions: int = 1
     layer_seconds: tuple[float, ...] = ()
     dry_run: bool = False
+    left_behind: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -159,6 +160,7 @@ class QuantizationReport:
             },
             "bytes": {"before": plan.source_bytes, "after": plan.output_bytes},
             "calibration": asdict(self.calibration) if self.calibration else None,
+            "left_behind": list(self.left_behind),
             "mtp_tensors": list(plan.mtp),
             "seconds": self.seconds,
             "sessions": self.sessions,

@@ -19,12 +19,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from erniequant.checkpoint.config import read_config
 from erniequant.checkpoint.reader import (
     CONFIG_FILE,
     Checkpoint,
     TensorHeader,
     read_header,
-    read_json,
 )
 from erniequant.errors import ErnieQuantError
 from erniequant.format.headers import expert_sizes, require_sound
@@ -217,7 +217,7 @@ def _require_sound(files: Sequence[str]) -> None:
     headers: dict[str, TensorHeader] = {}
     for file in files:
         headers |= read_header(Path(file))
-    checkpoint = Checkpoint(folder, read_json(folder / CONFIG_FILE), headers)
+    checkpoint = Checkpoint(folder, read_config(folder), headers)
     check = require_sound(checkpoint)
     require_fit(checkpoint.config, headers, {layer.key for layer in check.layers})
 

@@ -6,6 +6,7 @@ The processor is transformers' own for these models; the one that needs torchvis
 from pathlib import Path
 from typing import Any
 
+from erniequant.checkpoint.pointers import refuse_pointer
 from erniequant.checkpoint.reader import read_json
 from erniequant.errors import ErnieQuantError, foreign_errors
 from erniequant.inputs import Picture
@@ -38,6 +39,8 @@ class PictureReader:
         name = source if isinstance(source, Path) else "an image of the data set"
         if isinstance(source, Path) and not source.is_file():
             raise ErnieQuantError(f"there is no image {source}; check the path")
+        if isinstance(source, Path):
+            refuse_pointer(source)
         with foreign_errors(f"cannot read the image {name}"):
             with Image.open(source) if isinstance(source, Path) else source as opened:
                 upright = ImageOps.exif_transpose(opened).convert("RGB")

@@ -35,8 +35,8 @@ class Hub:
         assert name == NAME
         self.asked.append("small files")
         for pattern in allow_patterns:
-            assert not any(word in pattern for word in ("safetensors", "bin", "pt"))
             for path in self.repository.glob(pattern):
+                assert path.suffix not in (".safetensors", ".bin", ".pt")
                 shutil.copy(path, self.cache)
         return str(self.cache)
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from erniequant.checkpoint.files import write_json
 from erniequant.checkpoint.reader import INDEX_FILE, open_checkpoint
-from erniequant.checkpoint.writer import CheckpointWriter, copy_companions
+from erniequant.checkpoint.writer import CheckpointWriter
 from erniequant.errors import ErnieQuantError
 
 
@@ -95,18 +95,3 @@ def test_nothing_that_looks_complete_after_an_error(tmp_path: Path) -> None:
         assert list(folder.iterdir()) != []
         w.add("a", torch.zeros(10))
     assert list(folder.iterdir()) == []
-
-
-def test_companions(tmp_path: Path) -> None:
-    source, target = tmp_path / "s", tmp_path / "t"
-    (source / "additional_chat_templates").mkdir(parents=True)
-    (source / "additional_chat_templates" / "tool.jinja").write_text("t")
-    target.mkdir()
-    copied = ["LICENSE", "generation_config.json", "tokenizer.json", "tokenizer.model"]
-    skipped = ["README.md", "config.json", "model.safetensors", "model.safetensors.index.json",
-               "pytorch_model.bin", "quantization_report.json"]  # fmt: skip
-    for name in copied + skipped:
-        (source / name).write_text(name)
-    copy_companions(source, target)
-    assert {p.name for p in target.iterdir()} == {*copied, "additional_chat_templates"}
-    assert (target / "additional_chat_templates" / "tool.jinja").read_text() == "t"

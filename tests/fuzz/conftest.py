@@ -15,7 +15,7 @@ from harness import Bases  # noqa: E402
 import erniequant  # noqa: E402
 from erniequant.checkpoint import CheckpointWriter, open_checkpoint  # noqa: E402
 from erniequant.checkpoint.files import write_json  # noqa: E402
-from erniequant.checkpoint.writer import copy_companions  # noqa: E402
+from erniequant.companions import write_companions  # noqa: E402
 from erniequant.tokenizers import load_tokenizer  # noqa: E402
 from tests.micro_vl import as_baidu_releases_it  # noqa: E402
 
@@ -34,7 +34,7 @@ def resharded(source: Path, target: Path, max_bytes: int) -> Path:
         for name in checkpoint.names():
             writer.add(name, checkpoint.tensor(name))
         written = writer.finish()
-    copy_companions(source, target)
+    write_companions(source, target)
     shutil.copy(source / "config.json", target)
     report = source / "quantization_report.json"
     if report.is_file():

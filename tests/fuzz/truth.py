@@ -33,7 +33,8 @@ FREE = {
 }  # fmt: skip
 OPTIONAL = ("mtp", "e_score_correction_bias", "lm_head.weight")
 FLOATS = {"BF16", "F16", "F32", "F64"}
-WEIGHTS_FILES = ("config.json", "model.safetensors.index.json", "quantization_report.json")
+WEIGHTS_FILES = ("config.json", "model.safetensors.index.json", "quantization_report.json",
+                 "adapter_config.json")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def wrong(target: str, before: Facts, after: Facts, result: Any, pristine: Any) 
 
 def untouched(target: str, before: Facts, after: Facts) -> bool:
     """Whether nothing changed that the target reads: then it must succeed."""
-    if target == "load":
+    # Tokenizers are loaded, and where files are copied, these are looked at.
+    if target in ("load", "dry_run", "verify", "export"):
         return before.files == after.files
     relevant = {
         name
@@ -161,9 +163,23 @@ def _export(before: Facts, after: Facts, result: Any, pristine: Any) -> str | No
     if _witnessed(before, after) and result.tensors != pristine.tensors:
         return "exported other weights"
     plain = {k: v for k, v in result.config.items() if k != "dtype"}
-    wanted = {k: v for k, v in after.config.items() if k not in
-              ("dtype", "torch_dtype", "quantization_config")}  # fmt: skip
+    wanted = _without_code({k: v for k, v in after.config.items() if k not in
+              ("dtype", "torch_dtype", "quantization_config")})  # fmt: skip
+    stock = before.config.get("architectures")
+    if "architectures" in wanted and plain.get("architectures") == stock:
+        # In place of classes that transformers does not know.
+        wanted["architectures"] = stock
     return None if json.dumps(plain) == json.dumps(wanted) else "exported another config.json"
+
+
+def _without_code(value: Any) -> Any:
+    """Without what names code, or says in null or {} that nothing is quantised."""
+    if isinstance(value, dict):
+        gone = ("auto_map", "custom_pipelines")
+        nothing = ("quantization_config", "compression_config")
+        return {k: _without_code(v) for k, v in value.items()
+                if k not in gone and not (k in nothing and v in (None, {}))}  # fmt: skip
+    return [_without_code(v) for v in value] if isinstance(value, list) else value
 
 
 def _shown(headers: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_layers_with_experts_follow_interval_and_range() -> None:
     ("change", "message"),
     [
         ({"model_type": "llama"}, "'llama'; supported: ernie4_5_moe"),
-        ({"quantization_config": {}}, "already quantised"),
+        ({"quantization_config": {"bits": 4}}, "already quantised"),
         ({"hidden_act": "geluu"}, "hidden_act 'geluu'; unknown"),
         ({"moe_layer_interval": 0}, "moe_layer_interval 0; expected a positive integer"),
         ({"hidden_size": "big"}, "not a valid ernie4_5_moe config"),

@@ -94,7 +94,7 @@ MATRIX = "model.layers.2.mlp.experts.5.up_proj.weight"
         ),
         (
             lambda t: t.update({"model.layers.1.mlp.experts.gate_up_proj": torch.ones(8, 128, 96)}),
-            "save_original_format=True",
+            "experts.gate_up_proj holds all experts of a layer in one",
         ),
         (lambda t: t.update({"model.layers.0.extra": torch.ones(1)}), "layers.0.extra is not part"),
     ],

@@ -183,10 +183,10 @@ def test_merge_into_what_is_not_packed(family: str, packed: Path, tmp_path: Path
     expected = logits(model, family)
     merged = model.merge_and_unload()
     assert (logits(merged, family) - expected).norm() < 1e-5 * expected.norm()
-    merged.save_pretrained(tmp_path)
-    again, _ = erniequant.load(tmp_path, device="cpu")
+    merged.save_pretrained(tmp_path / "merged")
+    again, _ = erniequant.load(tmp_path / "merged", device="cpu")
     assert (logits(again, family) - expected).norm() < 1e-5 * expected.norm()
-    erniequant.export(tmp_path, tmp_path / "plain", "fp32")
+    erniequant.export(tmp_path / "merged", tmp_path / "plain", "fp32")
     plain = from_pretrained(tmp_path / "plain")
     assert (logits(plain, family) - expected).norm() < 1e-5 * expected.norm()
 

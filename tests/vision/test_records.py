@@ -13,6 +13,7 @@ from erniequant.models.images import ImageSettings, image_settings
 from erniequant.tokenizers import load_tokenizer
 from erniequant.vision.pictures import PictureReader
 from erniequant.vision.records import ImageTextReader, has_images, read_records
+from tests.foreign import POINTER
 from tests.micro_vl import write_image
 
 START, PICTURE, END = 97, 96, 98
@@ -212,6 +213,12 @@ def test_a_file_without_settings_is_refused(settings: ImageSettings, tmp_path: P
     (tmp_path / "preprocessor_config.json").write_text('{"size": 3}')
     with pytest.raises(ErnieQuantError, match="no settings of an image processor"):
         PictureReader(settings, tmp_path)
+
+
+def test_a_pointer_in_place_of_an_image_is_named(settings: ImageSettings, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(POINTER)
+    with pytest.raises(ErnieQuantError, match=r"a\.png is a Git LFS pointer.*git lfs pull"):
+        PictureReader(settings, tmp_path).read(tmp_path / "a.png")
 
 
 def test_pictures_turn_upright_and_lose_their_alpha(
