@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from erniequant.progress import NULL_PROGRESS, NullProgress
+from erniequant_cli.terminal import is_drawable, note, printable, say
 
 # In a log, one line a minute shows that the work is alive without burying what matters.
 SECONDS_BETWEEN_LOG_LINES = 60.0
@@ -28,9 +29,9 @@ class TerminalProgress:
     """The bar: what is under way, units done, elapsed time and time left."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -41,7 +42,7 @@ class TerminalProgress:
         self._task: TaskID | None = None
 
     def plan(self, text: str) -> None:
-        print(text, flush=True)
+        say(text)
 
     def start(self, total_units: int) -> None:
         self._task = self._bar.add_task("starting", total=total_units or None)
@@ -49,10 +50,10 @@ class TerminalProgress:
 
     def advance(self, units: int, label: str) -> None:
         if self._task is not None:
-            self._bar.update(self._task, advance=units, description=label)
+            self._bar.update(self._task, advance=units, description=printable(label))
 
     def message(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), soft_wrap=True)
 
     def finish(self) -> None:
         self._bar.stop()
@@ -66,7 +67,7 @@ class LogProgress:
         self._started = self._last = time.monotonic()
 
     def plan(self, text: str) -> None:
-        print(text, flush=True)
+        say(text)
 
     def start(self, total_units: int) -> None:
         self._total, self._done = total_units, 0
@@ -78,20 +79,16 @@ class LogProgress:
         if now - self._last >= SECONDS_BETWEEN_LOG_LINES:
             self._last = now
             left = (now - self._started) / max(self._done, 1) * max(self._total - self._done, 0)
-            _say(f"{label}: {self._done}/{self._total or '?'}, about {left / 60:.0f} min left")
+            note(f"{label}: {self._done}/{self._total or '?'}, about {left / 60:.0f} min left")
 
     def message(self, text: str) -> None:
-        _say(text)
+        note(text)
 
     def finish(self) -> None: ...
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def make_progress(quiet: bool) -> TerminalProgress | LogProgress | NullProgress:
     """The observer that fits the output."""
     if quiet:
         return NULL_PROGRESS
-    return TerminalProgress() if sys.stderr.isatty() else LogProgress()
+    return TerminalProgress() if is_drawable(sys.stderr) else LogProgress()

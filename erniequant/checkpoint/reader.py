@@ -17,6 +17,7 @@ import torch
 from erniequant.checkpoint.hub import HubRepository
 from erniequant.checkpoint.strict_json import is_plain_file_name, parse_json, read_bounded
 from erniequant.errors import ErnieQuantError
+from erniequant.paths import expanded
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -199,7 +200,7 @@ def _local_folder(source: str | Path) -> Path | None:
     Raises:
         ErnieQuantError: it is neither.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -15,6 +15,7 @@ from erniequant.fastdeploy.names import Part, Plain
 from erniequant.fastdeploy.reader import open_fastdeploy
 from erniequant.fastdeploy.sizes import fastdeploy_model, text_moe
 from erniequant.fastdeploy.writer import WrittenFastDeploy, write_parts, written
+from erniequant.paths import expanded
 
 
 def relayout(
@@ -54,7 +55,7 @@ def relayout(
             cut = encoded_to_rank(part, encoded, rank, tensor_parallel)
             yield {f"{part.prefix}.{suffix}": tensor for suffix, tensor in cut.items()}
 
-    folder = Path(dst)
+    folder = expanded(dst)
     digests = write_parts(folder, model, source.k_order, tensors)
     write_companions(source.folder, folder)
     config = fastdeploy_config(source.config, architecture, model, source.k_order)

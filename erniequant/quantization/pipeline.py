@@ -34,7 +34,8 @@ from erniequant.devices import resolve_device, return_freed_memory
 from erniequant.errors import ErnieQuantError
 from erniequant.format.fit import bounded_architecture
 from erniequant.models.architecture import Architecture
-from erniequant.progress import NULL_PROGRESS, Progress
+from erniequant.paths import expanded
+from erniequant.progress import Progress, observed
 from erniequant.quantization.calibrate import (
     amounts,
     calibration_report,
@@ -127,7 +128,7 @@ def quantize(
     Raises:
         ErnieQuantError: anything wrong with the source, the options or the destination.
     """
-    watch = progress or NULL_PROGRESS
+    watch = observed(progress)
     options = QuantizeOptions(bits, effort, max_tp, seed, format, k_order, w4_layers)
     source = calib if isinstance(calib, str) else "batches"
     calibration = CalibrationConfig(source, calib_samples, calib_length, chat_template, seed)
@@ -151,7 +152,7 @@ def quantize(
     require_companions(checkpoint.folder)
     windows = None if no_calib else read_windows(checkpoint, model, calib, calibration, watch)
     identity = run_identity(checkpoint, plan, calibration, windows, target)
-    destination = Path(dst).expanduser()
+    destination = expanded(dst)
     if work_dir is not None:
         identity["the destination"] = str(destination.resolve())
     with (
@@ -246,7 +247,7 @@ def _opened(
     except OSError as error:
         raise disk_error(destination, error) from error
     try:
-        work = WorkFolder(Path(work_dir).expanduser() if work_dir else destination / WORK_FOLDER)
+        work = WorkFolder(expanded(work_dir) if work_dir else destination / WORK_FOLDER)
         try:
             _prepare_destination(destination, work, resume)
             yield work
