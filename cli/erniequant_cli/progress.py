@@ -23,6 +23,8 @@ from erniequant_cli.terminal import is_drawable, note, printable, say
 
 # In a log, one line a minute shows that the work is alive without burying what matters.
 SECONDS_BETWEEN_LOG_LINES = 60.0
+# With less room every part of the bar would be cut; what is under way and how far fit in twenty.
+COLUMNS_OF_A_BAR = 60
 
 
 class TerminalProgress:
@@ -30,15 +32,11 @@ class TerminalProgress:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
+        what, count = TextColumn("{task.description}", markup=False), MofNCompleteColumn()
+        columns = (what, BarColumn(), count, TimeElapsedColumn(), TextColumn("left"),
+                   TimeRemainingColumn())  # fmt: skip
+        narrow = self._console.width < COLUMNS_OF_A_BAR
+        self._bar = Progress(*((count, what) if narrow else columns), console=self._console)
         self._task: TaskID | None = None
 
     def plan(self, text: str) -> None:

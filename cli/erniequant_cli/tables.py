@@ -25,6 +25,7 @@ WORST_SHOWN = 5
 LONGEST_FACT = 80
 # Where nobody watches, a table is for grep: no name is broken.
 FILE_WIDTH = 160
+NARROWEST = 40
 
 
 def print_quantization(report: "QuantizationReport", folder: str) -> None:
@@ -39,7 +40,7 @@ def print_quantization(report: "QuantizationReport", folder: str) -> None:
         spread = f"{seen[0]} … {seen[len(seen) // 2]} … {seen[-1]}"
         by_name = (f"{errors[name]:.5f}" for name in ("gate_up_proj", "down_proj"))
         table.add_row(str(layer), *by_name, spread)
-    _console().print(table)
+    _print(table)
     say("error: tr(E H Eᵀ) / tr(W H Wᵀ), mean over experts; tokens: least, median, most")
     fallbacks = [matrix for matrix in report.matrices if matrix.fallback is not None]
     for fallback in fallbacks[:FALLBACKS_SHOWN]:
@@ -65,7 +66,7 @@ def print_perplexity(result: "PerplexityResult") -> None:
     table.add_row("text", f"sha256 {result.text_sha256[:16]}…")
     table.add_row("token ids", f"sha256 {result.token_ids_sha256[:16]}…")
     _add_distance(table, result.reference)
-    _console().print(table)
+    _print(table)
 
 
 def print_image_perplexity(result: "ImageTextResult") -> None:
@@ -83,7 +84,7 @@ def print_image_perplexity(result: "ImageTextResult") -> None:
     table.add_row("inputs", f"sha256 {result.inputs_sha256[:16]}…")
     _add_distance(table, result.reference)
     say("")
-    _console().print(table)
+    _print(table)
 
 
 def _add_distance(table: Table, distance: "ReferenceResult | None") -> None:
@@ -115,7 +116,7 @@ def print_demo(report: "DemoReport", out: Path) -> None:
     for row, following in zip(report.rows, (*report.rows[1:], None), strict=True):
         last = following is None or following.method != row.method
         table.add_row(*cells(row), end_section=last)
-    _console().print(table)
+    _print(table)
     say(f"tiny ERNIE 4.5 MoE, {report.tokens} held-out tokens, {report.seconds:.0f} s in all")
     say(f"reports in {out}")
 
@@ -146,10 +147,10 @@ def print_inspection(found: "ModelSummary") -> None:
         for fact, content in facts.items():
             label = fact if facts is not value else f"{name}, {fact}"
             table.add_row(label, " ".join(str(content).split())[:LONGEST_FACT])
-    console = _console()
-    console.print(tensors)
-    console.print()
-    console.print(table)
+    # Names are longer than many a terminal is wide; they fold.
+    _print(tensors, least=NARROWEST)
+    say("")
+    _print(table)
 
 
 def print_verification(found: "VerifyReport") -> None:
@@ -209,7 +210,7 @@ def print_verdicts(verdicts: "Sequence[Verdict]", card: str, bandwidth: float) -
         winner = "packed is faster" if v.speedup >= 1 else "bf16 is faster"
         row = (v.shape, str(v.tokens), str(v.bits), f"{v.speedup:.2f}", winner, v.best_bf16)
         table.add_row(*row)
-    _console().print(table)
+    _print(table)
 
 
 def print_speed(results: "Sequence[SpeedResult]") -> None:
@@ -231,7 +232,7 @@ def print_speed(results: "Sequence[SpeedResult]") -> None:
     add("weights, GB", "weight_bytes", 3, 1e9)
     add("peak on the GPU, GB", "peak_bytes", 3, 1e9)
     table.add_row("device, type", f"{first.device}, {first.dtype}")
-    _console().print(table)
+    _print(table)
 
 
 class _Table(Table):
@@ -241,7 +242,15 @@ class _Table(Table):
         super().add_row(*(encodable(printable(c), sys.stdout) for c in cells), **options)
 
 
-def _console() -> Console:
-    """Plain text on stdout: what is printed are names and numbers, not markup."""
+def _print(table: Table, least: int | None = None) -> None:
+    """Print a table as plain text: it holds names and numbers, not markup.
+
+    least: width on a terminal that is narrower, which then breaks the lines; by default as much as
+    it takes to cut no number.
+    """
     width = None if sys.stdout.isatty() else FILE_WIDTH
-    return Console(width=width, highlight=False, markup=False, emoji=False)
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    options = console.options.update(width=FILE_WIDTH)
+    least = console.measure(table, options=options).minimum if least is None else least
+    console.width = max(console.width, least)
+    console.print(table)

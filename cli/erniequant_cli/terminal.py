@@ -14,7 +14,17 @@ from contextlib import contextmanager
 from typing import Any
 
 READABLE = {
-    **{"±": "+-", "×": "x", "…": "...", "·": ".", "•": "*", "→": "->", "≤": "<=", "≥": ">="},
+    **{
+        "±": "+-",
+        "×": "x",
+        "…": "...",
+        "·": ".",
+        "•": "*",
+        "→": "->",
+        "≤": "<=",
+        "≥": ">=",
+        "ᵀ": "'",
+    },
     **{"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "−": "-", "\u00a0": " "},
 }
 """Of what the commands print themselves; the rest is written as escapes, such as `\\u4f60`."""
@@ -137,6 +147,11 @@ def any_terminal() -> Iterator[Callable[[], str | None]]:
     """Make stdout and stderr an `Output` each; gives a function that tells, in the end, why stdout
     did not take everything. None if it did, or if its reader wanted no more."""
     before = sys.stdout, sys.stderr
+    impossible = {
+        n: v for n in ("COLUMNS", "LINES") if (v := os.environ.get(n, "")) and not _size(v)
+    }
+    for name in impossible:
+        del os.environ[name]  # rich would print nothing at all in no columns
     sys.stdout, sys.stderr = (_output(stream) for stream in before)
     out = sys.stdout
 
@@ -153,6 +168,11 @@ def any_terminal() -> Iterator[Callable[[], str | None]]:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
+        os.environ.update(impossible)
+
+
+def _size(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
 
 
 def _output(stream: Any) -> Any:
