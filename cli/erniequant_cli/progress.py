@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from erniequant.progress import NULL_PROGRESS, NullProgress
 from erniequant_cli.terminal import is_drawable, note, printable, say
@@ -32,11 +33,14 @@ class TerminalProgress:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-        what, count = TextColumn("{task.description}", markup=False), MofNCompleteColumn()
-        columns = (what, BarColumn(), count, TimeElapsedColumn(), TextColumn("left"),
-                   TimeRemainingColumn())  # fmt: skip
         narrow = self._console.width < COLUMNS_OF_A_BAR
-        self._bar = Progress(*((count, what) if narrow else columns), console=self._console)
+        # What is under way gives way to how far it is.
+        label = Column(ratio=1, no_wrap=True) if narrow else None
+        what = TextColumn("{task.description}", markup=False, table_column=label)
+        count = MofNCompleteColumn()
+        time_left = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (count, what) if narrow else (what, BarColumn(), count, *time_left)
+        self._bar = Progress(*columns, console=self._console, expand=narrow)
         self._task: TaskID | None = None
 
     def plan(self, text: str) -> None:
