@@ -43,7 +43,18 @@ def test_every_command_prints_in_any_encoding(printed, speakers, request, tmp_pa
     evaluated = ("eval", "perplexity", model, "--text", text, "--reference", model)
     timed = ("eval", "speed", model, "--prompt", 4, "--new", 2, "--repetitions", 1)
     for arguments in (
-        ("quantize", source, tmp_path / "2bit", "--bits", 2, "--no-calib", "--effort", "fast"),
+        (
+            "quantize",
+            source,
+            tmp_path / "2bit",
+            "--bits",
+            2,
+            "--no-calib",
+            "--effort",
+            "fast",
+            "--max-tp",
+            1,
+        ),
         ("inspect", model),
         ("verify", model),
         evaluated,
