@@ -78,17 +78,6 @@ def test_every_path_of_every_function(home):
         assert image_perplexity(model, tokenizer, "~/pairs.jsonl").records == 1
 
 
-def test_fastdeploy_checkpoints(micro_source, tmp_path, monkeypatch):
-    from erniequant.fastdeploy.relayout import relayout
-
-    monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copytree(micro_source, tmp_path / "model")
-    erniequant.quantize("~/model", "~/wint2", bits=2, format="fastdeploy-wint2", no_calib=True)
-    relayout("~/wint2", "~/again")
-    erniequant.export("~/again", "~/plain", "bf16")
-    assert (tmp_path / "plain" / "config.json").is_file()
-
-
 def test_nothing_else_changes(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in ("baidu/ERNIE-4.5-21B-A3B-PT", "./~/x", "a~b", "/a/~", "~no-such-user/x"):
