@@ -6,7 +6,6 @@ Round-to-nearest rows show what the same model loses without codes, calibration 
 """
 
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,12 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from erniequant.checkpoint.files import write_file, write_json
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.perplexity import PerplexityResult, perplexity
 from erniequant.evaluate.rtn import round_to_nearest
 from erniequant.evaluate.texts import evaluation_text
 from erniequant.loading import load
-from erniequant.progress import NULL_PROGRESS, NullProgress, Progress
+from erniequant.paths import expanded
+from erniequant.progress import NullProgress, Progress, observed
 from erniequant.quantization.pipeline import quantize
 
 BITS = (4, 3, 2)
@@ -112,7 +113,7 @@ def run_demo(
     """
     from erniequant_data import tiny_model_dir
 
-    out = Path(out)
+    out = expanded(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -122,7 +123,7 @@ def run_demo(
     started = time.perf_counter()
     source = Path(tiny_model_dir())
     original, tokenizer = load(source, device="cpu")
-    watch = progress or NULL_PROGRESS
+    watch = observed(progress)
     size = _measure_size(original, tensor_bytes(source))
     bench = _Bench(_Remembering(original), tokenizer, evaluation_text(), tokens, size, watch)
     experts = sum(p.shape[0] for p in expert_parameters(original).values()) // 2
@@ -157,8 +158,8 @@ def run_demo(
         token_ids_sha256=base.token_ids_sha256,
         seconds=time.perf_counter() - started,
     )
-    (out / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
-    (out / "report.md").write_text(to_markdown(report), "utf-8")
+    write_json(out / "report.json", report.to_dict())
+    write_file(out / "report.md", lambda file: file.write(to_markdown(report).encode()))
     return report
 
 

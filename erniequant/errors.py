@@ -1,4 +1,4 @@
-"""The errors a user may see. Each message is one line: what is wrong, where, and what to do."""
+"""The errors and warnings a user may see. Each is one line: what is wrong, where, what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,11 @@ class ErnieQuantError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_one_printable_line(message))
+        super().__init__(one_printable_line(message))
+
+
+class ErnieQuantWarning(UserWarning):
+    """Something goes on that may surprise; the command line prints it as one line."""
 
 
 @contextmanager
@@ -36,7 +40,8 @@ def foreign_errors(what: str) -> Iterator[None]:
         raise ErnieQuantError(f"{what}: {reason}") from error
 
 
-def _one_printable_line(text: str) -> str:
+def one_printable_line(text: str) -> str:
+    """`text` without line breaks and control characters, cut at 2,000 characters."""
     line = " ".join(text.splitlines())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

@@ -24,6 +24,7 @@ from erniequant.format.headers import kept_names, require_sound
 from erniequant.format.inspect import REPORT_FILE
 from erniequant.format.report import require_as_reported
 from erniequant.models.registry import with_stock_class
+from erniequant.paths import expanded
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -75,7 +76,7 @@ def export(
         )
     source = open_checkpoint(src)
     require_no_adapter(source.folder)
-    require_apart(source.folder, Path(dst).expanduser())
+    require_apart(source.folder, expanded(dst))
     require_readable_companions(source.folder)
     source.fetch()
     check = require_sound(source)

@@ -1,6 +1,8 @@
 """Continues a prompt with a loaded model: the quick look that no perplexity replaces."""
 
+import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,9 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from erniequant.errors import ErnieQuantError
+from erniequant.errors import ErnieQuantError, ErnieQuantWarning, foreign_errors
 from erniequant.inputs import ModelInput
 from erniequant.vision.reader import image_inputs
+
+_COLDEST = 1e-6
+"""Temperatures below are 0: logits divided by them are beyond float32, and no probabilities."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +48,32 @@ def complete(
 
     chat_template "apply" makes the prompt a user's turn if the tokenizer has a template, "none"
     never. temperature 0 takes the likeliest token each time; above 0, equal seeds give equal
-    texts on one machine. Raises ErnieQuantError for a prompt without tokens.
+    texts on one machine.
+
+    Warns (ErnieQuantWarning) before it begins where prompt and answer may be longer than the
+    positions that the model was made for: the text then degrades, it does not fail.
+
+    Raises:
+        ErnieQuantError: the prompt has no tokens or is no text, the chat template cannot render
+            it, max_tokens is below 1, or temperature is negative or not finite.
     """
+    if max_tokens < 1:
+        raise ErnieQuantError(f"max_tokens {max_tokens} is too little; ask for at least 1")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ErnieQuantError(f"temperature {temperature} is no number from 0; try 0.8")
+    _require_text(prompt)
     if images:
         entry = image_inputs(model, tokenizer, prompt, images, chat_template=chat_template)
         batch = entry.batch()
         prompt = tokenizer.decode(entry.ids)
     else:
-        prompt, batch = _text_batch(tokenizer, prompt, chat_template)
+        prompt, entry = _text_input(tokenizer, prompt, chat_template)
+        batch = entry.batch()
+    _warn_beyond_positions(model, entry, max_tokens)
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
+    if temperature >= _COLDEST:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         torch.manual_seed(seed)
     started = time.perf_counter()
@@ -76,17 +95,53 @@ def complete(
     )
 
 
-def _text_batch(
-    tokenizer: Any, prompt: str, chat_template: str
-) -> tuple[str, dict[str, torch.Tensor]]:
-    """The prompt as the model sees it, and its inputs."""
+def _text_input(tokenizer: Any, prompt: str, chat_template: str) -> tuple[str, ModelInput]:
+    """The prompt as the model sees it, and as its input."""
     if chat_template == "apply" and getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    ids = torch.as_tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        with foreign_errors(
+            "the chat template cannot render the prompt (--chat-template none does without it)"
+        ):
+            prompt = str(
+                tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            )
+        if not prompt:
+            raise ErnieQuantError(
+                "the chat template makes nothing of the prompt; use --chat-template none"
+            )
+    with foreign_errors("the tokenizer cannot read the prompt"):
+        ids = torch.as_tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if ids.numel() == 0:
         raise ErnieQuantError("the prompt is empty: give at least one word")
-    return prompt, ModelInput(ids.long()).batch()
+    return prompt, ModelInput(ids.long())
+
+
+def _require_text(prompt: Any) -> None:
+    if not isinstance(prompt, str):
+        raise ErnieQuantError(f"the prompt is a {type(prompt).__name__}; give a text")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ErnieQuantError(
+            f"character {error.start + 1} of the prompt is no text: give it in UTF-8"
+        ) from error
+
+
+def _warn_beyond_positions(model: Any, entry: ModelInput, max_tokens: int) -> None:
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    # An image has more tokens than positions: its rows and columns share them.
+    known = len(entry) if entry.positions is None else int(entry.positions.max()) + 1
+    if positions is None or known + max_tokens <= positions:
+        return
+    if known >= positions:
+        text = f"the prompt alone takes {known} of the model's {positions} positions"
+    else:
+        text = (
+            f"{known} positions of the prompt and {max_tokens} of --max-tokens are more than the "
+            f"{positions} of the model, so ask for at most {positions - known} tokens"
+        )
+    warnings.warn(f"{text}; text beyond them is unreliable", ErnieQuantWarning, stacklevel=3)
 
 
 def _padding(tokenizer: Any) -> int | None:

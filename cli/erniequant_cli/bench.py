@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from erniequant_cli.errors import FAILED, complain
-from erniequant_cli.options import JsonFile, Quiet, writable, write_json
+from erniequant_cli.options import JsonFile, Quiet, show, writable, write_json
 
 
 def _numbers(text: str) -> list[int]:
@@ -55,7 +55,7 @@ def static(
         if not quiet:
             from erniequant_cli.tables import print_kernel_cost
 
-            print_kernel_cost(record, first=not found)
+            show(print_kernel_cost, record, not found)
         found.append(record)
     write_json(json, {"records": found})
     problems = counting.check(found, counting.budget()) if check else []
@@ -101,6 +101,7 @@ def kernels(
     import torch
 
     from erniequant.errors import ErnieQuantError
+    from erniequant.paths import expanded
     from erniequant_kernels.bench.problem import SHAPES
 
     unknown = [name for name in shapes if name not in SHAPES]
@@ -123,18 +124,18 @@ def kernels(
     measured = bench.measure(shapes, counts, widths, torch.device("cuda"), cuda_timer, bandwidth)
     for row in measured:
         if not quiet:
-            print_bench_row(row, first=not rows)
+            show(print_bench_row, row, not rows)
         rows.append(row)
     found = bench.verdicts(rows)
     if not quiet:
-        print_verdicts(found, str(facts["card"]), bandwidth)
+        show(print_verdicts, found, str(facts["card"]), bandwidth)
     result = {"machine": facts, "copy_gb_per_s": bandwidth / 1e9}
     result |= {"rows": [row.to_dict() for row in rows], "verdicts": [asdict(v) for v in found]}
     write_json(json, result)
     if plot is not None:
         from erniequant_kernels.bench.plot import save_plot
 
-        save_plot(rows, str(facts["card"]), plot)
+        save_plot(rows, str(facts["card"]), expanded(plot))
     problems = bench.wrong(rows)
     for problem in problems:
         complain(problem)

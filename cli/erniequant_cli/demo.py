@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from erniequant_cli.options import JsonFile, Quiet, write_json
+from erniequant_cli.options import JsonFile, Quiet, deliver
 
 
 def demo(
@@ -37,6 +37,7 @@ def demo(
     from erniequant.demo import run_demo
     from erniequant_cli.loading import hush
     from erniequant_cli.progress import make_progress
+    from erniequant_cli.tables import print_demo
 
     hush()
     report = run_demo(
@@ -46,8 +47,10 @@ def demo(
         all_formats=all_formats,
         progress=make_progress(quiet),
     )
-    write_json(json, report.to_dict())
-    if not quiet:
-        from erniequant_cli.tables import print_demo
-
-        print_demo(report, out)
+    deliver(
+        report.to_dict(),
+        json,
+        quiet,
+        lambda: print_demo(report, out),
+        complete=f"the reports in {out} are complete",
+    )

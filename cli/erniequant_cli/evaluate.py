@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from erniequant_cli.options import Device, Dtype, JsonFile, Quiet, write_json
+from erniequant_cli.options import Device, Dtype, JsonFile, Quiet, deliver
 
 
 def perplexity(
@@ -58,6 +58,7 @@ def perplexity(
     """
     from erniequant_cli.loading import load_model
     from erniequant_cli.progress import make_progress
+    from erniequant_cli.tables import print_image_perplexity, print_perplexity
 
     if text is not None and dataset is not None:
         raise typer.BadParameter("give --text or --dataset, not both")
@@ -93,13 +94,14 @@ def perplexity(
             progress=make_progress(quiet),
         )
     found = result.to_dict()
-    write_json(json, found if pictured is None else found | {"images": pictured.to_dict()})
-    if not quiet:
-        from erniequant_cli.tables import print_image_perplexity, print_perplexity
 
+    def draw() -> None:
         print_perplexity(result)
         if pictured is not None:
             print_image_perplexity(pictured)
+
+    everything = found if pictured is None else found | {"images": pictured.to_dict()}
+    deliver(everything, json, quiet, draw)
 
 
 def speed(
@@ -125,6 +127,7 @@ def speed(
     """
     from erniequant.evaluate.speed import speed as measure
     from erniequant_cli.loading import load_model
+    from erniequant_cli.tables import print_speed
 
     found = []
     for source in [model] if reference is None else [model, reference]:
@@ -136,11 +139,7 @@ def speed(
     result = found[0].to_dict()
     if reference is not None:
         result["reference"] = found[1].to_dict()
-    write_json(json, result)
-    if not quiet:
-        from erniequant_cli.tables import print_speed
-
-        print_speed(found)
+    deliver(result, json, quiet, lambda: print_speed(found))
 
 
 def _records(model: Any, asked: str | None, by_default: bool) -> str | None:

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from erniequant_cli.options import JsonFile, Quiet, write_json
+from erniequant_cli.options import JsonFile, Quiet, deliver
 from erniequant_cli.quantize import KOrder
+from erniequant_cli.terminal import say
 
 if TYPE_CHECKING:
     from erniequant.exporting import ExportReport
@@ -67,6 +68,6 @@ def export(
             f"{src} was not quantised for FastDeploy; make it from the original: erniequant "
             "quantize SRC DST --bits 2 --format fastdeploy-wint2"
         )
-    write_json(json, result.to_dict())
-    if not quiet:
-        typer.echo(f"wrote {dst}")
+    deliver(
+        result.to_dict(), json, quiet, lambda: say(f"wrote {dst}"), complete=f"{dst} is complete"
+    )

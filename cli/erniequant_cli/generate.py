@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from erniequant_cli.options import Device, Dtype, JsonFile, Quiet, write_json
+from erniequant_cli.options import Device, Dtype, JsonFile, Quiet, deliver
 from erniequant_cli.quantize import ChatTemplate
+from erniequant_cli.terminal import say, typed
 
 
 def generate(
@@ -46,13 +47,11 @@ def generate(
     result = complete(
         subject,
         tokenizer,
-        prompt,
+        typed(prompt),
         images=image or (),
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
         chat_template=chat_template.value,
     )
-    write_json(json, result.to_dict())
-    if not quiet:
-        typer.echo(result.text)
+    deliver(result.to_dict(), json, quiet, lambda: say(result.text))

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from erniequant_cli.options import JsonFile, Quiet, write_json
+from erniequant_cli.options import JsonFile, Quiet, deliver
 
 
 def inspect(
@@ -23,6 +23,7 @@ def inspect(
       erniequant inspect ernie-2bit --json contents.json
     """
     from erniequant.fastdeploy.recognise import is_fastdeploy_folder
+    from erniequant_cli.tables import print_inspection
 
     if is_fastdeploy_folder(model):
         from erniequant.fastdeploy.inspecting import inspect_fastdeploy
@@ -32,8 +33,4 @@ def inspect(
         from erniequant.format.inspect import inspect as look
 
         result = look(model)
-    write_json(json, result.to_dict())
-    if not quiet:
-        from erniequant_cli.tables import print_inspection
-
-        print_inspection(result)
+    deliver(result.to_dict(), json, quiet, lambda: print_inspection(result))

@@ -1,15 +1,16 @@
 """The table of commands. Each lives in a file of its own and imports the library when it runs."""
 
 import os
-import sys
 
 import typer
 
 from erniequant_cli import bench, demo, evaluate, export, generate, inspect, quantize, verify
-from erniequant_cli.errors import INTERRUPTED, GuardedCommand
+from erniequant_cli.errors import INTERRUPTED, GuardedCommand, GuardedCommands
+from erniequant_cli.terminal import occupy_closed_descriptors, say
 
 app = typer.Typer(
     name="erniequant",
+    cls=GuardedCommands,
     help="Quantise ERNIE 4.5 mixture-of-experts models to 4, 3 and 2 bits per expert weight.",
     no_args_is_help=True,
     add_completion=False,
@@ -37,7 +38,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        typer.echo(f"erniequant {version('erniequant')}")
+        say(f"erniequant {version('erniequant')}")
         raise typer.Exit()
 
 
@@ -51,13 +52,16 @@ def _root(
 
 
 def main() -> None:
-    """Entry point of the `erniequant` command."""
+    """Entry point of the `erniequant` command, and of `python -m erniequant`."""
+    occupy_closed_descriptors()
     try:
         app()
     except SystemExit as end:
         if end.code == INTERRUPTED:
             # Threads at work on an expert would be waited for, which takes up to minutes.
-            sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(INTERRUPTED)
         raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,18 +1,33 @@
-"""The options that every command shares, so that they read and behave alike."""
+"""The options that every command shares, and how every command hands over its result."""
 
+import errno
 import json
 import math
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from erniequant.errors import ErnieQuantError
+from erniequant.paths import expanded
+from erniequant_cli.errors import INTERRUPTED, complain, debugging, one_line
+
 
 def writable(path: Path | None) -> Path | None:
     """Refuse a target that cannot be written now, not after hours of work."""
-    if path is not None and not path.expanduser().resolve().parent.is_dir():
+    if path is None:
+        return None
+    target = expanded(path)
+    parent = target.resolve().parent
+    if target.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; name a file")
+    if not target.exists() and not parent.is_dir():
         raise typer.BadParameter(f"the folder of {path} does not exist")
+    if not os.access(target if target.exists() else parent, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written; check rights")
     return path
 
 
@@ -37,11 +52,82 @@ Dtype = Annotated[
 ]
 
 
+def deliver(
+    result: Mapping[str, Any],
+    json: Path | None,
+    quiet: bool,
+    draw: Callable[[], None],
+    complete: str = "",
+) -> None:
+    """Write `result` to the file `json`, then print it by `draw` unless `quiet`.
+
+    complete: says what is done, for the message in case `json` cannot be written.
+
+    Raises:
+        ErnieQuantError: it cannot; only after everything is printed.
+    """
+    failure = None
+    try:
+        write_json(json, result)
+    except ErnieQuantError as error:
+        done = f"; {complete}" if complete else ""
+        failure = ErnieQuantError(f"--json: {error}{done}")
+    if not quiet:
+        show(draw)
+    if failure is not None:
+        raise failure
+
+
+def show(draw: Callable[..., None], *arguments: Any) -> None:
+    """Draw something; if that fails, say so: it does not change what was done."""
+    try:
+        draw(*arguments)
+    except KeyboardInterrupt:
+        complain("interrupted while printing; all else is done")
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if debugging():
+            raise
+        complain(f"cannot print: {one_line(error)}; all else is done")
+
+
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
-    """Write `result` for other programs; non-finite numbers become null, which JSON can hold."""
-    if path is not None:
-        text = json.dumps(_finite(result), indent=2, allow_nan=False, default=str)
-        path.expanduser().write_text(text + "\n", encoding="utf-8")
+    """Write `result` for other programs; non-finite numbers become null, which JSON can hold.
+
+    A file appears as a whole or stays as it was. Raises ErnieQuantError where it cannot.
+    """
+    if path is None:
+        return
+    from erniequant.checkpoint.files import disk_error, write_file
+
+    text = json.dumps(_finite(result), indent=2, allow_nan=False, default=str) + "\n"
+    path = expanded(path)
+    if _is_stdout(path):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    try:
+        if path.is_file() or not path.exists():
+            try:
+                return write_file(path.resolve(), lambda file: file.write(text.encode()))
+            except ErnieQuantError as error:
+                if getattr(error.__cause__, "errno", None) not in _ONLY_IN_PLACE:
+                    raise
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+# Nothing can be renamed onto it, but it may be writable: one file of a container, say.
+_ONLY_IN_PLACE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENAMETOOLONG)
+
+
+def _is_stdout(path: Path) -> bool:
+    """Whether what is written to a path comes out where the table does, as in /dev/stdout."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _finite(value: Any) -> Any:

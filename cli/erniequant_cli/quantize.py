@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from erniequant_cli.errors import DEGRADED, INTERRUPTED, complain
-from erniequant_cli.options import Device, JsonFile, Quiet, write_json
+from erniequant_cli.options import Device, JsonFile, Quiet, deliver
 
 
 class Bits(str, Enum):
@@ -122,6 +122,7 @@ def quantize(
     from erniequant.quantization.pipeline import quantize as make
     from erniequant_cli.loading import hush
     from erniequant_cli.progress import make_progress
+    from erniequant_cli.tables import print_quantization
 
     hush()
     try:
@@ -152,16 +153,22 @@ def quantize(
     except KeyboardInterrupt:
         complain("interrupted; repeat the command to go on where it stopped")
         raise typer.Exit(INTERRUPTED) from None
-    write_json(json, report.to_dict())
     if dry_run:
-        return
-    if not quiet:
-        from erniequant_cli.tables import print_quantization
-
-        print_quantization(report, dst)
-    if report.degraded > max_degraded:
-        complain(
-            f"{report.degraded} expert matrices are degraded, more than --max-degraded "
-            f"{max_degraded}: see quantization_report.json in {dst}, and calibrate on more text"
+        return deliver(report.to_dict(), json, True, lambda: None)
+    degraded = report.degraded > max_degraded
+    try:
+        deliver(
+            report.to_dict(),
+            json,
+            quiet,
+            lambda: print_quantization(report, dst),
+            complete=f"{dst} is complete",
         )
+    finally:
+        if degraded:
+            complain(
+                f"{report.degraded} expert matrices are degraded, more than --max-degraded "
+                f"{max_degraded}: see quantization_report.json in {dst}, and calibrate on more text"
+            )
+    if degraded:
         raise typer.Exit(DEGRADED)

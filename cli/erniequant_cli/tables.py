@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from erniequant_cli.terminal import encodable, printable, say
+
 if TYPE_CHECKING:
     from erniequant.demo import DemoReport
     from erniequant.evaluate import ImageTextResult, PerplexityResult, ReferenceResult
@@ -23,12 +25,13 @@ WORST_SHOWN = 5
 LONGEST_FACT = 80
 # Where nobody watches, a table is for grep: no name is broken.
 FILE_WIDTH = 160
+NARROWEST = 40
 
 
 def print_quantization(report: "QuantizationReport", folder: str) -> None:
     """Size before and after, error and tokens by layer, and every kind of fallback."""
-    plan, console = report.plan, _console()
-    table = Table(
+    plan = report.plan
+    table = _Table(
         "layer", "error, gate and up", "error, down", "tokens per expert", title="experts"
     )
     tokens = report.tokens_per_expert()
@@ -37,38 +40,38 @@ def print_quantization(report: "QuantizationReport", folder: str) -> None:
         spread = f"{seen[0]} … {seen[len(seen) // 2]} … {seen[-1]}"
         by_name = (f"{errors[name]:.5f}" for name in ("gate_up_proj", "down_proj"))
         table.add_row(str(layer), *by_name, spread)
-    console.print(table)
-    console.print("error: tr(E H Eᵀ) / tr(W H Wᵀ), mean over experts; tokens: least, median, most")
+    _print(table)
+    say("error: tr(E H Eᵀ) / tr(W H Wᵀ), mean over experts; tokens: least, median, most")
     fallbacks = [matrix for matrix in report.matrices if matrix.fallback is not None]
     for fallback in fallbacks[:FALLBACKS_SHOWN]:
         where = f"layer {fallback.place} expert {fallback.expert} {fallback.projection}"
-        console.print(f"fallback, {where}: {fallback.fallback}")
+        say(f"fallback, {where}: {fallback.fallback}")
     if len(fallbacks) > FALLBACKS_SHOWN:
-        console.print(f"and {len(fallbacks) - FALLBACKS_SHOWN} more fallbacks in the report")
-    console.print(
+        say(f"and {len(fallbacks) - FALLBACKS_SHOWN} more fallbacks in the report")
+    say(
         f"{plan.expert_bits_per_weight:.3f} bits per expert weight, "
         f"{plan.total_bits_per_weight:.3f} in all; {plan.source_bytes / 1e9:.3f} GB before, "
         f"{plan.output_bytes / 1e9:.3f} GB after; {report.seconds:.0f} s, "
         f"at most {report.peak_memory_bytes / 1e9:.1f} GB of memory"
     )
-    console.print(f"wrote {folder}")
+    say(f"wrote {folder}")
 
 
 def print_perplexity(result: "PerplexityResult") -> None:
     """Perplexity, protocol, and the distance to the reference if there was one."""
-    table = Table.grid(padding=(0, 2))
+    table = _Table.grid(padding=(0, 2))
     table.add_row("perplexity", f"{result.perplexity:.4f} ± {result.stderr:.4f}")
     table.add_row("tokens scored", f"{result.tokens} in {result.windows} windows")
     table.add_row("context, stride", f"{result.context}, {result.stride}, no BOS")
     table.add_row("text", f"sha256 {result.text_sha256[:16]}…")
     table.add_row("token ids", f"sha256 {result.token_ids_sha256[:16]}…")
     _add_distance(table, result.reference)
-    _console().print(table)
+    _print(table)
 
 
 def print_image_perplexity(result: "ImageTextResult") -> None:
     """The same for text of images."""
-    table = Table.grid(padding=(0, 2))
+    table = _Table.grid(padding=(0, 2))
     table.add_row(
         "perplexity given images",
         f"{result.perplexity:.4f} ± {result.stderr:.4f} (NLL {result.nll:.4f})",
@@ -80,8 +83,8 @@ def print_image_perplexity(result: "ImageTextResult") -> None:
     )
     table.add_row("inputs", f"sha256 {result.inputs_sha256[:16]}…")
     _add_distance(table, result.reference)
-    _console().print()
-    _console().print(table)
+    say("")
+    _print(table)
 
 
 def _add_distance(table: Table, distance: "ReferenceResult | None") -> None:
@@ -97,7 +100,7 @@ def print_demo(report: "DemoReport", out: Path) -> None:
     from erniequant.demo import cells
 
     # No frame: nine columns have to fit a terminal.
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = _Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
     for name in (
         "bits,\nexperts",
@@ -113,21 +116,21 @@ def print_demo(report: "DemoReport", out: Path) -> None:
     for row, following in zip(report.rows, (*report.rows[1:], None), strict=True):
         last = following is None or following.method != row.method
         table.add_row(*cells(row), end_section=last)
-    _console().print(table)
-    print(f"tiny ERNIE 4.5 MoE, {report.tokens} held-out tokens, {report.seconds:.0f} s in all")
-    print(f"reports in {out}")
+    _print(table)
+    say(f"tiny ERNIE 4.5 MoE, {report.tokens} held-out tokens, {report.seconds:.0f} s in all")
+    say(f"reports in {out}")
 
 
 def print_inspection(found: "ModelSummary") -> None:
     """Every tensor, then the model as a whole."""
-    tensors = Table(box=None)
+    tensors = _Table(box=None)
     for name in ("tensor", "shape", "type", "bytes", "code"):
         tensors.add_column(name, overflow="fold")
     for tensor in found.tensors:
         shape = "×".join(map(str, tensor.shape))
         row = (tensor.name, shape, tensor.dtype, f"{tensor.n_bytes:,}", tensor.code or "kept")
         tensors.add_row(*row)
-    table = Table.grid(padding=(0, 2))
+    table = _Table.grid(padding=(0, 2))
     table.add_row("architecture", found.model_type)
     version = f"{found.format_version}, written by {found.producer}"
     table.add_row("format", "plain" if found.format_version is None else version)
@@ -146,23 +149,22 @@ def print_inspection(found: "ModelSummary") -> None:
         for fact, content in facts.items():
             label = fact if facts is not value else f"{name}, {fact}"
             table.add_row(label, " ".join(str(content).split())[:LONGEST_FACT])
-    console = _console()
-    console.print(tensors)
-    console.print()
-    console.print(table)
+    # Names are longer than many a terminal is wide; they fold.
+    _print(tensors, least=NARROWEST)
+    say("")
+    _print(table)
 
 
 def print_verification(found: "VerifyReport") -> None:
     """Everything that is wrong, or that nothing is; with a reference the worst matrices."""
-    console = _console()
     for problem in found.problems:
-        console.print(f"wrong: {problem}", soft_wrap=True)
+        say(f"wrong: {problem}")
     if found.mean_error is not None:
-        console.print(f"mean relative squared error of the experts {found.mean_error:.5f}; worst:")
+        say(f"mean relative squared error of the experts {found.mean_error:.5f}; worst:")
         for entry in sorted(found.errors, key=lambda e: -e.error)[:WORST_SHOWN]:
-            console.print(f"  {entry.error:.5f}  {entry.name}", soft_wrap=True)
+            say(f"  {entry.error:.5f}  {entry.name}")
     intact = sum(state == "ok" for state in found.checksums.values())
-    console.print(
+    say(
         f"{found.tensors} tensors, {found.decoded_matrices} expert matrices decoded, "
         f"{intact} of {len(found.checksums)} checksums agree"
     )
@@ -173,12 +175,12 @@ def print_kernel_cost(record: Mapping[str, Any], first: bool) -> None:
     pipes = ("all", "alu", "multiply", "memory", "matrix")
     if first:
         names = "".join(name.rjust(9) for name in ("cost", *pipes))
-        _line(f"{'kernel':32}{names}    regs  spill  shared  matrix instruction")
+        say(f"{'kernel':32}{names}    regs  spill  shared  matrix instruction")
     costs = record["per_weight"]
     numbers = [record["issue_cost"], *(costs.get(name) for name in pipes)]
     cells = "".join(("" if n is None else f"{n:.2f}").rjust(9) for n in numbers)
     name = f"sm_{record['arch']} {record['kernel']}"
-    _line(
+    say(
         f"{name:32}{cells}{record['registers']:8}{record['spill_bytes']:7}"
         f"{record['shared_bytes']:8}  {record['matrix_opcode']}"
     )
@@ -187,15 +189,15 @@ def print_kernel_cost(record: Mapping[str, Any], first: bool) -> None:
 def print_bench_row(row: "Row", first: bool) -> None:
     """One line per measurement, as soon as it is taken; the first under a heading."""
     if first:
-        _line(
+        say(
             f"{'shape':6}{'tokens':>7}  {'method':30}{'us':>10}{'from':>10}{'to':>10}"
             f"{'GB/s':>8}{'of limit':>10}"
         )
     start = f"{row.shape:6}{row.tokens:7}  {row.method:30}"
     if row.microseconds is None:
-        _line(f"{start}  did not run: {row.reason}")
+        say(f"{start}  did not run: {row.reason}")
         return
-    _line(
+    say(
         f"{start}{row.microseconds:10.1f}{row.low:10.1f}{row.high:10.1f}"
         f"{row.gigabytes_per_second:8.0f}{row.memory_limit_percent:8.0f} %"
     )
@@ -203,19 +205,19 @@ def print_bench_row(row: "Row", first: bool) -> None:
 
 def print_verdicts(verdicts: "Sequence[Verdict]", card: str, bandwidth: float) -> None:
     """Ours against the fastest bfloat16 method, whoever wins."""
-    table = Table(box=None, title=f"{card}, copies {bandwidth / 1e9:.0f} GB/s")
+    table = _Table(box=None, title=f"{card}, copies {bandwidth / 1e9:.0f} GB/s")
     for name in ("shape", "tokens", "bits", "speed-up", "", "fastest bf16"):
         table.add_column(name)
     for v in verdicts:
         winner = "packed is faster" if v.speedup >= 1 else "bf16 is faster"
         row = (v.shape, str(v.tokens), str(v.bits), f"{v.speedup:.2f}", winner, v.best_bf16)
         table.add_row(*row)
-    _console().print(table)
+    _print(table)
 
 
 def print_speed(results: "Sequence[SpeedResult]") -> None:
     """The model, and the reference beside it."""
-    table = Table.grid(padding=(0, 2))
+    table = _Table.grid(padding=(0, 2))
     if len(results) > 1:
         table.add_row("", "model", "reference", "ratio")
 
@@ -232,15 +234,25 @@ def print_speed(results: "Sequence[SpeedResult]") -> None:
     add("weights, GB", "weight_bytes", 3, 1e9)
     add("peak on the GPU, GB", "peak_bytes", 3, 1e9)
     table.add_row("device, type", f"{first.device}, {first.dtype}")
-    _console().print(table)
+    _print(table)
 
 
-def _line(text: str) -> None:
-    """One line of a table that grows while the work goes on, whatever its width."""
-    _console().print(text, soft_wrap=True)
+class _Table(Table):
+    """A table whose cells are what the terminal can show, before their widths are taken."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(encodable(printable(c), sys.stdout) for c in cells), **options)
 
 
-def _console() -> Console:
-    """Plain text on stdout: what is printed are names and numbers, not markup."""
+def _print(table: Table, least: int | None = None) -> None:
+    """Print a table as plain text: it holds names and numbers, not markup.
+
+    least: width on a terminal that is narrower, which then breaks the lines; by default as much as
+    it takes to cut no number.
+    """
     width = None if sys.stdout.isatty() else FILE_WIDTH
-    return Console(width=width, highlight=False, markup=False)
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    options = console.options.update(width=FILE_WIDTH)
+    least = console.measure(table, options=options).minimum if least is None else least
+    console.width = max(console.width, least)
+    console.print(table)

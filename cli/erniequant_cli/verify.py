@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from erniequant_cli.errors import FAILED, complain
-from erniequant_cli.options import JsonFile, Quiet, write_json
+from erniequant_cli.options import JsonFile, Quiet, deliver
 
 
 def verify(
@@ -26,6 +26,7 @@ def verify(
       erniequant verify ernie-2bit --reference ./ernie --json errors.json
     """
     from erniequant.fastdeploy.recognise import is_fastdeploy_folder
+    from erniequant_cli.tables import print_verification
 
     if is_fastdeploy_folder(model):
         from erniequant.fastdeploy.verifying import verify_fastdeploy
@@ -35,11 +36,7 @@ def verify(
         from erniequant.format.verify import verify as check
 
         result = check(model, reference=reference)
-    write_json(json, result.to_dict())
-    if not quiet:
-        from erniequant_cli.tables import print_verification
-
-        print_verification(result)
+    deliver(result.to_dict(), json, quiet, lambda: print_verification(result))
     if not result.ok:
         count = f"{len(result.problems)} problem(s), first: {result.problems[0]}"
         complain(f"{model} is not sound, {count}; quantise or copy it again")

@@ -32,8 +32,12 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 def write_json(path: Path, contents: dict[str, Any]) -> None:
     """Write a JSON file as a whole."""
-    text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
-    write_file(path, lambda file: file.write(text.encode("utf-8")))
+    try:
+        data = json.dumps(contents, indent=2, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        # The name of a file with bytes that are no text; JSON can hold them as escapes.
+        data = json.dumps(contents, indent=2).encode("utf-8")
+    write_file(path, lambda file: file.write(data + b"\n"))
 
 
 def discard(path: Path) -> None:

@@ -20,6 +20,7 @@ from erniequant.checkpoint.hub import HubRepository
 from erniequant.checkpoint.pointers import refuse_pointer
 from erniequant.checkpoint.strict_json import is_plain_file_name, parse_json
 from erniequant.errors import ErnieQuantError
+from erniequant.paths import expanded
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -200,7 +201,7 @@ def _local_folder(source: str | Path) -> Path | None:
     Raises:
         ErnieQuantError: it is neither.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -17,6 +17,7 @@ from erniequant.checkpoint.files import disk_error, sha256_of, write_json
 from erniequant.checkpoint.layout import shard_name
 from erniequant.checkpoint.reader import INDEX_FILE
 from erniequant.errors import ErnieQuantError
+from erniequant.paths import expanded
 
 MAX_SHARD_BYTES = 2_000_000_000
 """Default bound of a shard; also the memory that the writer holds."""
@@ -38,7 +39,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES):
-        self.folder, self._max = Path(folder), max_shard_bytes
+        self.folder, self._max = expanded(folder), max_shard_bytes
         require_new_folder(self.folder)
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = self._total = 0

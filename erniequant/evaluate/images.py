@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.scoring import ReferenceResult, Scores
 from erniequant.inputs import ModelInput, hash_inputs
-from erniequant.progress import NULL_PROGRESS, Progress
+from erniequant.paths import expanded
+from erniequant.progress import Progress, observed
 from erniequant.vision.reader import reader_for
 from erniequant.vision.records import has_images, read_records
 
@@ -68,7 +69,7 @@ def image_perplexity(
     """
     inputs = evaluation_inputs(model, tokenizer, records)
     scores = Scores()
-    watch = progress or NULL_PROGRESS
+    watch = observed(progress)
     watch.start(len(inputs))
     try:
         for number, entry in enumerate(inputs):
@@ -101,7 +102,7 @@ def evaluation_inputs(
     if not isinstance(records, str | Path):
         inputs = list(records)
     else:
-        path = Path(records)
+        path = expanded(records)
         if str(records) == "builtin":
             from erniequant_data import heldout_images
 

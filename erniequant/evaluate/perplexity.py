@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.scoring import ReferenceResult, Scores
 from erniequant.evaluate.windows import Window, cut_windows, group_windows
-from erniequant.progress import NULL_PROGRESS, Progress
+from erniequant.progress import Progress, observed
 from erniequant.texts import hash_token_ids
 
 DEFAULT_CONTEXT = 2048
@@ -80,7 +80,7 @@ def perplexity(
     stride = context if stride is None else stride
     windows = cut_windows(len(token_ids), context, stride)
     scores = Scores()
-    watch = progress or NULL_PROGRESS
+    watch = observed(progress)
     watch.start(len(windows))
     try:
         for group in group_windows(windows, TOKENS_PER_PASS):

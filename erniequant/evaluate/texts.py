@@ -4,6 +4,7 @@ text."""
 from pathlib import Path
 
 from erniequant.errors import ErnieQuantError
+from erniequant.paths import expanded
 from erniequant.texts import read_text
 
 
@@ -14,7 +15,7 @@ def evaluation_text(*, file: Path | None = None, dataset: str | None = None) -> 
     Raises ErnieQuantError for what cannot be read or holds no text.
     """
     if file is not None:
-        return read_text(file)
+        return read_text(expanded(file))
     if dataset is not None:
         return _read_dataset(dataset)
     from erniequant_data import heldout_text

@@ -17,6 +17,7 @@ from erniequant.fastdeploy.names import Matrix
 from erniequant.fastdeploy.reader import FastDeployCheckpoint, open_fastdeploy
 from erniequant.format.inspect import REPORT_FILE
 from erniequant.format.report import file_states
+from erniequant.paths import expanded
 
 _LIKE = 0.5
 """Largest relative squared error of weights that are the original's: WINT2 has 0.1 to 0.2, and
@@ -48,7 +49,7 @@ def export_bf16(
         raise ErnieQuantError(f"cannot export to {to!r}; use {' or '.join(DTYPES)}")
     source = open_fastdeploy(src, k_order)
     require_no_adapter(source.folder)
-    require_apart(source.folder, Path(dst).expanduser())
+    require_apart(source.folder, expanded(dst))
     require_readable_companions(source.folder)
     if source.k_order is None and reference is not None:
         source.k_order = detect_k_order(source, open_checkpoint(reference))

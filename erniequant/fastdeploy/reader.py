@@ -33,6 +33,7 @@ from erniequant.fastdeploy.convert import matrix_from_ranks, plain_from_ranks
 from erniequant.fastdeploy.names import Matrix, Part, Plain, parts_of
 from erniequant.fastdeploy.schema import check_keys, check_readable
 from erniequant.fastdeploy.sizes import FastDeployModel, fastdeploy_model, text_moe
+from erniequant.paths import expanded
 
 _RANK = re.compile(r"rank(0|[1-9][0-9]{0,2})")
 Lines = tuple[str, ...]
@@ -167,7 +168,7 @@ def check_folder(source: str | Path) -> tuple[str, ...]:
 def _open(
     source: str | Path,
 ) -> tuple[Path, tuple[Checkpoint, ...], FastDeployModel, FastDeploySettings]:
-    ranks = _open_ranks(Path(source).expanduser()) or (open_checkpoint(source),)
+    ranks = _open_ranks(expanded(source)) or (open_checkpoint(source),)
     config, folder = ranks[0].config, ranks[0].folder
     if len(ranks) > 1:
         folder = folder.parent

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from erniequant.checkpoint.config import CONFIG_FILE, read_json
+from erniequant.paths import expanded
 
 
 def is_fastdeploy_wint2(config: Mapping[str, Any]) -> bool:
@@ -15,5 +16,5 @@ def is_fastdeploy_wint2(config: Mapping[str, Any]) -> bool:
 
 def is_fastdeploy_folder(source: str | Path) -> bool:
     """Whether a local folder is a checkpoint of FastDeploy with WINT2, in rank folders or not."""
-    path = Path(source).expanduser() / CONFIG_FILE
+    path = expanded(source) / CONFIG_FILE
     return path.is_file() and is_fastdeploy_wint2(read_json(path))

@@ -17,6 +17,7 @@ from erniequant.fastdeploy.names import Part, Plain
 from erniequant.fastdeploy.reader import open_fastdeploy
 from erniequant.fastdeploy.sizes import fastdeploy_model, text_moe
 from erniequant.fastdeploy.writer import WrittenFastDeploy, write_parts, written
+from erniequant.paths import expanded
 
 
 def relayout(
@@ -33,7 +34,7 @@ def relayout(
     """
     source = open_fastdeploy(src, k_order)
     require_no_adapter(source.folder)
-    require_apart(source.folder, Path(dst))
+    require_apart(source.folder, expanded(dst))
     require_readable_companions(source.folder)
     if len(source.ranks) > 1:
         raise ErnieQuantError(
@@ -59,7 +60,7 @@ def relayout(
             cut = encoded_to_rank(part, encoded, rank, tensor_parallel)
             yield {f"{part.prefix}.{suffix}": tensor for suffix, tensor in cut.items()}
 
-    folder = Path(dst)
+    folder = expanded(dst)
     digests = write_parts(folder, model, source.k_order, tensors)
     write_companions(source.folder, folder)
     config = fastdeploy_config(source.config, architecture, model, source.k_order)

@@ -26,6 +26,7 @@ from erniequant.fastdeploy.convert import encoded_to_rank, plain_to_rank, wint8_
 from erniequant.fastdeploy.names import Matrix, Part, Plain, parts_of, rank_keys
 from erniequant.fastdeploy.sizes import NO_WINT4, FastDeployModel, fastdeploy_model, text_moe
 from erniequant.format.fit import tensor_misfits
+from erniequant.paths import expanded
 from erniequant.version import PRODUCER
 
 Experts = Callable[[int, int, str], Mapping[str, torch.Tensor]]
@@ -74,21 +75,22 @@ def write_fastdeploy(
         ValueError: ``experts`` gives something else than the format has.
     """
     choose_k_order(None, k_order)
+    folder = expanded(folder)
     architecture = text_moe(source.config)
     model = fastdeploy_model(architecture, w4_end_layer, tensor_parallel)
     for line in tensor_misfits(architecture, source.headers):
         raise ErnieQuantError(line)
     digests = write_parts(
-        Path(folder),
+        folder,
         model,
         k_order,
         lambda part: tensors_of(part, source, experts, tensor_parallel),
         max_shard_bytes,
     )
-    write_companions(source.folder, Path(folder))
+    write_companions(source.folder, folder)
     config = fastdeploy_config(source.config, architecture, model, k_order)
-    write_json(Path(folder) / CONFIG_FILE, config)
-    return written(Path(folder), model, digests, _left_out(source, model))
+    write_json(folder / CONFIG_FILE, config)
+    return written(folder, model, digests, _left_out(source, model))
 
 
 def write_parts(

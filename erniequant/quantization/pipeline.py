@@ -36,7 +36,8 @@ from erniequant.devices import resolve_device, return_freed_memory
 from erniequant.errors import ErnieQuantError
 from erniequant.format.fit import bounded_architecture
 from erniequant.models.architecture import Architecture
-from erniequant.progress import NULL_PROGRESS, Progress
+from erniequant.paths import expanded
+from erniequant.progress import Progress, observed
 from erniequant.quantization.calibrate import (
     amounts,
     calibration_report,
@@ -129,14 +130,14 @@ def quantize(
     Raises:
         ErnieQuantError: anything wrong with the source, the options or the destination.
     """
-    watch = progress or NULL_PROGRESS
+    watch = observed(progress)
     options = QuantizeOptions(bits, effort, max_tp, seed, format, k_order, w4_layers)
     source = calib if isinstance(calib, str) else "batches"
     calibration = CalibrationConfig(source, calib_samples, calib_length, chat_template, seed)
     target = resolve_device(device)
     checkpoint = open_checkpoint(src)
     require_no_adapter(checkpoint.folder)
-    require_apart(checkpoint.folder, Path(dst).expanduser())
+    require_apart(checkpoint.folder, expanded(dst))
     model = bounded_architecture(checkpoint.config, checkpoint.headers)
     output, plan = _output(checkpoint, model, options)
     vocabulary = require_companions(checkpoint.folder)
@@ -165,7 +166,7 @@ def quantize(
 
     windows = None if no_calib else read_windows(checkpoint, model, calib, calibration, watch)
     identity = run_identity(checkpoint, plan, calibration, windows, target)
-    destination = Path(dst).expanduser()
+    destination = expanded(dst)
     if work_dir is not None:
         identity["the destination"] = str(destination.resolve())
     with (
@@ -261,7 +262,7 @@ def _opened(
     except OSError as error:
         raise disk_error(destination, error) from error
     try:
-        work = WorkFolder(Path(work_dir).expanduser() if work_dir else destination / WORK_FOLDER)
+        work = WorkFolder(expanded(work_dir) if work_dir else destination / WORK_FOLDER)
         try:
             _prepare_destination(destination, work, resume)
             yield work

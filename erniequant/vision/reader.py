@@ -7,6 +7,7 @@ from typing import Any
 from erniequant.errors import ErnieQuantError
 from erniequant.inputs import ModelInput
 from erniequant.models.images import image_settings
+from erniequant.paths import expanded
 from erniequant.vision.pictures import PictureReader
 from erniequant.vision.records import ImageTextReader
 
@@ -44,5 +45,5 @@ def image_inputs(
         ErnieQuantError: the model takes no images, or one cannot be read.
     """
     reader = reader_for(model, tokenizer, chat_template=chat_template)
-    paths = [str(Path(image).expanduser().resolve()) for image in images]
+    paths = [str(expanded(image).resolve()) for image in images]
     return reader.prompt(text, paths)

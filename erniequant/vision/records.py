@@ -17,6 +17,7 @@ from erniequant.checkpoint.strict_json import parse_json
 from erniequant.errors import ErnieQuantError, foreign_errors
 from erniequant.inputs import ModelInput, with_pictures
 from erniequant.models.images import ImageSettings
+from erniequant.paths import expanded
 from erniequant.texts import read_text
 from erniequant.vision.pictures import PictureReader
 
@@ -231,4 +232,4 @@ def _image(value: Any, where: str, folder: Path) -> Any:
         raise ErnieQuantError(
             f"{where} has the image {value[:60]!r}; give files on this machine, as paths"
         )
-    return folder / Path(value).expanduser()
+    return folder / expanded(value)

@@ -2,6 +2,7 @@
 small."""
 
 import importlib
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 
 import erniequant_data
 
+# Of `speakers`: so few that filling them takes a moment.
+POSITIONS = 24
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -91,3 +94,36 @@ def speaking_ernie(tmp_path_factory):
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def speakers(packed_ernie, packed_vl, packed_dense, tmp_path_factory):
+    """A quantised micro model of every kind with a tokenizer and few positions: folders by name."""
+    from tests.micro import add_tokenizer
+
+    home = tmp_path_factory.mktemp("speakers")
+    found = {}
+    for name, folder in (("text", packed_ernie), ("vl", packed_vl), ("dense", packed_dense)):
+        found[name] = shutil.copytree(folder, home / name)
+        config = json.loads((folder / "config.json").read_text())
+        config.get("text_config", config)["max_position_embeddings"] = POSITIONS
+        (found[name] / "config.json").write_text(json.dumps(config))
+        if name != "vl":
+            add_tokenizer(found[name])
+    return found
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A `quantize` that records its arguments and reports as many degraded matrices as it is
+    told."""
+    fake = SimpleNamespace(degraded=0, seen=None, work=lambda: None)
+
+    def quantize(src, dst, **options):
+        fake.seen = (src, dst, options)
+        fake.work()
+        return SimpleNamespace(degraded=fake.degraded, to_dict=lambda: {"degraded": fake.degraded})
+
+    module = importlib.import_module("erniequant.quantization.pipeline")
+    monkeypatch.setattr(module, "quantize", quantize)
+    return fake

@@ -4,7 +4,6 @@ work."""
 import importlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -50,21 +49,6 @@ OTHERS = {
     "dry_run": True,
     "max_degraded": 5,
 }
-
-
-@pytest.fixture
-def library(monkeypatch):
-    """A `quantize` that records its arguments and reports as many degraded matrices as it is
-    told."""
-    fake = SimpleNamespace(degraded=0, seen=None)
-
-    def quantize(src, dst, **options):
-        fake.seen = (src, dst, options)
-        return SimpleNamespace(degraded=fake.degraded, to_dict=lambda: {"degraded": fake.degraded})
-
-    module = importlib.import_module("erniequant.quantization.pipeline")
-    monkeypatch.setattr(module, "quantize", quantize)
-    return fake
 
 
 def test_defaults_are_those_of_the_contract(run, library):

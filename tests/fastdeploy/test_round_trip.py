@@ -9,6 +9,7 @@ import torch
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.fastdeploy import export_bf16, open_fastdeploy
+from erniequant.fastdeploy.relayout import relayout
 from tests.fastdeploy.codes import MadeUpExperts, rounded_wint8
 from tests.fastdeploy.conftest import W4_END, write
 
@@ -123,3 +124,13 @@ def test_transformers_alone_refuses_such_a_folder(fd_single: Path) -> None:
 def test_export_to_nothing_else(fd_single: Path, tmp_path: Path) -> None:
     with pytest.raises(ErnieQuantError, match="bf16 or fp32"):
         export_bf16(fd_single, tmp_path / "plain", "int8")
+
+
+def test_home_folders(fd_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(fd_source, Path("~/whole"))
+    relayout("~/whole", "~/ranks", tensor_parallel=2)
+    export_bf16("~/whole", "~/plain")
+    require_expected(tmp_path / "whole", fd_source, "mma64", 1)
+    assert len(open_fastdeploy(tmp_path / "ranks").ranks) == 2
+    assert (tmp_path / "plain" / "config.json").is_file()
