@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from erniequant.calibration.texts import CalibrationConfig, CalibrationWindows
+from erniequant.calibration.config import CalibrationConfig
+from erniequant.calibration.texts import CalibrationWindows
 from erniequant.checkpoint.files import sha256_of
 from erniequant.checkpoint.reader import CONFIG_FILE, Checkpoint
 from erniequant.checkpoint.writer import companion_files
@@ -44,8 +45,8 @@ def run_identity(
         "the source's other files": _files_digest(checkpoint.folder),
     }
     if windows is not None:
+        # Not the name of the source: the same text may lie elsewhere.
         found |= {
-            "--calib": calibration.source,
             "--calib-samples": calibration.samples,
             "--calib-length": calibration.length,
             "--chat-template": calibration.chat_template,

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import Ernie4_5_VLMoeConfig
 
+from erniequant.data.records import read_records
 from erniequant.errors import ErnieQuantError
 from erniequant.models.images import ImageSettings, image_settings
 from erniequant.tokenizers import load_tokenizer
 from erniequant.vision.pictures import PictureReader
-from erniequant.vision.records import ImageTextReader, has_images, read_records
+from erniequant.vision.records import ImageTextReader, has_images
 from tests.micro_vl import write_image
 
 START, PICTURE, END = 97, 96, 98
