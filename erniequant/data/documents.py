@@ -47,16 +47,16 @@ class Chat:
 
 
 def texts_and_chats(record: Any, where: str) -> list[str | Chat]:
-    """What a record says; nothing where its text is empty or null.
+    """What a record says; nothing where it, or its text, is empty or null.
 
     Raises:
         ErnieQuantError: it has no form that is known.
     """
-    if record is None:
+    if record is None or record == {}:
         return []
     if isinstance(record, str):
         return [record] if record.strip() else []
-    if isinstance(record, list | tuple) and record:
+    if isinstance(record, list | tuple):
         return _spoken(Chat(normal_messages(record, where)))
     if not isinstance(record, Mapping):
         raise ErnieQuantError(f"{where} {_NEITHER}: it is {_shown(record)}")

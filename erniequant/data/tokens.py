@@ -37,7 +37,7 @@ def token_ids(tokenizer: Any, texts: Iterable[str], at_most: int | None = None) 
     """
     found = array("q")
     before = ""
-    for piece in pieces(texts):
+    for piece in pieces(texts, PIECE):
         found.frombytes(_behind(tokenizer, before, piece).numpy().tobytes())
         before = piece[-BEHIND:]
         if at_most is not None and len(found) >= at_most:
@@ -47,7 +47,7 @@ def token_ids(tokenizer: Any, texts: Iterable[str], at_most: int | None = None) 
     return torch.frombuffer(found, dtype=torch.int64)[:at_most]
 
 
-def pieces(texts: Iterable[str], size: int = PIECE) -> Iterator[str]:
+def pieces(texts: Iterable[str], size: int) -> Iterator[str]:
     """The same text in pieces of ``size`` characters and what is left of a line or a word; at most
     twice as many."""
     held = ""

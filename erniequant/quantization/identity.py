@@ -45,8 +45,8 @@ def run_identity(
         "the source's other files": _files_digest(checkpoint.folder),
     }
     if windows is not None:
-        # Not the name of the source: the same text may lie elsewhere.
         found |= {
+            "--calib": calibration.source,
             "--calib-samples": calibration.samples,
             "--calib-length": calibration.length,
             "--chat-template": calibration.chat_template,
