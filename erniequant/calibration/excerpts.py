@@ -45,7 +45,7 @@ def text_excerpts(
         return
     per_excerpt = max(count_tokens(next(_read(path, [0]))), _LEAST_TOKENS)
     needed = max(-(-wanted // per_excerpt), WHOLE // EXCERPT)
-    there = -(-size // EXCERPT)
+    there = size // EXCERPT  # what is left over at the end is never chosen
     if needed >= there:
         yield text_blocks(path)
         return

@@ -64,7 +64,7 @@ def texts_and_chats(record: Any, where: str) -> list[str | Chat]:
     if isinstance(text, str) and text.strip():
         return [text]
     # Loaders of data put texts together to batches.
-    if isinstance(text, list | tuple) and text and all(isinstance(t, str | None) for t in text):
+    if isinstance(text, list | tuple) and all(isinstance(t, str | None) for t in text):
         return [entry for entry in text if entry is not None and entry.strip()]
     chat = chat_of_record(record, where)
     if chat is not None:

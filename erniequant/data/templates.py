@@ -28,7 +28,7 @@ def render(chat: Chat, tokenizer: Any, mode: str, where: str) -> str:
     """
     template = getattr(tokenizer, "chat_template", None)
     if mode == "none" or (chat.of_columns and not template):
-        return "\n".join(text_of(calls_as_text(message)["content"]) for message in chat.messages)
+        return "\n".join(text_of(message["content"]) for message in for_template(chat.messages))
     require_template(tokenizer, where)
     failure: ErnieQuantError | None = None
     first: str | None = None
@@ -72,11 +72,10 @@ def apply_template(
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
 
 
-def for_template(messages: Messages, template: str) -> Messages:
+def for_template(messages: Messages, template: str = "") -> Messages:
     """Messages with the calls of tools as the template knows them."""
-    if "tool_calls" in template:
-        return [_with_objects(message) for message in messages]
-    return [calls_as_text(message) for message in messages]
+    known = [_with_objects(message) for message in messages]
+    return known if "tool_calls" in template else [calls_as_text(message) for message in known]
 
 
 def _forms(messages: Messages, template: str) -> Iterator[Messages]:
