@@ -206,7 +206,7 @@ def sequences_of(member: Any, images: ImageSettings | None, where: str) -> list[
         raise ErnieQuantError(
             f"{where} has shape {list(table.shape)}; expected token ids [tokens] or [batch, tokens]"
         )
-    return [ModelInput(row) for row in table.reshape(-1, table.shape[-1])]
+    return [ModelInput(row) for row in (table if table.dim() == 2 else table[None])]
 
 
 def hash_inputs(inputs: Iterable[ModelInput]) -> str:

@@ -30,8 +30,8 @@ _LEAST_TOKENS = EXCERPT // 32
 def text_excerpts(
     path: Path, wanted: int, seed: int, count_tokens: Callable[[str], int]
 ) -> Iterator[Iterable[str]]:
-    """The text of a file as one document, or else as many excerpts, chosen at random, as hold
-    ``wanted`` tokens, in their order; at least `WHOLE` bytes of it.
+    """The text of a file as one document, or else as many excerpts, chosen at random from all over
+    it, as hold ``wanted`` tokens, in their order; about `WHOLE` bytes of it at least.
 
     Args:
         count_tokens: of a text; the first excerpt stands for all.
@@ -50,7 +50,9 @@ def text_excerpts(
         yield text_blocks(path)
         return
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(there, generator=generator)[:needed].sort().values
+    # One at random in each of as many equal parts of the file.
+    places = torch.arange(needed) + torch.rand(needed, generator=generator, dtype=torch.float64)
+    chosen = (places * (there / needed)).long().clamp(max=there - 1).unique()
     for text in _read(path, chosen.tolist()):
         yield [text]
 

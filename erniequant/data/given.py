@@ -6,6 +6,7 @@ records, paths, token ids or batches. All members are of one kind.
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,28 +72,35 @@ def given(value: Any, name: str, none: str) -> str | Given:
 
 
 def kind_of_members(data: Given) -> tuple[str, Given]:
-    """The kind of the first member, and data that still has it.
+    """The kind of the first member that is not None, and data that still has it.
 
     Raises:
         ErnieQuantError: there is none, or it is of no kind.
     """
     waiting = iter(data.members)
-    for first in waiting:
-        kind = _kind(first, f"{data.name}[0]")
+    looked_at = []
+    for number, member in enumerate(waiting):
+        looked_at.append(member)
+        if member is None:
+            continue
+        kind = _kind(member, f"{data.name}[{number}]")
         if not data.sized:
-            return kind, Given(_with_first(first, waiting), data.name)
+            return kind, Given(chain(looked_at, waiting), data.name)
         return kind, data
     raise ErnieQuantError(f"{data.name} is empty; {_ADVICE}")
 
 
 def members(data: Given, kind: str) -> Iterator[tuple[Any, str]]:
-    """All members, each with its name.
+    """All members, each with its name. Texts and records may be None, which are empty ones.
 
     Raises:
         ErnieQuantError: one is of another kind.
     """
     for number, member in enumerate(data.members):
         where = f"{data.name}[{number}]"
+        if member is None and kind in (TEXTS, CHATS, RECORDS):
+            yield member, where
+            continue
         found = _kind(member, where)
         if found != kind:
             raise ErnieQuantError(
@@ -171,11 +179,6 @@ def _can_be_gone_through(value: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _with_first(first: Any, others: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from others
 
 
 def _type_of(value: Any) -> str:

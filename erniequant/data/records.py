@@ -10,6 +10,7 @@ import glob
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def _csv(path: Path) -> Iterator[tuple[Any, str]]:
     csv.field_size_limit(LONGEST)
     lines = (f"{line}\n" for _, line in text_lines(path))
     header = next(lines, "")
-    rows = csv.reader(_with_first(header, lines), delimiter=_delimiter(path, header))
+    rows = csv.reader(chain([header], lines), delimiter=_delimiter(path, header))
     try:
         names = [name.strip() for name in next(rows, [])]
         for row in rows:
@@ -195,11 +196,6 @@ def _csv(path: Path) -> Iterator[tuple[Any, str]]:
                 yield dict(zip(names, row, strict=False)), where
     except csv.Error as error:
         raise ErnieQuantError(f"{path} line {rows.line_num} is not CSV: {error}") from error
-
-
-def _with_first(first: str, others: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from others
 
 
 def _delimiter(path: Path, header: str) -> str:

@@ -208,7 +208,9 @@ def test_without_a_template() -> None:
 
 def test_a_broken_template_is_one_line() -> None:
     with pytest.raises(ErnieQuantError, match="line 1: the chat template cannot render") as error:
-        rendered({"messages": PLAIN}, "{% for m in messages %}{{ m.content.nothing() }}{% endfor %}")
+        rendered(
+            {"messages": PLAIN}, "{% for m in messages %}{{ m.content.nothing() }}{% endfor %}"
+        )
     assert "\n" not in str(error.value)
     # One that drops the user's words is taken as it is, if no form helps.
     assert rendered({"messages": PLAIN}, "{{ messages | length }}") == "2"
