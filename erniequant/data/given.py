@@ -4,6 +4,7 @@ A list, a data set, a `DataLoader`, a generator: anything that can be gone throu
 records, paths, token ids or batches. All members are of one kind.
 """
 
+import io
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import chain
@@ -19,6 +20,8 @@ TEXTS, CHATS, RECORDS, FILES, BATCHES = "texts", "chats", "records", "files", "b
 
 _ADVICE = "give texts, chats, records, token ids, batches, or the path of a file"
 _LONGEST_NAME = 255
+# Of polars, pyarrow and pandas.
+_ROWS = {"to_dicts": "to_dicts()", "to_pylist": "to_pylist()", "to_dict": "to_dict('records')"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,12 @@ def given(value: Any, name: str, none: str) -> str | Given:
                 f"{name} has several splits; give one, such as {name}[{next(iter(value))!r}]"
             )
         raise ErnieQuantError(f"{name} is {_type_of(value)}; give a list of records")
+    for method in _ROWS:
+        # Going through a table gives the names of its columns, or the columns.
+        if hasattr(value, method) and type(value).__name__ in ("DataFrame", "Table"):
+            raise ErnieQuantError(f"{name} is a table; give its rows, {name}.{_ROWS[method]}")
+    if isinstance(value, io.IOBase):
+        raise ErnieQuantError(f"{name} is an open file; give its path, a pathlib.Path")
     if isinstance(value, bytes | bytearray | Set) or not _can_be_gone_through(value):
         raise ErnieQuantError(f"{name} is {_type_of(value)}; {_ADVICE}")
     return Given(value, name)

@@ -128,6 +128,23 @@ def test_splits_are_told_apart() -> None:
         given(splits, "calib", "")
 
 
+def test_tables_and_open_files_are_explained(tmp_path: Path) -> None:
+    import pandas
+    import pyarrow
+
+    rows = [{"text": "a"}]
+    for table, advice in (
+        (pandas.DataFrame(rows), r"calib.to_dict\('records'\)"),
+        (pyarrow.Table.from_pylist(rows), r"calib.to_pylist\(\)"),
+    ):
+        with pytest.raises(ErnieQuantError, match=f"calib is a table; give its rows, {advice}"):
+            given(table, "calib", "")
+    assert kind(pandas.Series(["a", "b"])) == "texts"
+    (tmp_path / "a.txt").write_text("words")
+    with (tmp_path / "a.txt").open() as file, pytest.raises(ErnieQuantError, match="open file"):
+        given(file, "calib", "")
+
+
 def test_a_text_that_names_a_file_is_questioned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
