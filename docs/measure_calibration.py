@@ -72,7 +72,9 @@ def write(path: Path, size: int) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+        # Texts that come again would be stored once.
+        table = pyarrow.Table.from_pylist(records)
+        pyarrow.parquet.write_table(table, path, use_dictionary=False, compression=None)
         return
     opener: Any = gzip.open if path.suffix == ".gz" else open
     with opener(path, "wt", encoding="utf-8") as file:

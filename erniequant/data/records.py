@@ -1,12 +1,11 @@
 """Records of files: lines of JSON, JSON, tables. Each comes with a name for messages.
 
-JSON and CSV are read here and not by `datasets`, which gives a column one type: contents that are a
-text in one message and parts in another are refused there, and the text "007" becomes a number.
-Parquet has types of its own, and goes through `datasets`, which decodes images too.
+They are not read by `datasets`, which gives a column of JSON or CSV one type: contents that are a
+text in one message and parts in another are refused there, and the text "007" becomes a number. For
+Parquet it took 400 MB where 30 MB are enough.
 """
 
 import csv
-import glob
 import json
 import re
 from collections.abc import Iterator
@@ -15,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from erniequant.checkpoint.strict_json import parse_json
-from erniequant.data.files import LONGEST, MARK, inner_suffix, kind_of, text_blocks, text_lines
+from erniequant.data.files import (
+    BLOCK,
+    LONGEST,
+    MARK,
+    inner_suffix,
+    kind_of,
+    text_blocks,
+    text_lines,
+)
 from erniequant.errors import ErnieQuantError, foreign_errors
 
 ROWS_AT_ONCE = 64
@@ -208,15 +215,13 @@ def _delimiter(path: Path, header: str) -> str:
 def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
     if not path.is_file():
         raise ErnieQuantError(f"cannot read {path}: there is no such file; check the path")
-    import datasets
+    import pyarrow.parquet
 
+    number = 0
     with foreign_errors(f"cannot read {path}"):
-        rows = datasets.load_dataset(
-            "parquet",
-            data_files=glob.escape(str(path)),
-            split="train",
-            streaming=True,
-            batch_size=ROWS_AT_ONCE,
-        )
-        for number, row in enumerate(rows, start=1):
-            yield row, f"{path} row {number}"
+        # Without these two, a whole group of rows is in memory.
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False)
+        for batch in file.iter_batches(ROWS_AT_ONCE, use_threads=False):
+            for row in batch.to_pylist():
+                number += 1
+                yield row, f"{path} row {number}"

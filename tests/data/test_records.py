@@ -12,6 +12,7 @@ import pytest
 from erniequant.data import files, records
 from erniequant.data.records import read_records
 from erniequant.errors import ErnieQuantError
+from tests.micro_vl import write_image
 
 # A line end, a separator and quotes in a text, digits that are no number, and a text in Chinese.
 ROWS = [{"text": 'one,\n"two"'}, {"text": "007"}, {"text": "文字 NA"}]
@@ -64,7 +65,7 @@ def test_parquet(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    # Brackets would be a pattern for the library that reads it.
+    # Brackets are a pattern for some libraries.
     path = tmp_path / "a[1] b.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     found = list(read_records(path))
@@ -75,6 +76,19 @@ def test_parquet(tmp_path: Path) -> None:
         list(read_records(path))
     with pytest.raises(ErnieQuantError, match="there is no such file"):
         list(read_records(tmp_path / "none.parquet"))
+
+
+def test_images_of_a_data_set_in_parquet(tmp_path: Path) -> None:
+    import datasets
+
+    data = write_image(tmp_path / "a.png", 16, 8).read_bytes()
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = datasets.Dataset.from_list(
+        [{"image": {"bytes": data, "path": None}, "text": "a"}], features=features
+    )
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    ((record, _),) = read_records(tmp_path / "a.parquet")
+    assert record == {"image": {"bytes": data, "path": None}, "text": "a"}
 
 
 def test_joined_files_have_marks_between(tmp_path: Path) -> None:
