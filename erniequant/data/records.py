@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from erniequant.checkpoint.strict_json import parse_json
+from erniequant.data.documents import is_record
 from erniequant.data.files import (
     BLOCK,
     LONGEST,
@@ -79,8 +80,6 @@ def _json(path: Path) -> Iterator[tuple[Any, str]]:
 
 def _inner_list(value: Any) -> list[Any] | None:
     """The records of an object that is a wrapper around them, and no record itself."""
-    from erniequant.data.documents import is_record
-
     if not isinstance(value, dict) or is_record(value):
         return None
     lists = [entry for entry in value.values() if isinstance(entry, list) and entry]
