@@ -175,6 +175,40 @@ def from_batch(
     return found
 
 
+def sequences_of(member: Any, images: ImageSettings | None, where: str) -> list[ModelInput]:
+    """The sequences of a batch of `from_batch`, or of token ids alone.
+
+    Args:
+        member: a batch; integers ``[T]`` or ``[B, T]`` as a tensor, an array or lists, of which the
+            rows may differ in length; or a list of one such tensor, as loaders of data make it.
+
+    Raises:
+        ErnieQuantError: as `from_batch`.
+    """
+    if isinstance(member, ModelInput):
+        return [member]
+    if isinstance(member, Mapping):
+        rows = _ragged(member)
+        if rows is None:
+            return from_batch(_two_dimensional(member), images, where)
+        return [ModelInput(_row(row, where)) for row in rows]
+    if isinstance(member, list | tuple) and isinstance(member[0], torch.Tensor):
+        if len(member) > 1 and member[0].dim() > 1:
+            raise ErnieQuantError(
+                f"{where} is a list of {len(member)} tensors; give {{'input_ids': …, "
+                "'attention_mask': …}"
+            )
+        return [row for part in member for row in sequences_of(part, images, where)]
+    if isinstance(member, list | tuple) and not isinstance(member[0], int):
+        return [ModelInput(_row(row, where)) for row in member]
+    table = _integers(member, where)
+    if table.dim() not in (1, 2):
+        raise ErnieQuantError(
+            f"{where} has shape {list(table.shape)}; expected token ids [tokens] or [batch, tokens]"
+        )
+    return [ModelInput(row) for row in (table if table.dim() == 2 else table[None])]
+
+
 def hash_inputs(inputs: Iterable[ModelInput]) -> str:
     """SHA-256 of what models are given: `hash_token_ids` of text alone, with images of their
     patches as well."""
@@ -188,6 +222,44 @@ def hash_inputs(inputs: Iterable[ModelInput]) -> str:
         digest.update(repr(picture.grid).encode())
         digest.update(picture.patches.contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def _ragged(batch: Mapping[str, Any]) -> list[Any] | None:
+    """Rows of token ids where they are lists of different lengths, as tokenizers give them."""
+    rows = batch["input_ids"]
+    if not isinstance(rows, list | tuple) or batch.get("pixel_values") is not None:
+        return None
+    lengths = {len(row) if isinstance(row, list | tuple) else -1 for row in rows}
+    return list(rows) if len(lengths) > 1 and -1 not in lengths else None
+
+
+def _two_dimensional(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch of one that a row of a tokenised data set is."""
+    ids = batch["input_ids"]
+    flat = ids.ndim == 1 if hasattr(ids, "ndim") else bool(ids) and isinstance(ids[0], int)
+    if not flat:
+        return batch
+    tables = ("input_ids", "attention_mask", "moe_mm_token_type_ids")
+    rows = {n: torch.as_tensor(batch[n])[None] for n in tables if batch.get(n) is not None}
+    return {**batch, **rows}
+
+
+def _row(row: Any, where: str) -> torch.Tensor:
+    table = _integers(row, where)
+    if table.dim() != 1:
+        raise ErnieQuantError(f"{where} has a row of shape {list(table.shape)}; expected [tokens]")
+    return table
+
+
+def _integers(value: Any, where: str) -> torch.Tensor:
+    """Token ids int64 on the CPU."""
+    try:
+        table = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ErnieQuantError(f"{where} has no table of token ids: {error}") from error
+    if table.numel() and (table.is_floating_point() or table.dtype == torch.bool):
+        raise ErnieQuantError(f"{where} has numbers of type {table.dtype}; expected token ids")
+    return table.long().cpu()
 
 
 def _runs(flags: torch.Tensor) -> list[int]:
@@ -210,7 +282,10 @@ def _table(
         if like is None:
             raise ErnieQuantError(f"{where} has no {name}")
         return torch.ones_like(like)
-    table = torch.as_tensor(value)
+    try:
+        table = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ErnieQuantError(f"{where}: {name} is no table of integers: {error}") from error
     sound = table.dim() == 2 and not table.is_floating_point()
     if not sound or (like is not None and table.shape != like.shape):
         wanted = "integers [batch, tokens]" if like is None else f"shape {list(like.shape)}"

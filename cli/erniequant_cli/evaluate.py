@@ -14,7 +14,10 @@ def perplexity(
         str | None, typer.Option(metavar="DIR", help="Also compare with this model, paired.")
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="UTF-8 text; default: built in, held out.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="UTF-8 text, may be packed (.gz); default: built in, held out."
+        ),
     ] = None,
     dataset: Annotated[
         str | None,
@@ -65,14 +68,16 @@ def perplexity(
 
     from erniequant.evaluate import image_perplexity
     from erniequant.evaluate import perplexity as measure
-    from erniequant.evaluate.texts import evaluation_text
+    from erniequant.evaluate.texts import evaluation_text, require_text
 
-    words = evaluation_text(file=text, dataset=dataset)
+    if text is not None:
+        require_text(text)
+    words = evaluation_text(dataset=dataset) if text is None else text
     subject, tokenizer = load_model(model, device, dtype, reference)
     other = None
     if reference is not None:
         other, other_tokenizer = load_model(reference, device, dtype)
-        _require_same_tokens(tokenizer, other_tokenizer, words)
+        _require_same_tokens(tokenizer, other_tokenizer, words, tokens)
     result = measure(
         subject,
         tokenizer,
@@ -154,12 +159,15 @@ def _records(model: Any, asked: str | None, by_default: bool) -> str | None:
     return asked
 
 
-def _require_same_tokens(tokenizer: object, other: object, text: str) -> None:
+def _require_same_tokens(
+    tokenizer: object, other: object, text: str | Path, tokens: int | None
+) -> None:
+    import torch
+
     from erniequant.errors import ErnieQuantError
     from erniequant.evaluate.perplexity import tokenize
-    from erniequant.texts import hash_token_ids
 
-    if hash_token_ids(tokenize(tokenizer, text)) != hash_token_ids(tokenize(other, text)):
+    if not torch.equal(tokenize(tokenizer, text, tokens), tokenize(other, text, tokens)):
         raise ErnieQuantError(
             "the model and the reference cut the text into different tokens: "
             "compare a model with the one it was made from"

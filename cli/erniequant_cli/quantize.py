@@ -56,13 +56,14 @@ def quantize(
         str,
         typer.Option(
             metavar="builtin|FILE.txt|FILE.jsonl|hf:NAME[:SPLIT[:COLUMN]]",
-            help="Text to calibrate on; JSONL may name images beside it.",
+            help="Text to calibrate on; also FILE.json, .csv, .parquet, and packed (.gz). Records "
+            "may be chats and name images.",
         ),
     ] = "builtin",
     calib_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     calib_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
     chat_template: Annotated[
-        ChatTemplate, typer.Option(help="Whether chats (JSONL) go through the model's template.")
+        ChatTemplate, typer.Option(help="Whether chats go through the model's template.")
     ] = ChatTemplate.apply,
     no_calib: Annotated[bool, typer.Option("--no-calib", help="Use no text at all.")] = False,
     effort: Annotated[

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erniequant.data.given import BATCHES, RECORDS, Given, given, kind_of_members, members
+from erniequant.data.records import read_records
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.scoring import ReferenceResult, Scores
-from erniequant.inputs import ModelInput, hash_inputs
+from erniequant.inputs import ModelInput, hash_inputs, sequences_of
+from erniequant.models.images import image_settings
 from erniequant.paths import expanded
 from erniequant.progress import Progress, observed
 from erniequant.vision.reader import reader_for
-from erniequant.vision.records import has_images, read_records
+from erniequant.vision.records import has_images
 
 # Beyond it, text of a record is cut.
 MAX_TOKENS = 4096
@@ -50,7 +53,7 @@ class ImageTextResult:
 def image_perplexity(
     model: nn.Module,
     tokenizer: Any,
-    records: str | Path | Iterable[ModelInput] = "builtin",
+    records: str | Path | Iterable[Any] = "builtin",
     *,
     reference: nn.Module | None = None,
     progress: Progress | None = None,
@@ -58,8 +61,8 @@ def image_perplexity(
     """Score the text of image-text records under ``model``, and under ``reference`` if given.
 
     Args:
-        records: "builtin", a JSONL file (see `erniequant.vision.records`), or inputs that are ready
-            for the model.
+        records: "builtin", a file of records (see `erniequant.vision.records`), or the records
+            themselves, inputs or batches that are ready for the model.
 
     Standard errors are clustered by record.
 
@@ -92,30 +95,45 @@ def image_perplexity(
 
 
 def evaluation_inputs(
-    model: nn.Module, tokenizer: Any, records: str | Path | Iterable[ModelInput]
+    model: nn.Module, tokenizer: Any, records: str | Path | Iterable[Any]
 ) -> list[ModelInput]:
     """What the model is given for each record.
 
     Raises:
         ErnieQuantError: as `image_perplexity`.
     """
-    if not isinstance(records, str | Path):
-        inputs = list(records)
-    else:
-        path = expanded(records)
-        if str(records) == "builtin":
+    source = given(records, "records", "leave it out for the built-in ones")
+    if isinstance(source, str):
+        path = expanded(source)
+        if source == "builtin":
             from erniequant_data import heldout_images
 
             path = heldout_images()
         reader = reader_for(model, tokenizer, length=MAX_TOKENS)
         found = read_records(path)
         inputs = [reader.read(r, where, path.parent) for r, where in found if has_images(r)]
+    else:
+        inputs = _given_inputs(model, tokenizer, source)
     if not any(_scored(entry, tokenizer).numel() for entry in inputs):
         raise ErnieQuantError(
-            f"{records if isinstance(records, str | Path) else 'the input'} has no text after an "
+            f"{source if isinstance(source, str) else 'the input'} has no text after an "
             "image; give records with image and text"
         )
     return inputs
+
+
+def _given_inputs(model: nn.Module, tokenizer: Any, source: Given) -> list[ModelInput]:
+    kind, data = kind_of_members(source)
+    if kind == BATCHES:
+        config = getattr(model, "config", None)
+        images = None if config is None else image_settings(config)
+        return [
+            i for batch, where in members(data, kind) for i in sequences_of(batch, images, where)
+        ]
+    if kind != RECORDS:
+        raise ErnieQuantError(f"records holds {kind}; give records with images")
+    reader = reader_for(model, tokenizer, length=MAX_TOKENS)
+    return [reader.read(r, where, Path()) for r, where in members(data, kind) if has_images(r)]
 
 
 def _scored(entry: ModelInput, tokenizer: Any) -> Tensor:

@@ -7,15 +7,20 @@ do not compare.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from erniequant.data.files import no_text, text_blocks
+from erniequant.data.tokens import encoded, token_ids
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.scoring import ReferenceResult, Scores
 from erniequant.evaluate.windows import Window, cut_windows, group_windows
+from erniequant.paths import expanded
 from erniequant.progress import Progress, observed
 from erniequant.texts import hash_token_ids
 
@@ -50,7 +55,7 @@ class PerplexityResult:
 def perplexity(
     model: nn.Module,
     tokenizer: Any,
-    text: str,
+    text: str | Path,
     *,
     reference: nn.Module | None = None,
     context: int | None = None,
@@ -63,7 +68,8 @@ def perplexity(
     model, reference: called as `model(input_ids=[B, S] int64, use_cache=False)`, giving `.logits`
     [B, S, vocabulary] of any float type. context: tokens per window, default 2048 or the model's
     `max_position_embeddings` if that is less, never more than the text. stride: default context.
-    tokens: use only the first so many tokens of the text.
+    tokens: use only the first so many tokens of the text. text: the text itself, or the path of a
+    UTF-8 file, which is read a block at a time, and tokenised as far as it is used.
 
     Standard errors are clustered by window: tokens of one window share their context, so their
     errors are correlated and a window counts as one observation. With a single window there is
@@ -72,10 +78,10 @@ def perplexity(
     through exp; the ratio's is paired, token by token. KL is KL(reference || model) over the
     whole vocabulary.
 
-    Raises ErnieQuantError for a text too short, an impossible context or stride, vocabularies that
-    differ, and logits that are not finite.
+    Raises ErnieQuantError for what is no text, a text too short, an impossible context or stride,
+    vocabularies that differ, and logits that are not finite.
     """
-    token_ids = tokenize(tokenizer, text)[:tokens]
+    token_ids, text_sha256 = _read(tokenizer, text, tokens)
     context = _choose_context(model, context)
     stride = context if stride is None else stride
     windows = cut_windows(len(token_ids), context, stride)
@@ -97,17 +103,59 @@ def perplexity(
         windows=len(windows),
         context=min(context, len(token_ids)),
         stride=min(stride, len(token_ids)),
-        text_sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(),
+        text_sha256=text_sha256,
         token_ids_sha256=hash_token_ids(token_ids),
         bos=False,
         reference=scores.compare(),
     )
 
 
-def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """Token ids of the whole text, int64 [n], without BOS or any other added token."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
+def tokenize(tokenizer: Any, text: str | Path, at_most: int | None = None) -> Tensor:
+    """The first token ids of a text, int64 [n], without BOS or any other added token.
+
+    Raises ErnieQuantError for what is no text, or cannot be read.
+    """
+    return token_ids(tokenizer, _parts(text), at_most)
+
+
+def _read(tokenizer: Any, text: str | Path, at_most: int | None) -> tuple[Tensor, str]:
+    """Token ids, and the SHA-256 of all of the text."""
+    parts = _Hashed(_parts(text))
+    ids = token_ids(tokenizer, parts, at_most)
+    if not parts.finish() and isinstance(text, Path):
+        raise no_text(text)
+    return ids, parts.digest.hexdigest()
+
+
+class _Hashed:
+    """Parts of a text, hashed as they pass."""
+
+    def __init__(self, parts: Iterator[str]):
+        self._parts = parts
+        self._has_words = False
+        self.digest = hashlib.sha256()
+
+    def __iter__(self) -> Iterator[str]:
+        for part in self._parts:
+            self._has_words = self._has_words or bool(part.strip())
+            self.digest.update(encoded(part))
+            yield part
+
+    def finish(self) -> bool:
+        """Hash what was not asked for; whether there was more than space."""
+        for _ in self:
+            pass
+        return self._has_words
+
+
+def _parts(text: str | Path) -> Iterator[str]:
+    if isinstance(text, str):
+        return iter([text])
+    if isinstance(text, Path):
+        return text_blocks(expanded(text))
+    raise ErnieQuantError(
+        f"the text is of type {type(text).__name__}; give one str, or the pathlib.Path of a file"
+    )
 
 
 @torch.inference_mode()

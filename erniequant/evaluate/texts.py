@@ -3,9 +3,9 @@ text."""
 
 from pathlib import Path
 
+from erniequant.data.files import no_text, read_text, text_blocks
 from erniequant.errors import ErnieQuantError
 from erniequant.paths import expanded
-from erniequant.texts import read_text
 
 
 def evaluation_text(*, file: Path | None = None, dataset: str | None = None) -> str:
@@ -21,6 +21,16 @@ def evaluation_text(*, file: Path | None = None, dataset: str | None = None) -> 
     from erniequant_data import heldout_text
 
     return heldout_text()
+
+
+def require_text(file: Path) -> None:
+    """Read a file to its end, a block at a time, as `perplexity` will.
+
+    Raises:
+        ErnieQuantError: as `read_text`.
+    """
+    if not sum(bool(block.strip()) for block in text_blocks(expanded(file))):
+        raise no_text(file)
 
 
 def _read_dataset(name: str) -> str:
@@ -43,7 +53,7 @@ def _read_dataset(name: str) -> str:
             f"data set {repository} has no column {column!r} but {', '.join(rows.column_names)}: "
             "name one as NAME:SPLIT:COLUMN"
         )
-    text = "\n\n".join(str(row) for row in rows[column] if str(row).strip())
+    text = "\n\n".join(str(row) for row in rows[column] if row is not None and str(row).strip())
     if not text:
         raise ErnieQuantError(
             f"data set {repository} holds no text in {column!r}: use another column"

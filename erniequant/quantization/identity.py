@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from erniequant.calibration.texts import CalibrationConfig, CalibrationWindows
+from erniequant.calibration.config import CalibrationConfig
+from erniequant.calibration.texts import CalibrationWindows
 from erniequant.checkpoint.files import sha256_of
 from erniequant.checkpoint.folder import companion_files
 from erniequant.checkpoint.reader import CONFIG_FILE, Checkpoint

@@ -7,7 +7,7 @@ are in memory. Interrupted anywhere, the same call continues (`erniequant.resume
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 
-from erniequant.calibration.texts import (
-    CalibrationConfig,
-)
+from erniequant.calibration.config import CalibrationConfig
 from erniequant.checkpoint.adapters import require_no_adapter
 from erniequant.checkpoint.files import disk_error, write_json
 from erniequant.checkpoint.folder import describe_left_behind, left_behind, require_apart
@@ -41,8 +39,8 @@ from erniequant.progress import Progress, observed
 from erniequant.quantization.calibrate import (
     amounts,
     calibration_report,
-    image_documents,
     image_note,
+    prepare,
     read_windows,
 )
 from erniequant.quantization.estimate import Estimate, describe, estimate
@@ -78,7 +76,7 @@ def quantize(
     format: str = NATIVE,
     k_order: str | None = None,
     w4_layers: int | None = None,
-    calib: str | Sequence[Mapping[str, Any]] = "builtin",
+    calib: str | Path | Iterable[Any] = "builtin",
     calib_samples: int = 128,
     calib_length: int = 1024,
     chat_template: str = "apply",
@@ -109,8 +107,10 @@ def quantize(
         w4_layers: of FastDeploy's format, the number of first MoE layers with experts of 4 bits; by
             default one in thirteen.
         calib, calib_samples, calib_length, chat_template: see `CalibrationConfig`. ``calib`` may
-            also be a list of batches that are ready for the model, as transformers' processors
-            make them (see `erniequant.inputs.from_batch`); all of them are used.
+            also be texts, chats (lists of messages), records, paths, token ids or batches that
+            are ready for the model (see `erniequant.inputs.sequences_of`), as a list, a data set,
+            a DataLoader or an iterator. All batches of a list are used; other things are read as
+            far as needed, an iterator once, and by a dry run not at all.
         no_calib: use no text; every input direction counts the same.
         effort: ``fast``, ``standard`` or ``max``: how long the registers of the codes are.
         max_tp: tensor parallelism that the result must split into.
@@ -132,8 +132,7 @@ def quantize(
     """
     watch = observed(progress)
     options = QuantizeOptions(bits, effort, max_tp, seed, format, k_order, w4_layers)
-    source = calib if isinstance(calib, str) else "batches"
-    calibration = CalibrationConfig(source, calib_samples, calib_length, chat_template, seed)
+    settings = CalibrationConfig("builtin", calib_samples, calib_length, chat_template, seed)
     target = resolve_device(device)
     checkpoint = open_checkpoint(src)
     require_no_adapter(checkpoint.folder)
@@ -142,14 +141,14 @@ def quantize(
     output, plan = _output(checkpoint, model, options)
     vocabulary = require_companions(checkpoint.folder)
     threads = threads or os.cpu_count() or 1
-    images = 0 if no_calib or model.images is None else image_documents(calib, calibration)
-    tokens, length, patches = (0, 2, 0) if no_calib else amounts(calib, calibration, model, images)
+    calibration = None if no_calib else prepare(calib, settings, model, dry_run)
+    tokens, length, patches = (0, 2, 0) if calibration is None else amounts(calibration, model)
     needs = Needs(tokens, length, patches, largest_layer(checkpoint, model), wint2=format != NATIVE)
     memory = _fit(model, needs, threads, max_memory, target)
     predicted = estimate(plan, memory, tokens)
     plan_text = describe(plan, memory, predicted, checkpoint.absent_bytes)
-    if model.images is not None and not no_calib:
-        plan_text += f"\n{image_note(calib, calibration, images)}"
+    if model.images is not None and calibration is not None:
+        plan_text += f"\n{image_note(calibration)}"
     if vocabulary > model.sizes.vocabulary:
         plan_text += (
             f"\nthe tokenizer has {vocabulary} tokens, the model {model.sizes.vocabulary}: "
@@ -164,8 +163,11 @@ def quantize(
             plan, plan_text, None, (), predicted, None, {}, dry_run=True, left_behind=left
         )
 
-    windows = None if no_calib else read_windows(checkpoint, model, calib, calibration, watch)
-    identity = run_identity(checkpoint, plan, calibration, windows, target)
+    windows = None
+    if calibration is not None:
+        settings = calibration.config
+        windows = read_windows(checkpoint, model, calibration, watch)
+    identity = run_identity(checkpoint, plan, settings, windows, target)
     destination = expanded(dst)
     if work_dir is not None:
         identity["the destination"] = str(destination.resolve())
@@ -201,7 +203,7 @@ def quantize(
         report = QuantizationReport(
             plan,
             plan_text,
-            calibration_report(calibration, windows),
+            calibration_report(settings, windows),
             run.matrices(),
             predicted,
             measured,

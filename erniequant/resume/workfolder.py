@@ -158,13 +158,18 @@ class WorkFolder:
         return [path for path in self.folder.iterdir() if names.fullmatch(path.name)]
 
 
+_SOURCE, _TEXT = "--calib", "the calibration text"
+
+
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two identities, one phrase each."""
+    """What differs between two identities, one phrase each. The same text is no other one for
+    lying elsewhere."""
     names = [*before, *(name for name in now if name not in before)]
+    same_text = before.get(_TEXT) is not None and before.get(_TEXT) == now.get(_TEXT)
     return [
         f"{name} was {_short(before.get(name))}, now {_short(now.get(name))}"
         for name in names
-        if before.get(name) != now.get(name)
+        if before.get(name) != now.get(name) and not (name == _SOURCE and same_text)
     ]
 
 

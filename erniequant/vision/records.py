@@ -1,61 +1,45 @@
-"""Documents with images: lines of JSONL, rows of a data set.
+"""Documents with images: records of files, rows of a data set.
 
-``{"image": "a.png", "text": "..."}``, ``{"images": ["a.png", "b.png"], "text": "..."}``, or chat
-``messages`` whose content lists parts such as ``{"type": "image", "image": "a.png"}`` and
-``{"type": "text", "text": "..."}``. Paths are relative to the file that names them. ``<image>`` in
-a text says where an image stands; without it, all stand before the text.
+``{"image": "a.png", "text": "..."}``, ``{"images": ["a.png", "b.png"], "text": "..."}``, or a chat
+whose content lists parts such as ``{"type": "image", "image": "a.png"}`` and ``{"type": "text",
+"text": "..."}``, or with its images beside it. Paths are relative to the file that names them.
+``<image>`` in a text says where an image stands; without it, all stand before the text, or the
+first turn of the user.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from erniequant.checkpoint.strict_json import parse_json
+from erniequant.data.chats import IMAGE_TYPES, chat_of, parts_of
+from erniequant.data.documents import Chat, chat_of_record
+from erniequant.data.templates import apply_template, for_template, require_template
 from erniequant.errors import ErnieQuantError, foreign_errors
 from erniequant.inputs import ModelInput, with_pictures
 from erniequant.models.images import ImageSettings
 from erniequant.paths import expanded
-from erniequant.texts import read_text
 from erniequant.vision.pictures import PictureReader
 
 MARKER = "<image>"
 MIN_TOKENS = 4
 """Of an image; with fewer nothing is seen of it."""
 
-_IMAGE_TYPES = ("image", "image_url")
-
-
-def read_records(path: Path) -> Iterator[tuple[Any, str]]:
-    """The records of a JSONL file, and how to name each in messages.
-
-    Raises:
-        ErnieQuantError: the file cannot be read, or a line is not JSON.
-    """
-    # Not splitlines: JSON may hold other separators, which do not end a line of this format.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            yield parse_json(line.encode("utf-8")), where
-        except ValueError as error:
-            raise ErnieQuantError(f"{where} is not JSON: {error}") from error
-
 
 def has_images(record: Any) -> bool:
     """Whether a record names an image at all."""
-    if not isinstance(record, dict):
+    if not isinstance(record, Mapping):
         return False
     if record.get("image") is not None or record.get("images"):
         return True
-    messages = record.get("messages")
-    return isinstance(messages, list) and any(
-        isinstance(part, dict) and part.get("type") in _IMAGE_TYPES
+    messages = chat_of(record)
+    return isinstance(messages, list | tuple) and any(
+        isinstance(part, Mapping) and part.get("type") in IMAGE_TYPES
         for message in messages
-        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list | tuple)
         for part in message["content"]
     )
 
@@ -80,8 +64,10 @@ class ImageTextReader:
         Raises:
             ErnieQuantError: the record is malformed, or an image cannot be read.
         """
-        if record.get("messages") is not None:
-            ids, sources = self._chat(record["messages"], where, folder, prompt=False)
+        spoken = chat_of(record) is not None or record.get("text") is None
+        chat = chat_of_record(record, where) if spoken else None
+        if chat is not None:
+            ids, sources = self._chat(with_images(chat, record, where), where, folder)
         else:
             ids, sources = self._plain(_parts_of_text(record, where, folder), where)
         return self._input(ids, sources, where)
@@ -96,7 +82,7 @@ class ImageTextReader:
         if self.chat_template == "apply" and getattr(self.tokenizer, "chat_template", None):
             content = [{"type": "image", "image": image} for image in images]
             turn = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
-            ids, sources = self._chat([turn], where, Path(), prompt=True)
+            ids, sources = self._chat(Chat([turn]), where, Path(), prompt=True)
         else:
             parts = [*map(Path, images), text]
             ids, sources = self._tokens_of(parts, where), parts[:-1]
@@ -138,35 +124,30 @@ class ImageTextReader:
         return ids
 
     def _chat(
-        self, messages: Any, where: str, folder: Path, prompt: bool
+        self, chat: Chat, where: str, folder: Path, prompt: bool = False
     ) -> tuple[list[int], list[Any]]:
+        template = getattr(self.tokenizer, "chat_template", None)
+        joins = self.chat_template == "none" or (chat.of_columns and not template)
         turns: list[dict[str, Any]] = []
         joined: list[Any] = []
         sources: list[Any] = []
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise ErnieQuantError(f"{where} has messages that are not a list of objects")
-        for message in messages:
-            parts = _parts_of_message(message, where, folder)
-            sources += [part for part in parts if not isinstance(part, str)]
-            content = [
-                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-                for part in parts
+        for message in for_template(chat.messages, "" if joins else str(template)):
+            content = parts_of(message["content"])
+            parts = [
+                part["text"] if part["type"] == "text" else _image(part["image"], where, folder)
+                for part in content
             ]
-            turns.append({"role": message["role"], "content": content})
+            sources += [part for part in parts if not isinstance(part, str)]
+            # A template may take an image's path for something to write.
+            shown = [part if part["type"] == "text" else {"type": "image"} for part in content]
+            turns.append({**message, "content": shown})
             joined += [*parts, "\n"]
-        if self.chat_template == "none":
+        if joins:
             return self._plain(joined[:-1], where)
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ErnieQuantError(
-                f"{where} holds chat messages but the tokenizer has no chat template; use "
-                "--chat-template none"
-            )
-        with foreign_errors(f"{where}: the chat template cannot render its messages"):
-            text = str(
-                self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=prompt
-                )
-            )
+        require_template(self.tokenizer, where)
+        text = apply_template(
+            self.tokenizer, turns, where, tools=chat.tools, add_generation_prompt=prompt
+        )
         ids = self._tokens(text, where)
         if ids.count(self.images.token) != len(sources):
             raise ErnieQuantError(
@@ -180,13 +161,75 @@ class ImageTextReader:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _parts_of_text(record: dict[str, Any], where: str, folder: Path) -> list[Any]:
-    """Texts and images of a record, in order."""
+def with_images(chat: Chat, record: Mapping[str, Any], where: str) -> Chat:
+    """The chat with the images that stand beside it in the record put into its messages: where
+    `MARKER` is, where a part of an image names none, or else before the user's first words.
+
+    Raises:
+        ErnieQuantError: there are more or fewer places than images.
+    """
+    beside = _images_of(record, where)
+    if not beside:
+        return chat
+    contents = [parts_of(message["content"]) for message in chat.messages]
+    pieces = [[piece for part in parts for piece in _at_markers(part)] for parts in contents]
+    places = [part for parts in pieces for part in parts if _is_place(part)]
+    if not places:
+        roles = [message["role"] for message in chat.messages]
+        first = roles.index("user") if "user" in roles else 0
+        places = [{"type": "image", "image": None} for _ in beside]
+        pieces[first : first + 1] = [[*places, *part] for part in pieces[first : first + 1]]
+    if len(places) != len(beside):
+        raise ErnieQuantError(
+            f"{where} has {len(beside)} images, but {MARKER} {len(places)} times in its messages"
+        )
+    waiting = iter(beside)
+    return replace(
+        chat,
+        messages=[
+            {
+                **message,
+                "content": [
+                    {"type": "image", "image": next(waiting)} if _is_place(part) else part
+                    for part in parts
+                ],
+            }
+            for message, parts in zip(chat.messages, pieces, strict=True)
+        ],
+    )
+
+
+def _is_place(part: Mapping[str, Any]) -> bool:
+    return part["type"] == "image" and part["image"] is None
+
+
+def _at_markers(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """The part, cut where images stand in its text."""
+    if part["type"] != "text" or MARKER not in part["text"]:
+        return [part]
+    found: list[dict[str, Any]] = []
+    for number, text in enumerate(part["text"].split(MARKER)):
+        found += [{"type": "image", "image": None}] if number else []
+        found += [{"type": "text", "text": text}] if text else []
+    return found
+
+
+def _images_of(record: Mapping[str, Any], where: str) -> list[Any]:
     given = record["images"] if record.get("images") else [record.get("image")]
+    # Some data sets call a list of images "image".
+    if isinstance(given, list) and len(given) == 1 and isinstance(given[0], list | tuple):
+        given = list(given[0])
+    if not isinstance(given, list | tuple):
+        raise ErnieQuantError(f"{where} has images that are not a list")
+    return [image for image in given if image is not None]
+
+
+def _parts_of_text(record: Mapping[str, Any], where: str, folder: Path) -> list[Any]:
+    """Texts and images of a record, in order."""
     text = record.get("text")
-    if not isinstance(given, list) or not isinstance(text, str):
+    if not isinstance(text, str):
         raise ErnieQuantError(f'{where} has images but no "text" beside them')
-    sources = [_image(value, where, folder) for value in given]
+    sources = [_image(value, where, folder) for value in _images_of(record, where)]
     pieces = text.split(MARKER)
     if len(pieces) == 1:
         return [*sources, text]
@@ -200,32 +243,18 @@ def _parts_of_text(record: dict[str, Any], where: str, folder: Path) -> list[Any
     return [part for part in parts if part != ""]
 
 
-def _parts_of_message(message: dict[str, Any], where: str, folder: Path) -> list[Any]:
-    if not isinstance(message.get("role"), str):
-        raise ErnieQuantError(f"{where} has a message without role; expected role and content")
-    content = message.get("content")
-    if isinstance(content, str):
-        return [content]
-    if not isinstance(content, list):
-        raise ErnieQuantError(f"{where} has a message without content")
-    parts: list[Any] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append(part["text"])
-        elif kind in _IMAGE_TYPES:
-            value = part.get(kind, part.get("path", part.get("url")))
-            value = value.get("url") if isinstance(value, dict) else value
-            parts.append(_image(value, where, folder))
-        else:
-            raise ErnieQuantError(f"{where} has a part of type {kind!r}; use text and image")
-    return parts
-
-
 def _image(value: Any, where: str, folder: Path) -> Any:
     """The path of an image, or the image itself where a data set brings it along."""
     if hasattr(value, "convert"):
         return value
+    if isinstance(value, Mapping) and value.get("bytes"):
+        value = value["bytes"]
+    if isinstance(value, bytes):
+        return _decoded(value, where)
+    if isinstance(value, Mapping):
+        value = value.get("path")
+    if isinstance(value, Path):
+        return folder / value.expanduser()
     if not isinstance(value, str) or not value:
         raise ErnieQuantError(f"{where} has an image that is not a path: {str(value)[:60]!r}")
     if "://" in value or value.startswith("data:"):
@@ -233,3 +262,10 @@ def _image(value: Any, where: str, folder: Path) -> Any:
             f"{where} has the image {value[:60]!r}; give files on this machine, as paths"
         )
     return folder / expanded(value)
+
+
+def _decoded(data: bytes, where: str) -> Any:
+    from PIL import Image
+
+    with foreign_errors(f"{where}: cannot read its image"):
+        return Image.open(io.BytesIO(data))

@@ -85,6 +85,23 @@ def test_a_data_set_is_read_by_split_and_column(monkeypatch: pytest.MonkeyPatch)
     assert asked == [("some/name", "test", True)]
 
 
+def test_a_column_may_hold_chats_but_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"talk": CHAT["messages"], "text": "no"}, {"talk": None, "text": "no"}]
+    made = SimpleNamespace(load_dataset=lambda name, split, streaming: rows)
+    monkeypatch.setitem(sys.modules, "datasets", made)
+    found = calibration_windows(Letters(), config("hf:some/name::talk", length=14))
+    assert (text_of(found.windows), found.empty) == ("<user>hi<bot>y", 1)
+    with pytest.raises(ErnieQuantError, match="no column 'body' but talk, text: name one as hf:"):
+        calibration_windows(Letters(), config("hf:some/name::body"))
+
+
+def test_a_local_folder_is_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "abc"}\n')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert text_of(calibration_windows(Letters(), config("hf:~/set")).windows) == "abc|"
+
+
 def test_the_built_in_text_has_a_third_chinese() -> None:
     found = calibration_windows(Letters(), config("builtin", samples=400, length=512))
     ids = torch.cat([window.ids for window in found.windows])

@@ -76,3 +76,17 @@ def test_generate_passes_its_options_and_prints_the_answer(run, models, monkeypa
         "chat_template": "none",
     }
     assert json.loads(out.read_text())["text"] == "a sunny day"
+
+
+def test_a_text_is_refused_before_a_model_is_loaded(run, models, tmp_path):
+    file = tmp_path / "words.txt.gz"
+    file.write_bytes(b"not packed at all")
+    result = run("eval", "perplexity", "a", "--text", file, "--tokens", 10)
+    assert (result.exit_code, models) == (1, [])
+    assert "damaged or cut short" in result.stderr
+
+
+def test_a_text_at_home(run, models, text, monkeypatch):
+    monkeypatch.setenv("HOME", str(text.parent))
+    result = run("eval", "perplexity", "a", "--text", "~/words.txt", "--tokens", 64)
+    assert (result.exit_code, result.stderr) == (0, "")

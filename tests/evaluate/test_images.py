@@ -15,7 +15,7 @@ from erniequant.errors import ErnieQuantError
 from erniequant.evaluate import image_perplexity
 from erniequant.evaluate.images import evaluation_inputs
 from erniequant.generate import complete
-from erniequant.inputs import ModelInput
+from erniequant.inputs import ModelInput, hash_inputs
 from erniequant_cli.main import app
 from tests.micro_vl import IMAGE, IMAGE_END, IMAGE_START, write_micro_vl
 
@@ -87,6 +87,19 @@ def test_against_a_plain_loop(loaded: tuple[Any, Any], other: Path, micro_record
         for p, q in zip(ours, others, strict=True)
     ]
     assert distance.kl_mean == pytest.approx(np.mean(kl), rel=1e-4)
+
+
+def test_records_from_python(
+    loaded: tuple[Any, Any], micro_records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded
+    expected = evaluation_inputs(model, tokenizer, micro_records)
+    records = [json.loads(line) for line in micro_records.read_text().splitlines()]
+    # Paths in them are relative to where we are.
+    monkeypatch.chdir(micro_records.parent)
+    batches = [entry.batch() for entry in expected]
+    for given in (records, iter(records), expected, batches, Path("records.jsonl")):
+        assert hash_inputs(evaluation_inputs(model, tokenizer, given)) == hash_inputs(expected)
 
 
 def test_images_and_their_experts_matter(loaded: tuple[Any, Any], micro_records: Path) -> None:

@@ -64,3 +64,9 @@ def test_files_that_are_refused(tmp_path, content, reason):
         file.write_bytes(content)
     with pytest.raises(ErnieQuantError, match=reason):
         evaluation_text(file=file)
+
+
+def test_null_rows_are_no_words(monkeypatch):
+    rows = datasets.Dataset.from_dict({"text": ["first", None, "second"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    assert evaluation_text(dataset="org/set") == "first\n\nsecond"

@@ -225,23 +225,44 @@ def expected_windows(bases: Bases, path: Path) -> str | None:
         if not path.is_file():
             return None
         for line in path.read_bytes().decode("utf-8").split("\n"):
-            if line.strip():
-                pairs: list[Any] = json.loads(line, object_pairs_hook=list)
-                record = dict(pairs)
-                assert len(record) == len(pairs)
-                text = record.get("text")
-                if not isinstance(text, str):
-                    messages = [dict(m) for m in record["messages"]]
-                    assert all(isinstance(m["role"], str) for m in messages)
-                    text = "\n".join(m["content"] for m in messages)
-                text.encode("utf-8")
+            text = _text_of(line.removeprefix("\ufeff"))
+            if text.strip():
                 ids += [*bases.tokenizer(text, add_special_tokens=False)["input_ids"],
                         bases.tokenizer.eos_token_id]  # fmt: skip
     except Exception:  # any failure here means that the file is not what it should be
         return None
-    if len(ids) < 2 or "".join(bases.tokenizer.convert_ids_to_tokens(ids)).strip("</s> ") == "":
-        return None if len(ids) < 2 else hash_token_ids(torch.tensor(_windows(ids)))
-    return hash_token_ids(torch.tensor(_windows(ids)))
+    return hash_token_ids(torch.tensor(_windows(ids))) if len(ids) > 1 else None
+
+
+def _text_of(line: str) -> str:
+    """What a line says; empty where it is blank, null, or has nothing but empty texts."""
+    if not line.strip():
+        return ""
+    pairs: Any = json.loads(line, object_pairs_hook=_Pairs)
+    if isinstance(pairs, str) or pairs is None:
+        return pairs or ""
+    if pairs == []:
+        return ""
+    record = dict(pairs)
+    assert len(record) == len(pairs)
+    text = record.get("text")
+    if record.get("messages") is not None and not (isinstance(text, str) and text.strip()):
+        turns = record["messages"]
+        assert isinstance(turns, list) and not isinstance(turns, _Pairs)
+        messages = [dict(turn) for turn in turns]
+        assert all(isinstance(m["role"], str) for m in messages)
+        text = "\n".join(
+            m["content"] if isinstance(m["content"], str) else "".join(m["content"] or [])
+            for m in messages
+        )
+    assert "text" in record or "messages" in record
+    text = text or ""
+    text.encode("utf-8")
+    return str(text)
+
+
+class _Pairs(list[Any]):
+    """An object as its keys and values, to be told from a list."""
 
 
 def _windows(ids: list[int]) -> list[int]:

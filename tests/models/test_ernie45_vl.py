@@ -9,11 +9,12 @@ from torch.nn.functional import linear, silu
 from transformers import AutoModelForImageTextToText
 
 from erniequant.checkpoint.reader import open_checkpoint
+from erniequant.data.records import read_records
 from erniequant.format.fit import bounded_architecture, require_fit
 from erniequant.inputs import ModelInput, image_positions
 from erniequant.models.architecture import EXPERT_MATRICES
 from erniequant.vision.pictures import PictureReader
-from erniequant.vision.records import ImageTextReader, read_records
+from erniequant.vision.records import ImageTextReader
 from tests.micro_vl import as_baidu_releases_it
 
 CPU = torch.device("cpu")

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import Ernie4_5_VLMoeConfig
 
+from erniequant.data.records import read_records
 from erniequant.errors import ErnieQuantError
 from erniequant.models.images import ImageSettings, image_settings
 from erniequant.tokenizers import load_tokenizer
 from erniequant.vision.pictures import PictureReader
-from erniequant.vision.records import ImageTextReader, has_images, read_records
+from erniequant.vision.records import ImageTextReader, has_images
 from tests.foreign import POINTER
 from tests.micro_vl import write_image
 
@@ -93,6 +94,58 @@ def test_chats_go_through_the_template(
     ]  # fmt: skip
 
 
+HELLO_PART = {"type": "text", "text": "hello"}
+TO_B = {"role": "b", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        # At the marker, at a part that names no image, or before the user's first words.
+        {"messages": [{"role": "u", "content": "<image>hello"}, TO_B], "image": "a.png"},
+        {"messages": [{"role": "u", "content": [{"type": "image"}, HELLO_PART]}, TO_B],
+         "images": ["a.png"]},
+        {"messages": [{"role": "u", "content": "hello"}, TO_B], "images": ["a.png"]},
+        {"messages": [{"role": "u", "content": [HELLO_PART]}, TO_B], "image": "a.png"},
+        {"conversations": [{"from": "u", "value": "<image>hello"}, {"from": "b", "value": "hi"}],
+         "image": ["a.png"]},
+        {"messages": [{"role": "u", "content": [
+            {"type": "input_image", "image_url": "a.png", "text": None},
+            {"type": "input_text", "text": "hello"}]}, TO_B], "text": None, "images": None},
+    ],
+)  # fmt: skip
+def test_images_beside_a_chat(
+    reader: ImageTextReader, folder: Path, record: dict[str, Any]
+) -> None:
+    assert has_images(record)
+    found = reader.read(record, "line 1", folder)
+    assert found.ids.tolist() == [
+        *TURN, *image(4), *HELLO, SEMICOLON, *ANSWER, *HI, SEMICOLON,
+    ]  # fmt: skip
+
+
+def test_images_come_as_paths_bytes_or_opened(reader: ImageTextReader, folder: Path) -> None:
+    from PIL import Image
+
+    data = (folder / "a.png").read_bytes()
+    expected = reader.read({"image": "a.png", "text": "hello"}, "line 1", folder)
+    for given in (
+        folder / "a.png", data, {"bytes": data, "path": None}, {"bytes": None, "path": "a.png"},
+        Image.open(folder / "a.png"),
+    ):  # fmt: skip
+        found = reader.read({"image": given, "text": "hello"}, "line 1", folder)
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert torch.equal(found.pictures[0].patches, expected.pictures[0].patches)
+
+
+def test_columns_with_images(reader: ImageTextReader, folder: Path) -> None:
+    record = {"instruction": "hello", "output": "hi", "images": ["a.png"]}
+    found = reader.read(record, "line 1", folder).ids.tolist()
+    user = [*(ord(letter) - 30 for letter in "user"), *TURN[1:]]
+    assistant = [*(ord(letter) - 30 for letter in "assistant"), *TURN[1:]]
+    assert found == [*user, *image(4), *HELLO, SEMICOLON, *assistant, *HI, SEMICOLON]
+
+
 def test_chats_without_a_template_are_joined(
     reader: ImageTextReader, folder: Path, settings: ImageSettings
 ) -> None:
@@ -154,10 +207,15 @@ def test_pixels_are_those_of_transformers_own_processor(
         ({"image": "a.png", "text": "<image>x<image>"}, "1 images, but <image> 2 times"),
         ({"image": "thin.png", "text": "x"}, "cannot read the image .*thin.png.*aspect ratio"),
         (chat({"type": "video", "video": "a.mp4"}), "a part of type 'video'"),
+        ({"messages": [{"role": "u", "content": "<image><image>"}], "image": "a.png"},
+         "1 images, but <image> 2 times in its messages"),
+        ({"messages": [{"role": "u", "content": [{"type": "image"}]}]}, "an image that is not"),
+        ({"image": {"bytes": b"no image"}, "text": "x"}, "line 1: cannot read its image"),
+        ({"images": "a.png", "text": "x"}, "images that are not a list"),
         ({"messages": "hello"}, "messages that are not a list of objects"),
         ({"messages": [{"content": "x"}]}, "a message without role"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_read_is_one_line(
     reader: ImageTextReader, folder: Path, record: Any, message: str
 ) -> None:
