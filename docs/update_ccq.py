@@ -14,13 +14,13 @@ from update_readme import replace_section
 PAGE = Path(__file__).with_name("ccq.md")
 sys.path.insert(0, str(PAGE.parents[1]))
 
+from benchmarks.wint2.study import VARIANTS, measure  # noqa: E402
 from erniequant.ccq import encode_matrix  # noqa: E402
-from erniequant.ccq.books import BOOKS, UNIFORM_BOOK  # noqa: E402
-from erniequant.ccq.encode import Settings  # noqa: E402
-from erniequant.ccq.study import VARIANTS, measure  # noqa: E402
 from erniequant.codes import get_code  # noqa: E402
-from erniequant.quantization.matrix import QuantizedMatrix, Rotation, quantize_matrix  # noqa: E402
-from erniequant.rotation import block_size, random_signs  # noqa: E402
+from erniequant.encoding.matrix import QuantizedMatrix, Rotation, quantize_matrix  # noqa: E402
+from erniequant.formats.fastdeploy.ccq.books import BOOKS, UNIFORM_BOOK  # noqa: E402
+from erniequant.formats.fastdeploy.ccq.encode import Settings  # noqa: E402
+from erniequant.packing.rotation import block_size, random_signs  # noqa: E402
 from tests.ccq.gptq import gptq, relative_error  # noqa: E402
 from tests.ccq.massive import massive_layer  # noqa: E402
 from tests.ccq.tiny import expert_matrices  # noqa: E402

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from update_readme import replace_section
 
-from erniequant.codes import study
+from benchmarks.codes import study
 
 PAGE = Path(__file__).with_name("codes.md")
 

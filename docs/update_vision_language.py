@@ -23,9 +23,9 @@ from torch.nn.functional import linear, silu
 from update_readme import replace_section
 
 import erniequant
+from erniequant.data.inputs import ModelInput
 from erniequant.evaluate import ImageTextResult, image_perplexity, perplexity
 from erniequant.evaluate.images import evaluation_inputs
-from erniequant.inputs import ModelInput
 from erniequant.runtime.experts import PackedExperts
 from erniequant_data import calibration_text, heldout_text, tiny_vl_model_dir
 

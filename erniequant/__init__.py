@@ -10,21 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from erniequant.errors import ErnieQuantError
-from erniequant.runtime.registration import register_when_loaded as _register_when_loaded
+from erniequant.integrations.registration import register_when_loaded as _register_when_loaded
 from erniequant.version import __version__
 
 if TYPE_CHECKING:
     from erniequant import ccq, evaluate
-    from erniequant.exporting import export
-    from erniequant.loading import load
+    from erniequant.formats.native.export import export
+    from erniequant.formats.native.load import load
     from erniequant.quantization.pipeline import quantize
 
 _register_when_loaded()
 
 _FUNCTIONS = {
     "quantize": "erniequant.quantization.pipeline",
-    "load": "erniequant.loading",
-    "export": "erniequant.exporting",
+    "load": "erniequant.formats.native.load",
+    "export": "erniequant.formats.native.export",
 }
 
 _MODULES = ("evaluate", "ccq")

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 
+from erniequant.data.image_inputs import image_inputs
+from erniequant.data.inputs import ModelInput
 from erniequant.errors import ErnieQuantError, ErnieQuantWarning, foreign_errors
-from erniequant.inputs import ModelInput
-from erniequant.vision.reader import image_inputs
 
 _COLDEST = 1e-6
 """Temperatures below are 0: logits divided by them are beyond float32, and no probabilities."""

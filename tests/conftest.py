@@ -91,7 +91,7 @@ def packed_ernie(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     Layer 1 and 2 differ in code, register length and tile, so mixing them up shows.
     """
-    from erniequant.format.schema import LayerSpec, MatrixSpec
+    from erniequant.packing.schema import LayerSpec, MatrixSpec
 
     layers = {
         "1": LayerSpec(MatrixSpec("cc2", 12, 64, 32), MatrixSpec("cc4", 10, 32, 64)),
@@ -131,7 +131,7 @@ def packed_dense(micro_dense: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     Layer 2 is kept as it is, so that taking it for a quantised one shows.
     """
-    from erniequant.format.schema import LayerSpec, MatrixSpec
+    from erniequant.packing.schema import LayerSpec, MatrixSpec
 
     layers = {
         "0.mlp": LayerSpec(MatrixSpec("cc2", 12, 32, 32), MatrixSpec("cc4", 10, 32, 16)),
@@ -145,10 +145,10 @@ def write_packed(original: Path, folder: Path, layers: Mapping[str, Any]) -> Pat
     """Write ``original`` into a new folder with random words in the layers of a description."""
     from erniequant.checkpoint import CheckpointWriter, open_checkpoint
     from erniequant.checkpoint.files import write_json
-    from erniequant.companions import write_companions
-    from erniequant.format.decoding import encode_scale
-    from erniequant.format.headers import expert_sizes, is_dense
-    from erniequant.format.schema import (
+    from erniequant.data.companions import write_companions
+    from erniequant.packing.decoding import encode_scale
+    from erniequant.packing.header_check import expert_sizes, is_dense
+    from erniequant.packing.schema import (
         QuantizationMetadata,
         experts_module,
         guard_name,

@@ -65,8 +65,8 @@ def test_every_path_of_every_command(home):
 
 def test_every_path_of_every_function(home):
     from erniequant.evaluate import image_perplexity
-    from erniequant.format.inspect import inspect
-    from erniequant.format.verify import verify
+    from erniequant.formats.native.inspect import inspect
+    from erniequant.formats.native.verify import verify
     from erniequant.generate import complete
 
     erniequant.quantize("~/model", "~/2bit", work_dir="~/work", **FAST)

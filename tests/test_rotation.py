@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from erniequant.rotation import (
+from erniequant.packing.rotation import (
     block_size,
     hadamard,
     pack_signs,

@@ -10,9 +10,9 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from erniequant.companions import write_companions
+from erniequant.data.companions import write_companions
+from erniequant.data.tokenizers import load_tokenizer
 from erniequant.errors import ErnieQuantError
-from erniequant.tokenizers import load_tokenizer
 from tests.micro_original import (
     CHAT_TEMPLATE,
     SPECIAL,

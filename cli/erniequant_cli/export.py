@@ -10,8 +10,8 @@ from erniequant_cli.quantize import KOrder
 from erniequant_cli.terminal import say
 
 if TYPE_CHECKING:
-    from erniequant.exporting import ExportReport
-    from erniequant.fastdeploy import WrittenFastDeploy
+    from erniequant.formats.fastdeploy import WrittenFastDeploy
+    from erniequant.formats.native.export import ExportReport
 
 
 class Target(str, Enum):
@@ -51,16 +51,16 @@ def export(
       erniequant export ernie-wint2 ernie-wint2-tp2 --to fastdeploy-wint2 --tensor-parallel 2
     """
     from erniequant.errors import ErnieQuantError
-    from erniequant.fastdeploy.recognise import is_fastdeploy_folder
+    from erniequant.formats.fastdeploy.recognise import is_fastdeploy_folder
 
     order = None if k_order is None else k_order.value
     result: ExportReport | WrittenFastDeploy
     if to is not Target.fastdeploy_wint2:
-        from erniequant.exporting import export as write
+        from erniequant.formats.native.export import export as write
 
         result = write(src, dst, to=to.value, k_order=order, reference=reference)
     elif is_fastdeploy_folder(src):
-        from erniequant.fastdeploy.relayout import relayout
+        from erniequant.formats.fastdeploy.reshard import relayout
 
         result = relayout(src, dst, tensor_parallel=tensor_parallel, k_order=order)
     else:

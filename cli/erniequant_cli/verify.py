@@ -25,15 +25,15 @@ def verify(
 
       erniequant verify ernie-2bit --reference ./ernie --json errors.json
     """
-    from erniequant.fastdeploy.recognise import is_fastdeploy_folder
+    from erniequant.formats.fastdeploy.recognise import is_fastdeploy_folder
     from erniequant_cli.tables import print_verification
 
     if is_fastdeploy_folder(model):
-        from erniequant.fastdeploy.verifying import verify_fastdeploy
+        from erniequant.formats.fastdeploy.verify import verify_fastdeploy
 
         result = verify_fastdeploy(model, reference)
     else:
-        from erniequant.format.verify import verify as check
+        from erniequant.formats.native.verify import verify as check
 
         result = check(model, reference=reference)
     deliver(result.to_dict(), json, quiet, lambda: print_verification(result))

@@ -2,15 +2,15 @@
 
 from erniequant.calibration.texts import CalibrationWindows
 from erniequant.data.given import BATCHES, Given, members
+from erniequant.data.inputs import ModelInput, hash_inputs, sequences_of
 from erniequant.errors import ErnieQuantError
-from erniequant.inputs import ModelInput, hash_inputs, sequences_of
 from erniequant.models.images import ImageSettings
 
 
 def batched_windows(
     data: Given, images: ImageSettings | None, vocabulary: int, most: int
 ) -> CalibrationWindows:
-    """The sequences of batches that are ready for the model (`erniequant.inputs.sequences_of`).
+    """The sequences of batches that are ready for the model (`sequences_of`).
 
     Args:
         vocabulary: of the model.

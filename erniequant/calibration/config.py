@@ -15,7 +15,7 @@ class CalibrationConfig:
 
     ``source`` is ``builtin``, a file (`erniequant.data.files.ACCEPTED`), or
     ``hf:NAME[:SPLIT[:COLUMN]]``; records of files and data sets may have images
-    (`erniequant.vision.records`). ``chat_template`` ``apply`` renders chats with the model's
+    (`erniequant.data.image_records`). ``chat_template`` ``apply`` renders chats with the model's
     template, ``none`` joins their contents.
     """
 

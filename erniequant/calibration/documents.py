@@ -10,12 +10,12 @@ from erniequant.calibration.excerpts import text_excerpts
 from erniequant.data.documents import texts_and_chats
 from erniequant.data.files import ACCEPTED, kind_of
 from erniequant.data.given import FILES, Given, members, records_of
+from erniequant.data.image_records import has_images
 from erniequant.data.records import read_records
 from erniequant.data.templates import render
 from erniequant.data.tokens import token_ids
 from erniequant.errors import ErnieQuantError
 from erniequant.paths import expanded
-from erniequant.vision.records import has_images
 
 Record = tuple[Any, str]
 """A record, and how to name it in messages."""

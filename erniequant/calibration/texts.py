@@ -16,11 +16,11 @@ from erniequant.calibration.documents import (
     source_file,
 )
 from erniequant.data.files import kind_of, no_text
+from erniequant.data.image_records import ImageTextReader, has_images
+from erniequant.data.inputs import ModelInput, hash_inputs
 from erniequant.data.records import read_records
 from erniequant.data.tokens import token_ids
 from erniequant.errors import ErnieQuantError
-from erniequant.inputs import ModelInput, hash_inputs
-from erniequant.vision.records import ImageTextReader, has_images
 
 SHOWN = 400
 """Characters of the first document that a report has."""

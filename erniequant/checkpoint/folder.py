@@ -24,6 +24,9 @@ COMPANIONS = (
 LICENCES = ("license*", "licence*", "notice*", "copying*")
 """The same of licences, in upper or lower case."""
 
+REPORT_FILE = "quantization_report.json"
+"""What `erniequant.quantize` tells of a result; it belongs to these weights and is never copied."""
+
 TEMPLATES_FOLDER = "additional_chat_templates"
 _SHOWN = 8
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from erniequant.checkpoint.adapters import ADAPTER_FILE
 from erniequant.checkpoint.config import CONFIG_FILE
-from erniequant.checkpoint.folder import COMPANIONS, LICENCES, TEMPLATES_FOLDER
+from erniequant.checkpoint.folder import COMPANIONS, LICENCES, REPORT_FILE, TEMPLATES_FOLDER
 from erniequant.errors import ErnieQuantError, foreign_errors
 
 SMALL_FILES = (
     CONFIG_FILE,
     "*.index.json",
     ADAPTER_FILE,
-    "quantization_report.json",
+    REPORT_FILE,
     f"{TEMPLATES_FOLDER}/*.jinja",
     *COMPANIONS,
     *LICENCES,

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from erniequant.data.inputs import ModelInput
 from erniequant.errors import ErnieQuantError
-from erniequant.inputs import ModelInput
 
 TEXTS, CHATS, RECORDS, FILES, BATCHES = "texts", "chats", "records", "files", "batches"
 

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from erniequant.data.given import BATCHES, RECORDS, Given, given, kind_of_members, members
+from erniequant.data.image_inputs import reader_for
+from erniequant.data.image_records import has_images
+from erniequant.data.inputs import ModelInput, hash_inputs, sequences_of
 from erniequant.data.records import read_records
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.scoring import ReferenceResult, Scores
-from erniequant.inputs import ModelInput, hash_inputs, sequences_of
 from erniequant.models.images import image_settings
 from erniequant.paths import expanded
 from erniequant.progress import Progress, observed
-from erniequant.vision.reader import reader_for
-from erniequant.vision.records import has_images
 
 # Beyond it, text of a record is cut.
 MAX_TOKENS = 4096
@@ -61,7 +61,7 @@ def image_perplexity(
     """Score the text of image-text records under ``model``, and under ``reference`` if given.
 
     Args:
-        records: "builtin", a file of records (see `erniequant.vision.records`), or the records
+        records: "builtin", a file of records (see `erniequant.data.image_records`), or the records
             themselves, inputs or batches that are ready for the model.
 
     Standard errors are clustered by record.

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from erniequant.data.files import no_text, text_blocks
+from erniequant.data.token_hash import hash_token_ids
 from erniequant.data.tokens import encoded, token_ids
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.scoring import ReferenceResult, Scores
 from erniequant.evaluate.windows import Window, cut_windows, group_windows
 from erniequant.paths import expanded
 from erniequant.progress import Progress, observed
-from erniequant.texts import hash_token_ids
 
 DEFAULT_CONTEXT = 2048
 # Short windows share a forward pass up to this many tokens; a default window fills one alone.

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from erniequant.codes import register_length
+from erniequant.formats.plan import Plan
 from erniequant.models.architecture import ExpertGroup
 from erniequant.quantization.memory import MemoryPlan
-from erniequant.quantization.plan import Plan
 
 # Weights per second and core at register length 12, measured on an AVX-512 server core; each
 # register bit more halves the rate.

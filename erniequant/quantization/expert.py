@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear, silu
 
-from erniequant.calibration.hessian import Moments, finite_rows
 from erniequant.calibration.rows import RowPool, Rows
-from erniequant.quantization.matrix import MatrixQuantizer, QuantizedMatrix
-from erniequant.quantization.targets import corrected_target, inner_sensitivity, token_emphasis
-from erniequant.quantization.tokens import CHUNK, Evidence, Tokens
+from erniequant.encoding.hessian import Moments, finite_rows
+from erniequant.encoding.matrix import MatrixQuantizer, QuantizedMatrix
+from erniequant.encoding.targets import corrected_target, inner_sensitivity, token_emphasis
+from erniequant.quantization.token_batches import CHUNK, Evidence, Tokens
 
 PRIOR_TOKENS = 0.25
 """Strength of a layer's prior on each expert, in tokens per input channel."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
-from erniequant.calibration.hessian import Moments
 from erniequant.calibration.rows import RowPool, Rows
+from erniequant.encoding.hessian import Moments
+from erniequant.encoding.matrix import MatrixQuantizer, QuantizedMatrix
 from erniequant.models.architecture import ExpertGroup, MoeInput
 from erniequant.quantization.expert import (
     ExpertWeights,
@@ -23,8 +24,7 @@ from erniequant.quantization.expert import (
     inner_activations,
     quantize_expert,
 )
-from erniequant.quantization.matrix import MatrixQuantizer, QuantizedMatrix
-from erniequant.quantization.tokens import CHUNK, Evidence, TableTokens
+from erniequant.quantization.token_batches import CHUNK, Evidence, TableTokens
 
 SAMPLE_TOKENS = 2048
 """Tokens of the layer that stand in for an expert's own where it has few."""

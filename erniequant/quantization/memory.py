@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from erniequant.ccq.books import BOOKS
-from erniequant.ccq.encode import CHUNK as OUTPUTS_AT_ONCE
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.errors import ErnieQuantError
+from erniequant.formats.fastdeploy.ccq.books import BOOKS
+from erniequant.formats.fastdeploy.ccq.encode import CHUNK as OUTPUTS_AT_ONCE
 from erniequant.models.architecture import Architecture
 from erniequant.quantization.layer import SAMPLE_TOKENS
-from erniequant.quantization.tokens import CHUNK, PATCHES_AT_ONCE
+from erniequant.quantization.token_batches import CHUNK, PATCHES_AT_ONCE
 
 BASE_BYTES = 700_000_000
 """A process that has imported torch, transformers and numba and compiled the encoder (555 MB), and

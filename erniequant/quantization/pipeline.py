@@ -18,7 +18,12 @@ import torch
 from erniequant.calibration.config import CalibrationConfig
 from erniequant.checkpoint.adapters import require_no_adapter
 from erniequant.checkpoint.files import disk_error, write_json
-from erniequant.checkpoint.folder import describe_left_behind, left_behind, require_apart
+from erniequant.checkpoint.folder import (
+    REPORT_FILE,
+    describe_left_behind,
+    left_behind,
+    require_apart,
+)
 from erniequant.checkpoint.layout import index_of
 from erniequant.checkpoint.reader import (
     CONFIG_FILE,
@@ -29,14 +34,16 @@ from erniequant.checkpoint.reader import (
 )
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.checkpoint.writer import MAX_SHARD_BYTES
-from erniequant.companions import require_companions, write_companions
-from erniequant.devices import resolve_device, return_freed_memory
+from erniequant.data.companions import require_companions, write_companions
 from erniequant.errors import ErnieQuantError
-from erniequant.format.fit import bounded_architecture
+from erniequant.formats.base import OutputFormat
+from erniequant.formats.native.output import NativeOutput
+from erniequant.formats.plan import NATIVE, Plan, QuantizeOptions, make_plan
 from erniequant.models.architecture import Architecture
+from erniequant.models.config_check import bounded_architecture
 from erniequant.paths import expanded
 from erniequant.progress import Progress, observed
-from erniequant.quantization.calibrate import (
+from erniequant.quantization.calibration_input import (
     amounts,
     calibration_report,
     image_note,
@@ -44,7 +51,6 @@ from erniequant.quantization.calibrate import (
     read_windows,
 )
 from erniequant.quantization.estimate import Estimate, describe, estimate
-from erniequant.quantization.identity import processor, run_identity
 from erniequant.quantization.memory import (
     MemoryPlan,
     Needs,
@@ -55,14 +61,13 @@ from erniequant.quantization.memory import (
     peak_vram,
     plan_memory,
 )
-from erniequant.quantization.output import NativeOutput, OutputFormat
-from erniequant.quantization.plan import NATIVE, Plan, QuantizeOptions, make_plan
 from erniequant.quantization.report import (
-    REPORT_FILE,
     QuantizationReport,
 )
 from erniequant.quantization.run import Run
+from erniequant.quantization.run_identity import processor, run_identity
 from erniequant.resume.workfolder import WorkFolder
+from erniequant.system import resolve_device, return_freed_memory
 
 SIZE_TOLERANCE = 0.01
 """The result may differ from the planned size by this much, headers included."""
@@ -108,9 +113,9 @@ def quantize(
             default one in thirteen.
         calib, calib_samples, calib_length, chat_template: see `CalibrationConfig`. ``calib`` may
             also be texts, chats (lists of messages), records, paths, token ids or batches that
-            are ready for the model (see `erniequant.inputs.sequences_of`), as a list, a data set,
-            a DataLoader or an iterator. All batches of a list are used; other things are read as
-            far as needed, an iterator once, and by a dry run not at all.
+            are ready for the model (see `erniequant.data.inputs.sequences_of`), as a list, a data
+            set, a DataLoader or an iterator. All batches of a list are used; other things are
+            read as far as needed, an iterator once, and by a dry run not at all.
         no_calib: use no text; every input direction counts the same.
         effort: ``fast``, ``standard`` or ``max``: how long the registers of the codes are.
         max_tp: tensor parallelism that the result must split into.
@@ -224,7 +229,7 @@ def _output(
     if options.format == NATIVE:
         plan = make_plan(checkpoint, model, options)
         return NativeOutput(checkpoint, model, plan), plan
-    from erniequant.fastdeploy.output import fastdeploy_output, text_moe_of
+    from erniequant.formats.fastdeploy.output import fastdeploy_output, text_moe_of
 
     text_moe_of(model)
     # Its own ranks are cut from the result, so the native codes need not be divisible.

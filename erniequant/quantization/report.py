@@ -6,13 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from erniequant.calibration.hessian import DEGRADED_DAMPING
+from erniequant.encoding.hessian import DEGRADED_DAMPING
 from erniequant.errors import ErnieQuantError
+from erniequant.formats.plan import Plan
 from erniequant.models.architecture import ExpertGroup
 from erniequant.quantization.estimate import Estimate
-from erniequant.quantization.plan import Plan
-
-REPORT_FILE = "quantization_report.json"
 
 
 @dataclass(frozen=True)

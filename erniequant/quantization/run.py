@@ -17,10 +17,11 @@ from erniequant.checkpoint.files import sha256_of
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.checkpoint.scan import CheckedShard, changed_shards, check_shards
 from erniequant.checkpoint.shards import ShardFiles
-from erniequant.devices import trim_memory
+from erniequant.encoding.matrix import MatrixQuantizer, QuantizedMatrix
 from erniequant.errors import ErnieQuantError
-from erniequant.format.schema import PROJECTIONS
+from erniequant.formats.base import OutputFormat, stored_parts
 from erniequant.models.architecture import Architecture, ExpertGroup
+from erniequant.packing.schema import PROJECTIONS
 from erniequant.progress import Progress
 from erniequant.quantization.expert import ExpertWeights
 from erniequant.quantization.layer import (
@@ -30,12 +31,11 @@ from erniequant.quantization.layer import (
     layer_context,
     quantize_experts,
 )
-from erniequant.quantization.matrix import MatrixQuantizer, QuantizedMatrix
 from erniequant.quantization.memory import MemoryPlan
-from erniequant.quantization.output import OutputFormat, stored_parts
 from erniequant.quantization.report import MatrixReport
 from erniequant.quantization.streams import Streams
 from erniequant.resume.workfolder import WorkFolder
+from erniequant.system import trim_memory
 
 # What the journal's lines say, by kind of event.
 _FACTS: dict[str, dict[str, type]] = {

@@ -11,14 +11,14 @@ from itertools import accumulate
 
 import torch
 
-from erniequant.calibration.hessian import finite_rows
 from erniequant.calibration.rows import RowPool, Rows
 from erniequant.calibration.texts import CalibrationWindows
 from erniequant.checkpoint.reader import Checkpoint
-from erniequant.inputs import ModelInput
+from erniequant.data.inputs import ModelInput
+from erniequant.encoding.hessian import finite_rows
 from erniequant.models.architecture import Architecture, MoeInput
 from erniequant.quantization.layer import Contribution, LayerInput
-from erniequant.quantization.tokens import PATCHES_AT_ONCE
+from erniequant.quantization.token_batches import PATCHES_AT_ONCE
 
 EMBEDDING_ROWS = 4096
 """Rows of the embedding read at once."""

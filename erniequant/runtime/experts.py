@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from erniequant.format.decoding import decode_weight
-from erniequant.format.schema import GUARD, SUFFIXES, LayerSpec, layer_params
-from erniequant.runtime.decoded import DecodingExperts
+from erniequant.packing.decoding import decode_weight
+from erniequant.packing.products import DIFFERENTIABLE
+from erniequant.packing.schema import GUARD, SUFFIXES, LayerSpec, layer_params
+from erniequant.runtime.decoding_module import DecodingExperts
 from erniequant.runtime.ops import moe_experts, spec_text
-from erniequant.runtime.products import DIFFERENTIABLE
 
 
 class PackedExperts(DecodingExperts):

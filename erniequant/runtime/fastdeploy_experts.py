@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from erniequant.runtime.decoded import DecodingExperts
+from erniequant.runtime.decoding_module import DecodingExperts
 from erniequant.runtime.ops import KERNEL_DTYPES
 
 Decoder = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]

@@ -5,7 +5,7 @@ It runs through the same operator as the experts of a mixture, and so on the sam
 
 import torch
 
-from erniequant.format.schema import LayerSpec, guard_name
+from erniequant.packing.schema import LayerSpec, guard_name
 from erniequant.runtime.experts import PackedExperts
 
 

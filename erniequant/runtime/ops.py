@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from erniequant.format.decoding import decode_weight
-from erniequant.format.schema import LayerSpec, MatrixSpec
-from erniequant.runtime.products import (
+from erniequant.packing.decoding import decode_weight
+from erniequant.packing.products import (
     DIFFERENTIABLE,
     WeightOf,
     experts_backward,
     experts_forward,
 )
+from erniequant.packing.schema import LayerSpec, MatrixSpec
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 """Activations that the kernels take; float32 asks for more precision than they have."""

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch.nn import functional
 
 from erniequant.codes.spec import ConvolutionalCode
-from erniequant.rotation import rotate as rotate_plain
-from erniequant.rotation import unpack_signs
+from erniequant.packing.rotation import rotate as rotate_plain
+from erniequant.packing.rotation import unpack_signs
 from erniequant_kernels.bfloat16 import from_pattern, rounded
 from erniequant_kernels.routing import assigned_scales
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from erniequant.format.decoding import decode_scale
+from erniequant.packing.decoding import decode_scale
 
 SCAN = 1024
 

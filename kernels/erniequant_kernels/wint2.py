@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from erniequant.ccq.decode import decode_wint2
+from erniequant.codes.ccq.decode import decode_wint2
 from erniequant_kernels.bfloat16 import rounded
 
 BLOCK_N = 64

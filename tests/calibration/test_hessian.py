@@ -2,7 +2,7 @@
 
 import torch
 
-from erniequant.calibration.hessian import ROW_BLOCK, Moments, all_finite, factorise
+from erniequant.encoding.hessian import ROW_BLOCK, Moments, all_finite, factorise
 
 
 def moments_of(total: torch.Tensor, weight: float) -> Moments:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from erniequant.calibration.texts import CalibrationConfig, calibration_windows
+from erniequant.data.inputs import ModelInput
+from erniequant.data.token_hash import hash_token_ids
 from erniequant.errors import ErnieQuantError
-from erniequant.inputs import ModelInput
-from erniequant.texts import hash_token_ids
 
 
 class Letters:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from erniequant.ccq import decode_wint2, decode_wint25, decode_wint275
-from erniequant.ccq.decode import wint2_words
+from erniequant.codes.ccq.decode import wint2_words
 from erniequant.errors import ErnieQuantError
 
 VECTORS = load_file(Path(__file__).with_name("ccq_vectors.safetensors"))

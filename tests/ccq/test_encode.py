@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from erniequant.ccq import EncodedWint2, decode_wint2, encode_matrix, encode_wint2
-from erniequant.ccq.books import BOOKS, UNIFORM_BOOK
-from erniequant.ccq.encode import Settings, relative_error
 from erniequant.errors import ErnieQuantError
+from erniequant.formats.fastdeploy.ccq.books import BOOKS, UNIFORM_BOOK
+from erniequant.formats.fastdeploy.ccq.encode import Settings, relative_error
 from tests.ccq import gptq as baseline
 from tests.ccq.massive import massive_layer
 from tests.ccq.tiny import Layer, expert_matrices

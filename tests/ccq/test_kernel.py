@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from erniequant.ccq.books import BOOKS
+from erniequant.formats.fastdeploy.ccq.books import BOOKS
 from erniequant_kernels.wint2 import expand_wint2, expand_wint2_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

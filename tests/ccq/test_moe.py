@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from erniequant.ccq import decode_wint2
-from erniequant.runtime.products import experts_forward
+from erniequant.packing.products import experts_forward
 from erniequant_kernels.dense_gemm import DenseGemmConfig
 from erniequant_kernels.tuning import Tuning
 from erniequant_kernels.wint2_moe import Wint2Matrices, moe_experts_wint2

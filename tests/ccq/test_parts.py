@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from erniequant.ccq.books import BOOKS, book_labels, is_exact
-from erniequant.ccq.candidates import Plan, dry_run, race
-from erniequant.ccq.decode import decode_wint2
-from erniequant.ccq.encode import common_unit
-from erniequant.ccq.factor import (
+from erniequant.codes.ccq.decode import decode_wint2
+from erniequant.codes.ccq.order import stored_rows, to_natural
+from erniequant.formats.fastdeploy.ccq.books import BOOKS, book_labels, is_exact
+from erniequant.formats.fastdeploy.ccq.candidates import Plan, dry_run, race
+from erniequant.formats.fastdeploy.ccq.encode import common_unit
+from erniequant.formats.fastdeploy.ccq.factor import (
     diagonal_blocks,
     encoding_order,
     factorise_blocks,
     ordinary_energy,
     roots,
 )
-from erniequant.ccq.order import stored_rows, to_natural
-from erniequant.ccq.search import encode_group, improve_group
+from erniequant.formats.fastdeploy.ccq.search import encode_group, improve_group
 
 
 def moments_of(inputs: int, seed: int = 0) -> torch.Tensor:

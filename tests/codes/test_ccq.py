@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from erniequant.codes import ConvolutionalCode
-from erniequant.codes.ccq import WINT2, WINT25, WINT275
+from erniequant.codes.ccq.codes import WINT2, WINT25, WINT275
 from erniequant.codes.reference import decode_words
 
 

@@ -112,7 +112,7 @@ def test_a_valid_codeword_is_found_without_loss(name: str) -> None:
     [("cc2", 12, 0.0765), ("cc2", 16, 0.0740), ("cc3", 16, 0.0185), ("cc4", 16, 0.0048)],
 )
 def test_error_on_gaussian_data(name: str, length: int, ceiling: float) -> None:
-    from erniequant.codes.study import measure
+    from benchmarks.codes.study import measure
 
     sequences = 200 if length == 12 else 48
     assert measure(get_code(name, length), sequences, seed=6).mse <= ceiling

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from erniequant.data.given import Given, given, kind_of_members, members, records_of
+from erniequant.data.inputs import ModelInput, sequences_of
 from erniequant.errors import ErnieQuantError
-from erniequant.inputs import ModelInput, sequences_of
 
 CHAT = [{"role": "user", "content": "hi"}]
 

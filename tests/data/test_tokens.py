@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 import erniequant_data
 from erniequant.data import tokens
+from erniequant.data.tokenizers import load_tokenizer
 from erniequant.data.tokens import BEHIND, PIECE, pieces, token_ids
 from erniequant.errors import ErnieQuantError
-from erniequant.tokenizers import load_tokenizer
 
 
 class Counting:

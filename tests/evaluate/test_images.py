@@ -11,11 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 import erniequant
+from erniequant.data.inputs import ModelInput, hash_inputs
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate import image_perplexity
 from erniequant.evaluate.images import evaluation_inputs
 from erniequant.generate import complete
-from erniequant.inputs import ModelInput, hash_inputs
 from erniequant_cli.main import app
 from tests.micro_vl import IMAGE, IMAGE_END, IMAGE_START, write_micro_vl
 
@@ -176,7 +176,7 @@ def test_generation_sees_the_image(
     again = complete(model, tokenizer, "what?", images=images, max_tokens=8)
     assert found.text == again.text
     # Greedy, by hand and without a cache.
-    from erniequant.vision.reader import image_inputs
+    from erniequant.data.image_inputs import image_inputs
 
     entry = image_inputs(model, tokenizer, "what?", images)
     assert entry.placeholder is not None and entry.vision is not None

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from erniequant.data.token_hash import hash_token_ids
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate import perplexity
 from erniequant.evaluate.scoring import ROWS_AT_ONCE, standard_error
 from erniequant.evaluate.windows import Window, cut_windows, group_windows
-from erniequant.texts import hash_token_ids
 
 VOCABULARY = 11
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from erniequant.fastdeploy.packers import WINT4
+from erniequant.formats.fastdeploy.packers import WINT4
 
 # Stored position 16 a + 2 b + c of a group of 64 inputs holds input 8 b + 2 a + c.
 MMA64 = [8 * b + 2 * a + c for a in range(4) for b in range(8) for c in range(2)]

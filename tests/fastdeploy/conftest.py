@@ -11,7 +11,7 @@ import pytest
 
 import erniequant
 from erniequant.checkpoint.reader import open_checkpoint
-from erniequant.fastdeploy.writer import write_fastdeploy
+from erniequant.formats.fastdeploy.writer import write_fastdeploy
 from erniequant.quantization.report import QuantizationReport
 from tests.fastdeploy.codes import MadeUpExperts, decode_wint2
 from tests.micro import FASTDEPLOY, add_tokenizer, write_micro_ernie, write_text

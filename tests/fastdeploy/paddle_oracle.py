@@ -61,7 +61,7 @@ def compare(path: str) -> int:
     """Number of matrices whose bytes or scales differ from ours; prints each."""
     import torch
 
-    from erniequant.fastdeploy.packers import WINT4, WINT8
+    from erniequant.formats.fastdeploy.packers import WINT4, WINT8
 
     wrong = total = 0
     with np.load(path) as expected:

@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import erniequant
 from erniequant.errors import ErnieQuantError
-from erniequant.fastdeploy.inspecting import inspect_fastdeploy
-from erniequant.fastdeploy.relayout import relayout
-from erniequant.fastdeploy.verifying import verify_fastdeploy
+from erniequant.formats.fastdeploy.inspect import inspect_fastdeploy
+from erniequant.formats.fastdeploy.reshard import relayout
+from erniequant.formats.fastdeploy.verify import verify_fastdeploy
 from tests.fastdeploy.conftest import write
 from tests.foreign import POINTER, with_code
 

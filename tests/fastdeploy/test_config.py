@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from erniequant.errors import ErnieQuantError
-from erniequant.fastdeploy.config import (
+from erniequant.formats.fastdeploy.config import (
     choose_k_order,
     fastdeploy_config,
     is_fastdeploy_wint2,
     plain_config,
     read_settings,
 )
-from erniequant.fastdeploy.sizes import fastdeploy_model, text_moe
+from erniequant.formats.fastdeploy.sizes import fastdeploy_model, text_moe
 from tests.fastdeploy.test_schema import CONFIG_21B
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import erniequant
-from erniequant.fastdeploy import export_bf16
-from erniequant.fastdeploy.inspecting import inspect_fastdeploy
-from erniequant.fastdeploy.verifying import verify_fastdeploy
+from erniequant.formats.fastdeploy import export_bf16
+from erniequant.formats.fastdeploy.inspect import inspect_fastdeploy
+from erniequant.formats.fastdeploy.verify import verify_fastdeploy
 from tests.micro import write_micro_ernie
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from erniequant.fastdeploy.packers import WINT4, WINT8, Packing
+from erniequant.formats.fastdeploy.packers import WINT4, WINT8, Packing
 from tests.fastdeploy import paddle_oracle
 
 # The first bytes that paddlepaddle 3.3.1 gives for w[k, n] = k where n is even, -k where it is odd.

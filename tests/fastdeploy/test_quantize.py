@@ -15,7 +15,7 @@ import erniequant
 from erniequant.ccq import decode_wint2
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.fastdeploy import check_folder, export_bf16, open_fastdeploy
+from erniequant.formats.fastdeploy import check_folder, export_bf16, open_fastdeploy
 from erniequant.quantization.report import QuantizationReport
 from erniequant.runtime.fastdeploy_experts import FastDeployExperts
 from erniequant_cli.main import app

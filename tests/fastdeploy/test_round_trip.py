@@ -8,8 +8,8 @@ import torch
 
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.fastdeploy import export_bf16, open_fastdeploy
-from erniequant.fastdeploy.relayout import relayout
+from erniequant.formats.fastdeploy import export_bf16, open_fastdeploy
+from erniequant.formats.fastdeploy.reshard import relayout
 from tests.fastdeploy.codes import MadeUpExperts, rounded_wint8
 from tests.fastdeploy.conftest import W4_END, write
 

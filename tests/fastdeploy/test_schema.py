@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from erniequant.errors import ErnieQuantError
-from erniequant.fastdeploy import check_folder, open_fastdeploy
-from erniequant.fastdeploy.names import rank_keys
-from erniequant.fastdeploy.schema import check_keys
-from erniequant.fastdeploy.sizes import FastDeployModel, fastdeploy_model, text_moe
+from erniequant.formats.fastdeploy import check_folder, open_fastdeploy
+from erniequant.formats.fastdeploy.names import rank_keys
+from erniequant.formats.fastdeploy.schema import check_keys
+from erniequant.formats.fastdeploy.sizes import FastDeployModel, fastdeploy_model, text_moe
 
 U8, I8 = torch.uint8, torch.int8
 BF16, F32 = torch.bfloat16, torch.float32

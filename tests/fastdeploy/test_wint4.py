@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from erniequant.fastdeploy.packers import WINT4, PackedMatrix
-from erniequant.fastdeploy.wint4 import quantize_wint4
+from erniequant.formats.fastdeploy.packers import WINT4, PackedMatrix
+from erniequant.formats.fastdeploy.wint4 import quantize_wint4
 
 N, K = 48, 192
 

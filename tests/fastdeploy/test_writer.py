@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from erniequant.checkpoint.files import sha256_of
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.fastdeploy import check_folder, open_fastdeploy, write_fastdeploy
-from erniequant.fastdeploy.writer import WrittenFastDeploy
+from erniequant.formats.fastdeploy import check_folder, open_fastdeploy, write_fastdeploy
+from erniequant.formats.fastdeploy.writer import WrittenFastDeploy
 from tests.conftest import FileLimit
 from tests.fastdeploy.codes import MadeUpExperts
 from tests.fastdeploy.conftest import W4_END

@@ -10,9 +10,9 @@ import torch
 import erniequant
 from erniequant.checkpoint import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.format.headers import check_headers
-from erniequant.format.inspect import inspect
-from erniequant.format.verify import verify
+from erniequant.formats.native.inspect import inspect
+from erniequant.formats.native.verify import verify
+from erniequant.packing.header_check import check_headers
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 Damaged = Callable[[Edit], Path]

@@ -14,9 +14,10 @@ import torch
 from erniequant.checkpoint import open_checkpoint
 from erniequant.codes import CODE_NAMES, get_code
 from erniequant.codes.labels import KEEP_BITS, TOGGLE_BITS
-from erniequant.format.decoding import decode_weight, encode_scale, expert_matrices
-from erniequant.format.headers import require_sound
-from erniequant.format.schema import (
+from erniequant.packing.decoding import decode_weight, encode_scale, expert_matrices
+from erniequant.packing.header_check import require_sound
+from erniequant.packing.rotation import pack_signs, random_signs
+from erniequant.packing.schema import (
     DENSE_FORMAT_VERSION,
     FORMAT_VERSION,
     TILES,
@@ -24,7 +25,6 @@ from erniequant.format.schema import (
     QuantizationMetadata,
     layer_params,
 )
-from erniequant.rotation import pack_signs, random_signs
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parents[1] / "docs" / "format.md").read_text(encoding="utf-8")

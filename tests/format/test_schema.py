@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from erniequant.errors import ErnieQuantError
-from erniequant.format.schema import (
+from erniequant.packing.schema import (
     LayerSpec,
     MatrixSpec,
     QuantizationMetadata,

@@ -15,8 +15,8 @@ from harness import Bases  # noqa: E402
 import erniequant  # noqa: E402
 from erniequant.checkpoint import CheckpointWriter, open_checkpoint  # noqa: E402
 from erniequant.checkpoint.files import write_json  # noqa: E402
-from erniequant.companions import write_companions  # noqa: E402
-from erniequant.tokenizers import load_tokenizer  # noqa: E402
+from erniequant.data.companions import write_companions  # noqa: E402
+from erniequant.data.tokenizers import load_tokenizer  # noqa: E402
 from tests.micro_vl import as_baidu_releases_it  # noqa: E402
 
 LINES = [

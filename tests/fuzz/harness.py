@@ -27,8 +27,8 @@ from truth import Facts, facts, untouched, wrong
 import erniequant
 from erniequant.calibration.texts import CalibrationConfig, calibration_windows
 from erniequant.errors import ErnieQuantError
-from erniequant.format.inspect import inspect
-from erniequant.format.verify import verify
+from erniequant.formats.native.inspect import inspect
+from erniequant.formats.native.verify import verify
 
 SECONDS = 10
 TARGETS = {"load": 6, "inspect": 3, "verify": 4, "export": 4, "dry_run": 4, "calibration": 2}
@@ -218,7 +218,7 @@ def _judge_lines(
 
 def expected_windows(bases: Bases, path: Path) -> str | None:
     """Hash of the windows by plain json and the tokenizer; None if a line is no document."""
-    from erniequant.texts import hash_token_ids
+    from erniequant.data.token_hash import hash_token_ids
 
     ids: list[int] = []
     try:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from erniequant.format.decoding import encode_scale
+from erniequant.packing.decoding import encode_scale
 from erniequant_kernels.combine import combine, combine_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 import torch
 
-from erniequant.format.decoding import decode_weight, encode_scale
-from erniequant.format.schema import MatrixSpec
-from erniequant.rotation import pack_signs, random_signs
+from erniequant.packing.decoding import decode_weight, encode_scale
+from erniequant.packing.rotation import pack_signs, random_signs
+from erniequant.packing.schema import MatrixSpec
 from erniequant_kernels import moe
 from erniequant_kernels.dense_gemm import DenseGemmConfig
 from erniequant_kernels.moe import PackedMatrices, moe_experts, plan

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from erniequant.rotation import pack_signs, random_signs
+from erniequant.packing.rotation import pack_signs, random_signs
 from erniequant_kernels.prepare import prepare
 from erniequant_kernels.rotation import Form, form_shape, rotate_reference
 from erniequant_kernels.routing import row_tiles_reference

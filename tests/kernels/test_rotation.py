@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from erniequant.format.decoding import encode_scale
-from erniequant.rotation import pack_signs, random_signs
+from erniequant.packing.decoding import encode_scale
+from erniequant.packing.rotation import pack_signs, random_signs
 from erniequant_kernels.prepare import prepare
 from erniequant_kernels.rotation import (
     Form,

@@ -9,12 +9,12 @@ from torch.nn.functional import linear, silu
 from transformers import AutoModelForImageTextToText
 
 from erniequant.checkpoint.reader import open_checkpoint
+from erniequant.data.image_records import ImageTextReader
+from erniequant.data.images import PictureReader
+from erniequant.data.inputs import ModelInput, image_positions
 from erniequant.data.records import read_records
-from erniequant.format.fit import bounded_architecture, require_fit
-from erniequant.inputs import ModelInput, image_positions
 from erniequant.models.architecture import EXPERT_MATRICES
-from erniequant.vision.pictures import PictureReader
-from erniequant.vision.records import ImageTextReader
+from erniequant.models.config_check import bounded_architecture, require_fit
 from tests.micro_vl import as_baidu_releases_it
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def stock(micro_vl: Path) -> Any:
 @pytest.fixture(scope="module")
 def inputs(micro_vl: Path, micro_records: Path) -> list[ModelInput]:
     """One image, two images, an image within the text, and text alone."""
-    from erniequant.tokenizers import load_tokenizer
+    from erniequant.data.tokenizers import load_tokenizer
 
     source = open_checkpoint(micro_vl)
     model = bounded_architecture(source.config, source.headers)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from erniequant.format.schema import MatrixSpec
+from erniequant.encoding.matrix import Rotation, TrellisQuantizer
+from erniequant.packing.rotation import random_signs
+from erniequant.packing.schema import MatrixSpec
 from erniequant.quantization.expert import ExpertWeights, LayerContext
-from erniequant.quantization.matrix import Rotation, TrellisQuantizer
-from erniequant.quantization.tokens import Evidence
-from erniequant.rotation import random_signs
+from erniequant.quantization.token_batches import Evidence
 
 HIDDEN, INNER = 96, 64
 

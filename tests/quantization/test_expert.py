@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from erniequant.calibration.rows import RowPool
+from erniequant.encoding.targets import inner_sensitivity
 from erniequant.models.architecture import MoeInput
 from erniequant.quantization import expert as expert_module
 from erniequant.quantization.expert import (
@@ -15,8 +16,7 @@ from erniequant.quantization.expert import (
     inner_activations,
 )
 from erniequant.quantization.layer import LayerInput
-from erniequant.quantization.targets import inner_sensitivity
-from erniequant.quantization.tokens import CHUNK, Evidence, Tokens
+from erniequant.quantization.token_batches import CHUNK, Evidence, Tokens
 
 
 def tokens_of(x: torch.Tensor) -> Evidence:

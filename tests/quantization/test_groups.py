@@ -2,10 +2,10 @@
 
 import torch
 
-from erniequant.format.schema import MatrixSpec
+from erniequant.encoding.matrix import Rotation, TrellisQuantizer
 from erniequant.models.architecture import ExpertGroup, ModelSizes, MoeInput
+from erniequant.packing.schema import MatrixSpec
 from erniequant.quantization.layer import LayerInput, layer_context
-from erniequant.quantization.matrix import Rotation, TrellisQuantizer
 
 TEXT, VISION = ExpertGroup("text_moe", 3, 64), ExpertGroup("vision_moe", 3, 32, first=3)
 HIDDEN = 32

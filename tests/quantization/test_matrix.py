@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from erniequant.calibration.hessian import factorise
 from erniequant.codes import CODE_NAMES, get_code
 from erniequant.codes.reference import decode
 from erniequant.codes.viterbi import encoder
-from erniequant.format.schema import MatrixSpec
-from erniequant.quantization.ldlq import BLOCK, encode_matrix
-from erniequant.quantization.matrix import (
+from erniequant.encoding.hessian import factorise
+from erniequant.encoding.ldlq import BLOCK, encode_matrix
+from erniequant.encoding.matrix import (
     Rotation,
     TrellisQuantizer,
     bounded_importance,
@@ -19,7 +18,8 @@ from erniequant.quantization.matrix import (
     reorder_moments,
     rotate_moments,
 )
-from erniequant.rotation import random_signs, rotate, unrotate
+from erniequant.packing.rotation import random_signs, rotate, unrotate
+from erniequant.packing.schema import MatrixSpec
 
 
 def relative_error(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
+from erniequant.formats.plan import Plan, QuantizeOptions, layer_spec, make_plan
 from erniequant.models.architecture import ExpertGroup, ModelSizes
 from erniequant.models.registry import architecture_of
+from erniequant.packing.schema import tile_size
 from erniequant.quantization.estimate import describe, estimate
 from erniequant.quantization.memory import MemoryPlan
-from erniequant.quantization.plan import Plan, QuantizeOptions, layer_spec, make_plan, tile_size
 
 
 def plan_for(folder: Path, **options: object) -> Plan:

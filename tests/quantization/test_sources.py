@@ -23,8 +23,8 @@ from transformers import (
 
 import erniequant
 from erniequant.errors import ErnieQuantError
-from erniequant.format.inspect import inspect
-from erniequant.format.verify import verify
+from erniequant.formats.native.inspect import inspect
+from erniequant.formats.native.verify import verify
 from tests.foreign import POINTER, edit, with_code
 from tests.micro import add_tokenizer
 

@@ -15,7 +15,7 @@ from erniequant.calibration.texts import (
     calibration_windows,
 )
 from erniequant.checkpoint.reader import open_checkpoint
-from erniequant.inputs import ModelInput
+from erniequant.data.inputs import ModelInput
 from erniequant.models.registry import architecture_of
 from erniequant.quantization import run
 from erniequant.quantization.streams import Streams

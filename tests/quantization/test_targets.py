@@ -3,15 +3,15 @@
 import torch
 from torch.nn.functional import linear, silu
 
-from erniequant.calibration.hessian import ROW_BLOCK
-from erniequant.quantization.expert import ExpertWeights
-from erniequant.quantization.targets import (
+from erniequant.encoding.hessian import ROW_BLOCK
+from erniequant.encoding.targets import (
     CORRECTION_RIDGE,
     corrected_target,
     inner_sensitivity,
     token_emphasis,
 )
-from erniequant.quantization.tokens import Evidence
+from erniequant.quantization.expert import ExpertWeights
+from erniequant.quantization.token_batches import Evidence
 
 
 def test_sensitivity_is_the_diagonal_of_the_squared_jacobian(

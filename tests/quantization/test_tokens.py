@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from erniequant.quantization.tokens import CHUNK, Evidence, TableTokens, Tokens
+from erniequant.quantization.token_batches import CHUNK, Evidence, TableTokens, Tokens
 
 TABLE = 3 * CHUNK
 

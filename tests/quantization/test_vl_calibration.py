@@ -11,9 +11,9 @@ import pytest
 
 import erniequant
 import erniequant_data
+from erniequant.data.inputs import ModelInput
 from erniequant.evaluate import image_perplexity
 from erniequant.evaluate.images import evaluation_inputs
-from erniequant.inputs import ModelInput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 import erniequant
 from erniequant.checkpoint.files import sha256_of
-from erniequant.companions import write_companions
+from erniequant.data.companions import write_companions
+from erniequant.data.image_inputs import image_inputs
 from erniequant.errors import ErnieQuantError
 from erniequant.quantization import pipeline
-from erniequant.vision.reader import image_inputs
 from tests.micro_original import PATCH, write_original
 from tests.micro_vl import write_image
 

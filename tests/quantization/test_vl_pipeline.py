@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 import erniequant
 from erniequant.checkpoint.reader import open_checkpoint
+from erniequant.data.inputs import ModelInput
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.images import evaluation_inputs
-from erniequant.inputs import ModelInput
 from erniequant.quantization.report import QuantizationReport
 from erniequant.runtime.experts import PackedExperts
 from erniequant_cli.main import app

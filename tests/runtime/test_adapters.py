@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 import erniequant
 from erniequant.errors import ErnieQuantError
-from erniequant.runtime.decoded import DecodingExperts
+from erniequant.runtime.decoding_module import DecodingExperts
 from tests.runtime.families import from_pretrained, inputs
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import erniequant
 from erniequant.checkpoint import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.format.schema import LayerSpec, MatrixSpec
+from erniequant.integrations.transformers.plugin import ErnieQuantConfig, ErnieQuantizer
+from erniequant.packing.schema import LayerSpec, MatrixSpec
 from erniequant.runtime import experts as experts_module
 from erniequant.runtime import ops
 from erniequant.runtime.mlp import PackedMlp
-from erniequant.runtime.transformers_plugin import ErnieQuantConfig, ErnieQuantizer
 from tests.runtime.models import IDS, load, logits
 
 Edit = Callable[[dict[str, torch.Tensor]], None]

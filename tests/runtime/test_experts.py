@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from erniequant.format.decoding import encode_scale
-from erniequant.format.schema import LayerSpec, MatrixSpec
-from erniequant.rotation import pack_signs, random_signs, rotate
+from erniequant.packing.decoding import encode_scale
+from erniequant.packing.rotation import pack_signs, random_signs, rotate
+from erniequant.packing.schema import LayerSpec, MatrixSpec
 from erniequant.runtime.experts import PackedExperts
 
 EXPERTS, HIDDEN, INNER = 5, 96, 32
@@ -60,8 +60,8 @@ def test_weighted_sum_token_by_token(experts: PackedExperts, tokens: int, k: int
 def test_rotating_the_inputs_is_the_same(experts: PackedExperts) -> None:
     """What kernels do: rotate the activations and multiply by scaled labels."""
     from erniequant.codes.reference import decode
-    from erniequant.format.decoding import decode_scale
-    from erniequant.rotation import unpack_signs
+    from erniequant.packing.decoding import decode_scale
+    from erniequant.packing.rotation import unpack_signs
 
     x = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(1))
     spec = SPEC.gate_up_proj

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from erniequant.runtime.decoded import DecodingExperts
+from erniequant.packing.products import experts_backward, experts_forward
+from erniequant.runtime.decoding_module import DecodingExperts
 from erniequant.runtime.experts import PackedExperts
-from erniequant.runtime.products import experts_backward, experts_forward
 from tests.runtime.families import from_pretrained, inputs
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from erniequant.format.decoding import encode_scale
-from erniequant.format.schema import LayerSpec, MatrixSpec
+from erniequant.packing.decoding import encode_scale
+from erniequant.packing.schema import LayerSpec, MatrixSpec
 from erniequant.runtime import ops
 from erniequant.runtime.experts import PackedExperts
 

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import erniequant
 from erniequant.checkpoint import open_checkpoint
+from erniequant.integrations.transformers.plugin import ErnieQuantizer, register
 from erniequant.runtime.experts import PackedExperts
-from erniequant.runtime.transformers_plugin import ErnieQuantizer, register
 from tests.runtime.models import IDS, load, logits
 
 
@@ -175,7 +175,7 @@ def test_quantising_on_load_is_refused(micro_ernie: Path, packed_ernie: Path) ->
 
 
 def _as_object(settings: dict[str, Any]) -> Any:
-    from erniequant.runtime.transformers_plugin import ErnieQuantConfig
+    from erniequant.integrations.transformers.plugin import ErnieQuantConfig
 
     return ErnieQuantConfig.from_dict(settings)
 

@@ -9,9 +9,10 @@ import torch
 import erniequant
 from erniequant.checkpoint import CheckpointWriter, open_checkpoint
 from erniequant.checkpoint.files import write_json
-from erniequant.format.decoding import encode_scale
-from erniequant.format.inspect import inspect
-from erniequant.format.schema import (
+from erniequant.formats.native.inspect import inspect
+from erniequant.formats.native.verify import verify
+from erniequant.packing.decoding import encode_scale
+from erniequant.packing.schema import (
     LayerSpec,
     MatrixSpec,
     QuantizationMetadata,
@@ -19,7 +20,6 @@ from erniequant.format.schema import (
     layer_key_of,
     layer_params,
 )
-from erniequant.format.verify import verify
 from erniequant.runtime.experts import PackedExperts
 
 EXPERTS, HIDDEN, INNER = 4, 64, {"text_moe": 64, "vision_moe": 32}

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from erniequant.data.inputs import ModelInput, from_batch, hash_inputs
+from erniequant.data.token_hash import hash_token_ids
 from erniequant.errors import ErnieQuantError
-from erniequant.inputs import ModelInput, from_batch, hash_inputs
 from erniequant.models.images import ImageSettings
-from erniequant.texts import hash_token_ids
 
 IMAGES = ImageSettings(start_token=97, token=96, end_token=98, patch=2, merge=2, channels=3)
 WIDTH = 3 * 2 * 2

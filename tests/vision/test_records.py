@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import Ernie4_5_VLMoeConfig
 
+from erniequant.data.image_records import ImageTextReader, has_images
+from erniequant.data.images import PictureReader
 from erniequant.data.records import read_records
+from erniequant.data.tokenizers import load_tokenizer
 from erniequant.errors import ErnieQuantError
 from erniequant.models.images import ImageSettings, image_settings
-from erniequant.tokenizers import load_tokenizer
-from erniequant.vision.pictures import PictureReader
-from erniequant.vision.records import ImageTextReader, has_images
 from tests.foreign import POINTER
 from tests.micro_vl import write_image
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from erniequant.format.decoding import encode_scale
+from erniequant.packing.decoding import encode_scale
 from erniequant_kernels.bench.problem import Batch, Experts
 from erniequant_kernels.combine import combine
 from erniequant_kernels.dense_gemm import DenseGemmConfig, dense_gemm

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from erniequant.codes import register_length
-from erniequant.format.decoding import decode_weight, encode_scale
-from erniequant.format.schema import MatrixSpec
-from erniequant.quantization.plan import tile_size
-from erniequant.rotation import block_size, pack_signs, random_signs
+from erniequant.packing.decoding import decode_weight, encode_scale
+from erniequant.packing.rotation import block_size, pack_signs, random_signs
+from erniequant.packing.schema import MatrixSpec, tile_size
 from erniequant_kernels.moe import PackedMatrices
 
 BFLOAT16_BITS = 16

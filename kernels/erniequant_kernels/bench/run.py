@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
-from erniequant.runtime.products import experts_forward
+from erniequant.packing.products import experts_forward
 from erniequant_kernels.bench.methods import Method, baselines, packed
 from erniequant_kernels.bench.problem import (
     BFLOAT16_BITS,

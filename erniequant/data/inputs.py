@@ -1,0 +1,318 @@
+"""What a model is given: one sequence of tokens, with its images where it takes any.
+
+A vision-language model sends every token to one of two sets of experts. Which one is said by
+``moe_mm_token_type_ids``, and a model that is not given them sends images to the experts for text,
+without a word. Here they are part of the input.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from erniequant.data.token_hash import hash_token_ids
+from erniequant.errors import ErnieQuantError
+from erniequant.models.images import ImageSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image as the vision tower takes it: patches float32 ``[P, C * p * p]``, those of one token
+    together, and time, height and width in patches."""
+
+    patches: torch.Tensor
+    grid: tuple[int, int, int]
+
+    def tokens(self, merge: int) -> int:
+        """Tokens that stand for it."""
+        return self.grid[0] * self.grid[1] * self.grid[2] // merge**2
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInput:
+    """One sequence, not padded.
+
+    Attributes:
+        ids: int64 ``[T]``.
+        placeholder: bool ``[T]``: tokens that the embeddings of images take the place of.
+        vision: bool ``[T]``: tokens for the experts for images: placeholders, and the tokens that
+            begin and end an image.
+        positions: int64 ``[3, T]``: time, height and width.
+        pictures: in the order of their tokens.
+
+    All but the first are None, or empty, where the sequence has no image.
+    """
+
+    ids: torch.Tensor
+    placeholder: torch.Tensor | None = None
+    vision: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    pictures: tuple[Picture, ...] = ()
+
+    def __len__(self) -> int:
+        return self.ids.numel()
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """What transformers' model takes, as a batch of one, type ids of both kinds included."""
+        ids = self.ids[None]
+        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.placeholder is None or self.vision is None:
+            return found
+        return found | {
+            "pixel_values": torch.cat([picture.patches for picture in self.pictures]),
+            "image_grid_thw": torch.tensor([picture.grid for picture in self.pictures]),
+            "mm_token_type_ids": self.placeholder[None].int(),
+            "moe_mm_token_type_ids": self.vision[None].int(),
+        }
+
+
+def with_pictures(
+    ids: torch.Tensor, pictures: tuple[Picture, ...], images: ImageSettings
+) -> ModelInput:
+    """The input of token ids in which every image has all its tokens.
+
+    Raises:
+        ErnieQuantError: they have other tokens of images than the pictures.
+    """
+    if not pictures:
+        return ModelInput(ids)
+    placeholder = ids == images.token
+    vision = placeholder | (ids == images.start_token) | (ids == images.end_token)
+    wanted = [picture.tokens(images.merge) for picture in pictures]
+    if _runs(placeholder) != wanted:
+        raise ErnieQuantError(
+            f"the text has runs of {_runs(placeholder)} image tokens, but its {len(pictures)} "
+            f"images have {wanted}"
+        )
+    grids = [picture.grid for picture in pictures]
+    return ModelInput(
+        ids, placeholder, vision, image_positions(placeholder, grids, images.merge), pictures
+    )
+
+
+def image_positions(
+    placeholder: torch.Tensor, grids: Iterable[tuple[int, int, int]], merge: int
+) -> torch.Tensor:
+    """Positions int64 ``[3, T]`` of text with images in it.
+
+    A token of text is one further in all three directions. Those of an image start where the text
+    left off and count time, rows and columns of tokens; the text after it goes on behind the longer
+    side.
+    """
+    parts, next_position, start = [], 0, 0
+    flags = placeholder.tolist()
+    waiting = iter(grids)
+    while start < len(flags):
+        if not flags[start]:
+            stop = next((i for i in range(start, len(flags)) if flags[i]), len(flags))
+            parts.append(torch.arange(stop - start).expand(3, -1) + next_position)
+            next_position += stop - start
+            start = stop
+            continue
+        time, rows, columns = next(waiting)
+        axes = [torch.arange(n) for n in (time, rows // merge, columns // merge)]
+        grid = torch.stack(torch.meshgrid(*axes, indexing="ij")).view(3, -1)
+        parts.append(grid + next_position)
+        next_position += max(rows, columns) // merge
+        start += grid.shape[1]
+    return torch.cat(parts, dim=1)
+
+
+def from_batch(
+    batch: Mapping[str, Any], images: ImageSettings | None, where: str
+) -> list[ModelInput]:
+    """The sequences of a batch as transformers' processors make it; padding is dropped.
+
+    Args:
+        batch: ``input_ids`` ``[B, S]``; with padding ``attention_mask``; with images
+            ``pixel_values``, ``image_grid_thw`` and ``moe_mm_token_type_ids``.
+        images: of the model; None for one of text alone.
+        where: names the batch in messages.
+
+    Raises:
+        ErnieQuantError: something is missing, left over or contradicts the rest.
+    """
+    ids = _table(batch, "input_ids", where)
+    mask = _table(batch, "attention_mask", where, like=ids)
+    grids, patches = batch.get("image_grid_thw"), batch.get("pixel_values")
+    if any(batch.get(name) is not None for name in ("pixel_values_videos", "video_grid_thw")):
+        raise ErnieQuantError(f"{where} has a video; calibrate on images and text only")
+    if grids is None and patches is None:
+        types = batch.get("moe_mm_token_type_ids")
+        if types is not None and bool(torch.as_tensor(types).any()):
+            raise ErnieQuantError(f"{where} has tokens of images but no pixel_values")
+        return [ModelInput(row[keep]) for row, keep in zip(ids, mask.bool(), strict=True)]
+    if images is None:
+        raise ErnieQuantError(f"{where} has images, but the model takes text alone")
+    if grids is None or patches is None:
+        raise ErnieQuantError(f"{where} needs both pixel_values and image_grid_thw")
+    if batch.get("moe_mm_token_type_ids") is None:
+        raise ErnieQuantError(
+            f"{where} has images but no moe_mm_token_type_ids, without which a model sends images "
+            "to the experts for text; pass all that the processor returns"
+        )
+    types = _table(batch, "moe_mm_token_type_ids", where, like=ids)
+    pictures = _pictures(torch.as_tensor(patches), torch.as_tensor(grids), images, where)
+    found, used = [], 0
+    for row, keep, kinds in zip(ids, mask.bool(), types.bool(), strict=True):
+        count = len(_runs(row[keep] == images.token))
+        try:
+            made = with_pictures(row[keep], tuple(pictures[used : used + count]), images)
+        except ErnieQuantError as error:
+            raise ErnieQuantError(f"{where}: {error}") from error
+        used += count
+        marked = torch.zeros_like(kinds[keep]) if made.vision is None else made.vision
+        if not torch.equal(marked, kinds[keep]):
+            raise ErnieQuantError(
+                f"{where}: moe_mm_token_type_ids do not mark the tokens of images (id "
+                f"{images.token}, begun by {images.start_token}, ended by {images.end_token})"
+            )
+        found.append(made)
+    if used != len(pictures):
+        raise ErnieQuantError(f"{where} has {len(pictures)} images, but its text has {used}")
+    return found
+
+
+def sequences_of(member: Any, images: ImageSettings | None, where: str) -> list[ModelInput]:
+    """The sequences of a batch of `from_batch`, or of token ids alone.
+
+    Args:
+        member: a batch; integers ``[T]`` or ``[B, T]`` as a tensor, an array or lists, of which the
+            rows may differ in length; or a list of one such tensor, as loaders of data make it.
+
+    Raises:
+        ErnieQuantError: as `from_batch`.
+    """
+    if isinstance(member, ModelInput):
+        return [member]
+    if isinstance(member, Mapping):
+        rows = _ragged(member)
+        if rows is None:
+            return from_batch(_two_dimensional(member), images, where)
+        return [ModelInput(_row(row, where)) for row in rows]
+    if isinstance(member, list | tuple) and isinstance(member[0], torch.Tensor):
+        if len(member) > 1 and member[0].dim() > 1:
+            raise ErnieQuantError(
+                f"{where} is a list of {len(member)} tensors; give {{'input_ids': …, "
+                "'attention_mask': …}"
+            )
+        return [row for part in member for row in sequences_of(part, images, where)]
+    if isinstance(member, list | tuple) and not isinstance(member[0], int):
+        return [ModelInput(_row(row, where)) for row in member]
+    table = _integers(member, where)
+    if table.dim() not in (1, 2):
+        raise ErnieQuantError(
+            f"{where} has shape {list(table.shape)}; expected token ids [tokens] or [batch, tokens]"
+        )
+    return [ModelInput(row) for row in (table if table.dim() == 2 else table[None])]
+
+
+def hash_inputs(inputs: Iterable[ModelInput]) -> str:
+    """SHA-256 of what models are given: `hash_token_ids` of text alone, with images of their
+    patches as well."""
+    known = list(inputs)
+    ids = hash_token_ids(torch.cat([entry.ids for entry in known]))
+    pictures = [picture for entry in known for picture in entry.pictures]
+    if not pictures:
+        return ids
+    digest = hashlib.sha256(ids.encode())
+    for picture in pictures:
+        digest.update(repr(picture.grid).encode())
+        digest.update(picture.patches.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _ragged(batch: Mapping[str, Any]) -> list[Any] | None:
+    """Rows of token ids where they are lists of different lengths, as tokenizers give them."""
+    rows = batch["input_ids"]
+    if not isinstance(rows, list | tuple) or batch.get("pixel_values") is not None:
+        return None
+    lengths = {len(row) if isinstance(row, list | tuple) else -1 for row in rows}
+    return list(rows) if len(lengths) > 1 and -1 not in lengths else None
+
+
+def _two_dimensional(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch of one that a row of a tokenised data set is."""
+    ids = batch["input_ids"]
+    flat = ids.ndim == 1 if hasattr(ids, "ndim") else bool(ids) and isinstance(ids[0], int)
+    if not flat:
+        return batch
+    tables = ("input_ids", "attention_mask", "moe_mm_token_type_ids")
+    rows = {n: torch.as_tensor(batch[n])[None] for n in tables if batch.get(n) is not None}
+    return {**batch, **rows}
+
+
+def _row(row: Any, where: str) -> torch.Tensor:
+    table = _integers(row, where)
+    if table.dim() != 1:
+        raise ErnieQuantError(f"{where} has a row of shape {list(table.shape)}; expected [tokens]")
+    return table
+
+
+def _integers(value: Any, where: str) -> torch.Tensor:
+    """Token ids int64 on the CPU."""
+    try:
+        table = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ErnieQuantError(f"{where} has no table of token ids: {error}") from error
+    if table.numel() and (table.is_floating_point() or table.dtype == torch.bool):
+        raise ErnieQuantError(f"{where} has numbers of type {table.dtype}; expected token ids")
+    return table.long().cpu()
+
+
+def _runs(flags: torch.Tensor) -> list[int]:
+    """Lengths of the runs of true values."""
+    lengths, length = [], 0
+    for flag in [*flags.tolist(), False]:
+        if flag:
+            length += 1
+        elif length:
+            lengths.append(length)
+            length = 0
+    return lengths
+
+
+def _table(
+    batch: Mapping[str, Any], name: str, where: str, like: torch.Tensor | None = None
+) -> torch.Tensor:
+    value = batch.get(name)
+    if value is None:
+        if like is None:
+            raise ErnieQuantError(f"{where} has no {name}")
+        return torch.ones_like(like)
+    try:
+        table = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ErnieQuantError(f"{where}: {name} is no table of integers: {error}") from error
+    sound = table.dim() == 2 and not table.is_floating_point()
+    if not sound or (like is not None and table.shape != like.shape):
+        wanted = "integers [batch, tokens]" if like is None else f"shape {list(like.shape)}"
+        raise ErnieQuantError(f"{where}: {name} has shape {list(table.shape)}; expected {wanted}")
+    return table.long().cpu()
+
+
+def _pictures(
+    patches: torch.Tensor, grids: torch.Tensor, images: ImageSettings, where: str
+) -> list[Picture]:
+    width = images.channels * images.patch**2
+    if grids.dim() != 2 or grids.shape[1] != 3 or bool((grids < 1).any()):
+        raise ErnieQuantError(f"{where}: image_grid_thw is not [images, 3] of positive integers")
+    counts = grids.prod(-1).tolist()
+    if patches.dim() != 2 or patches.shape != (sum(counts), width):
+        raise ErnieQuantError(
+            f"{where}: pixel_values has shape {list(patches.shape)}, but image_grid_thw asks for "
+            f"{[sum(counts), width]}"
+        )
+    parts = patches.float().cpu().split(counts)
+    pictures = []
+    for part, grid in zip(parts, grids.tolist(), strict=True):
+        if grid[0] != 1 or grid[1] % images.merge or grid[2] % images.merge:
+            raise ErnieQuantError(
+                f"{where}: image_grid_thw has {grid}; expected 1 and multiples of {images.merge}"
+            )
+        if not bool(torch.isfinite(part).all()):
+            raise ErnieQuantError(f"{where}: pixel_values holds numbers that are not finite")
+        pictures.append(Picture(part, (grid[0], grid[1], grid[2])))
+    return pictures

@@ -1,0 +1,221 @@
+"""Quantise one matrix for given input moments: rotate, order, scale, encode with feedback, refit
+the scale."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from erniequant.codes.spec import ConvolutionalCode
+from erniequant.codes.viterbi import Encoder, encoder
+from erniequant.encoding.hessian import ROW_BLOCK, factorise
+from erniequant.encoding.ldlq import EncodedMatrix, encode_matrix
+from erniequant.packing.decoding import decode_weight, encode_scale
+from erniequant.packing.rotation import pack_signs, rotate, unrotate
+from erniequant.packing.schema import MatrixSpec
+
+SCALE_IN_RMS = {2: 0.96, 3: 0.92, 4: 0.88}
+"""Standard deviation of the scaled targets over that of the labels, best on N(0, 1); see
+docs/codes.md."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Input rotation of a projection, shared by all experts of a layer: signs float32 ``[K]`` and
+    block size."""
+
+    signs: torch.Tensor
+    block: int
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedMatrix:
+    """One coded matrix and what became of it.
+
+    ``parts`` are its tensors as they are stored, by suffix; ``effective`` float32 ``[N, K]`` are
+    the weights that they stand for. ``error`` is ``tr(E H E^T) / tr(W H W^T)``.
+    """
+
+    parts: Mapping[str, torch.Tensor]
+    effective: torch.Tensor
+    error: float
+    damping: float
+    fallback: str | None
+
+    def stored(self) -> "QuantizedMatrix":
+        """Without the float32 weights: what has to be kept until the layer is written."""
+        return replace(self, effective=torch.empty(0))
+
+
+class MatrixQuantizer(Protocol):
+    """How the matrices of one projection of a layer are coded, each on its own."""
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of a matrix, ``K``."""
+
+    def quantize(
+        self, weight: torch.Tensor, hessian: torch.Tensor, importance: torch.Tensor
+    ) -> QuantizedMatrix:
+        """Code ``weight`` float32 ``[N, K]`` for inputs with second moments ``hessian`` float32
+        ``[K, K]``, which may be overwritten.
+
+        importance: float32 ``[N]``, how much the squared error of each output counts.
+        """
+
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The effective weights of stored parts, to the last bit those of `quantize`."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrellisQuantizer:
+    """The native codes: ``parts`` are ``packed`` int32 ``[N / T, K * T * bits / 32]`` and ``scale``
+    int16 ``[N, 1]``, bfloat16 bit patterns."""
+
+    spec: MatrixSpec
+    rotation: Rotation
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of a matrix, ``K``."""
+        return self.rotation.signs.numel()
+
+    def quantize(
+        self, weight: torch.Tensor, hessian: torch.Tensor, importance: torch.Tensor
+    ) -> QuantizedMatrix:
+        """See `quantize_matrix`."""
+        return quantize_matrix(
+            weight, hessian, importance, self.rotation, self.spec.conv(), self.spec.tile
+        )
+
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `decode_weight`."""
+        signs = pack_signs(self.rotation.signs)
+        return decode_weight(parts["packed"], parts["scale"], signs, self.spec)
+
+
+def quantize_matrix(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    importance: torch.Tensor,
+    rotation: Rotation,
+    code: ConvolutionalCode,
+    tile: int,
+) -> QuantizedMatrix:
+    """Quantise ``weight`` float32 ``[N, K]`` for inputs with second moments ``hessian`` float32
+    ``[K, K]``, which is overwritten: a copy is 268 MB at the largest model's size.
+
+    Args:
+        importance: float32 ``[N]``, non-negative: how much the squared error of each output counts.
+            Sequences run along the outputs, so the search trades errors between them.
+    """
+    search = encoder(code)
+    rotate_moments(hessian, rotation)
+    # The last row is encoded first; most energy first lowers the output error by 1 %.
+    order = hessian.diagonal().argsort(stable=True)
+    reorder_moments(hessian, order)
+    factor = factorise(hessian)
+    ordered = rotate(weight, rotation.signs, rotation.block)[:, order].T.contiguous()
+    scale = initial_scale(ordered, code, search)
+    encoded = encode_matrix(
+        ordered, factor.feedback, scale, bounded_importance(importance, scale), search, tile
+    )
+    damping, fallback = factor.damping, factor.fallback
+    del factor
+    scale, error = refit_scale(encoded.labels, ordered, hessian, scale)
+    packed, effective = _in_natural_order(encoded, scale, order, rotation)
+    parts = {"packed": packed, "scale": encode_scale(scale)[:, None]}
+    return QuantizedMatrix(parts, effective, error, damping, fallback)
+
+
+def _in_natural_order(
+    encoded: EncodedMatrix, scale: torch.Tensor, order: torch.Tensor, rotation: Rotation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed words and effective weights with the inputs in the order of the model."""
+    natural = torch.empty_like(encoded.labels)
+    natural[order] = encoded.labels
+    by_row = np.empty_like(encoded.words)
+    by_row[order.numpy()] = encoded.words
+    words = by_row.transpose(1, 0, 2).reshape(by_row.shape[1], -1)
+    effective = unrotate(natural.mul_(scale).T, rotation.signs, rotation.block)
+    return torch.from_numpy(words.view(np.int32)), effective
+
+
+def rotate_moments(hessian: torch.Tensor, rotation: Rotation) -> None:
+    """Turn second moments, in place, into those of rotated inputs: ``R H R^T`` for
+    ``rotate(x) = R x``."""
+    for rows in hessian.split(ROW_BLOCK):
+        rows.copy_(rotate(rows, rotation.signs, rotation.block))
+    for columns in hessian.T.split(ROW_BLOCK):
+        columns.copy_(rotate(columns.contiguous(), rotation.signs, rotation.block))
+
+
+def reorder_moments(hessian: torch.Tensor, order: torch.Tensor) -> None:
+    """Put rows and columns of second moments into another order, in place."""
+    hessian.copy_(hessian[order])
+    for rows in hessian.split(ROW_BLOCK):
+        rows.copy_(rows[:, order])
+
+
+def initial_scale(rows: torch.Tensor, code: ConvolutionalCode, search: Encoder) -> torch.Tensor:
+    """Scale of each output from its root mean square over the inputs ``[K, N]`` -> ``[N]``, never
+    zero."""
+    label_std = float(search.tables.std())
+    rms = rows.square().mean(0).sqrt()
+    floor = max(float(rms.max()), 1e-30) * 1e-6
+    return rms.clamp_min(floor) / (SCALE_IN_RMS[code.bits] * label_std)
+
+
+IMPORTANCE_RANGE = 1e3
+"""Largest ratio of an output's weight to the mean; keeps float32 path costs of a sequence
+comparable."""
+
+
+def bounded_importance(importance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Clamp importance so that no position of a sequence counts a thousandth or a thousand times
+    the mean."""
+    weight = importance * scale**2
+    mean = weight.mean()
+    if not torch.isfinite(mean) or mean <= 0:
+        return torch.ones_like(importance)
+    return weight.clamp(mean / IMPORTANCE_RANGE, mean * IMPORTANCE_RANGE) / scale**2
+
+
+def refit_scale(
+    labels: torch.Tensor, rows: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """Least-squares scale of each output given its labels: ``(q^T H w) / (q^T H q)``, rounded to
+    bfloat16.
+
+    Args:
+        labels, rows: float32 ``[K, N]``.
+        hessian: ``[K, K]``, of the same inputs in the same order.
+        scale: ``[N]``, kept where the fit is not positive.
+
+    Returns:
+        The scale ``[N]`` and the relative error that it leaves, ``tr(E H E^T) / tr(W H W^T)``; 0
+        for a zero matrix.
+    """
+    found = torch.empty_like(scale)
+    loss = energy = 0.0
+    # By columns: products with the Hessian are as large as the matrix.
+    for start in range(0, rows.shape[1], ROW_BLOCK):
+        part = slice(start, start + ROW_BLOCK)
+        q, w = labels[:, part], rows[:, part]
+        of_q, of_w = hessian @ q, hessian @ w
+        qq, qw, ww = (_inner(*pair) for pair in ((of_q, q), (of_q, w), (of_w, w)))
+        fitted = (qw / qq).float()
+        usable = torch.isfinite(fitted) & (fitted > 0)
+        found[part] = torch.where(usable, fitted, scale[part]).bfloat16().float()
+        # The quadratic form of w - s q from its parts: a third product would take as long as both.
+        s = found[part].double()
+        loss += float((ww - 2 * s * qw + s * s * qq).sum())
+        energy += float(ww.sum())
+    return found, max(loss, 0.0) / energy if energy > 0 else 0.0
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner products of the columns of ``[K, n]`` matrices, float64 ``[n]``."""
+    return (a * b).sum(0, dtype=torch.float64)

@@ -1,1 +1,0 @@
-"""The on-disk format: schema, check of a checkpoint's headers, inspection and verification."""

@@ -1,0 +1,50 @@
+"""Checkpoints that FastDeploy serves: experts in WINT2 and wint4, everything else in wint8.
+
+docs/fastdeploy.md describes the layout, and what of it is verified. Everything is imported on first
+use: `recognise` is asked of every folder, also where nothing else here is needed.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from erniequant.formats.fastdeploy.export import detect_k_order, export_bf16
+    from erniequant.formats.fastdeploy.reader import (
+        FastDeployCheckpoint,
+        check_folder,
+        open_fastdeploy,
+    )
+    from erniequant.formats.fastdeploy.recognise import is_fastdeploy_wint2
+    from erniequant.formats.fastdeploy.wint4 import quantize_wint4
+    from erniequant.formats.fastdeploy.writer import WrittenFastDeploy, write_fastdeploy
+
+_MODULES = {
+    "FastDeployCheckpoint": "reader",
+    "WrittenFastDeploy": "writer",
+    "check_folder": "reader",
+    "detect_k_order": "export",
+    "export_bf16": "export",
+    "is_fastdeploy_wint2": "recognise",
+    "open_fastdeploy": "reader",
+    "quantize_wint4": "wint4",
+    "write_fastdeploy": "writer",
+}
+
+__all__ = [
+    "FastDeployCheckpoint",
+    "WrittenFastDeploy",
+    "check_folder",
+    "detect_k_order",
+    "export_bf16",
+    "is_fastdeploy_wint2",
+    "open_fastdeploy",
+    "quantize_wint4",
+    "write_fastdeploy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        module = importlib.import_module(f"erniequant.formats.fastdeploy.{_MODULES[name]}")
+        return getattr(module, name)
+    raise AttributeError(f"module 'erniequant.formats.fastdeploy' has no attribute {name!r}")

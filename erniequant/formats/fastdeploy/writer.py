@@ -1,0 +1,229 @@
+"""Write a checkpoint for FastDeploy, streaming: one matrix in memory, every file planned first.
+
+Weights that are not experts come from the original; experts come encoded from the caller. Files
+appear under their names when they are complete, config.json last, so nothing half-written loads.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erniequant.checkpoint.files import delete, write_json
+from erniequant.checkpoint.layout import OutputTensor, PlannedShard, index_of, plan_shards
+from erniequant.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
+from erniequant.checkpoint.shards import ShardFiles
+from erniequant.checkpoint.writer import MAX_SHARD_BYTES, require_new_folder
+from erniequant.data.companions import write_companions
+from erniequant.errors import ErnieQuantError
+from erniequant.formats.fastdeploy.config import DEFAULT_K_ORDER, choose_k_order, fastdeploy_config
+from erniequant.formats.fastdeploy.convert import encoded_to_rank, plain_to_rank, wint8_to_rank
+from erniequant.formats.fastdeploy.names import Matrix, Part, Plain, parts_of, rank_keys
+from erniequant.formats.fastdeploy.sizes import (
+    NO_WINT4,
+    FastDeployModel,
+    fastdeploy_model,
+    text_moe,
+)
+from erniequant.models.config_check import tensor_misfits
+from erniequant.paths import expanded
+from erniequant.version import PRODUCER
+
+Experts = Callable[[int, int, str], Mapping[str, torch.Tensor]]
+"""Layer, expert and "up_gate_proj" or "down_proj" to the encoded matrix, undivided, by suffix of
+the keys: see `names.Matrix.keys`. Called once each, in the order of layers and experts."""
+
+
+@dataclass(frozen=True)
+class WrittenFastDeploy:
+    """What was written: sha256 of every shard by path below the folder, bytes and number of all
+    tensors; ``left_out`` are tensors of the original that FastDeploy has no place for."""
+
+    folder: str
+    sha256: dict[str, str]
+    total_bytes: int
+    tensors: int
+    left_out: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+
+def write_fastdeploy(
+    source: Checkpoint,
+    folder: str | Path,
+    experts: Experts,
+    *,
+    w4_end_layer: int = NO_WINT4,
+    k_order: str = DEFAULT_K_ORDER,
+    tensor_parallel: int = 1,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> WrittenFastDeploy:
+    """Write ``source`` into a new folder for FastDeploy.
+
+    Args:
+        source: the original, with one tensor per matrix of an expert.
+        experts: gives every encoded matrix of an expert.
+        w4_end_layer: last layer whose experts are wint4.
+        k_order: of the WINT2 codes that ``experts`` gives; recorded, not checked.
+        tensor_parallel: ranks to cut for; more than one makes folders rank0, rank1...
+
+    Raises:
+        ErnieQuantError: the original is not a text MoE that FastDeploy can serve, a tensor is
+            missing or unknown, the folder is not new, or the disk refuses.
+        ValueError: ``experts`` gives something else than the format has.
+    """
+    choose_k_order(None, k_order)
+    folder = expanded(folder)
+    architecture = text_moe(source.config)
+    model = fastdeploy_model(architecture, w4_end_layer, tensor_parallel)
+    for line in tensor_misfits(architecture, source.headers):
+        raise ErnieQuantError(line)
+    digests = write_parts(
+        folder,
+        model,
+        k_order,
+        lambda part: tensors_of(part, source, experts, tensor_parallel),
+        max_shard_bytes,
+    )
+    write_companions(source.folder, folder)
+    config = fastdeploy_config(source.config, architecture, model, k_order)
+    write_json(folder / CONFIG_FILE, config)
+    return written(folder, model, digests, _left_out(source, model))
+
+
+def write_parts(
+    folder: Path,
+    model: FastDeployModel,
+    k_order: str,
+    tensors: Callable[[Part], Iterator[dict[str, torch.Tensor]]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, str]:
+    """Write the weights into a new folder; sha256 of every file by its path below the folder.
+
+    Args:
+        tensors: the keys of a part, for one rank after the other.
+
+    Raises:
+        ErnieQuantError: the folder is not new, or the disk refuses.
+    """
+    require_new_folder(folder)
+    shards = planned_shards(model, k_order, max_shard_bytes)
+    digests: dict[str, str] = {}
+    with ExitStack() as stack:
+        files = []
+        for rank_folder in rank_folders(folder, model.tensor_parallel):
+            rank_folder.mkdir(exist_ok=True)
+            cleaned = _removed_on_error(ShardFiles(rank_folder, shards), folder)
+            files.append(stack.enter_context(cleaned))
+        for each in files:
+            each.prepare()
+        for part in parts_of(model):
+            for rank, keys in enumerate(tensors(part)):
+                for key, tensor in keys.items():
+                    files[rank].write(key, tensor)
+        for each in files:
+            for shard in shards:
+                path = (each.folder / shard.file).relative_to(folder)
+                digests[path.as_posix()] = each.finish(shard)
+            if len(shards) > 1:
+                write_json(each.folder / INDEX_FILE, index_of(shards))
+    return digests
+
+
+def written(
+    folder: Path, model: FastDeployModel, digests: dict[str, str], left_out: tuple[str, ...] = ()
+) -> WrittenFastDeploy:
+    """What there is to say of a folder that was written."""
+    outputs = [OutputTensor.of(key, *info) for key, info in rank_keys(model).items()]
+    ranks = model.tensor_parallel
+    total = ranks * sum(tensor.n_bytes for tensor in outputs)
+    return WrittenFastDeploy(str(folder), digests, total, ranks * len(outputs), left_out)
+
+
+def rank_folders(folder: Path, ranks: int) -> list[Path]:
+    """Where each rank's files are: in the folder itself if there is one rank."""
+    return [folder] if ranks == 1 else [folder / f"rank{rank}" for rank in range(ranks)]
+
+
+def planned_shards(
+    model: FastDeployModel, k_order: str, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> tuple[PlannedShard, ...]:
+    """The files of one rank; those of the others have the same headers."""
+    outputs = [OutputTensor.of(key, *info) for key, info in rank_keys(model).items()]
+    metadata = {"format": "np", "k_order": k_order, "producer": PRODUCER}
+    return tuple(_with_metadata(s, metadata) for s in plan_shards(outputs, max_shard_bytes))
+
+
+def tensors_of(
+    part: Part, source: Checkpoint, experts: Experts, ranks: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The keys of a part, for one rank after the other.
+
+    Raises:
+        ErnieQuantError, ValueError: as `write_fastdeploy`.
+    """
+    if isinstance(part, Plain):
+        name = _source_name(part, source)
+        tensor = None if name is None else source.tensor(name)
+        for rank in range(ranks):
+            yield {part.key: plain_to_rank(part, tensor, rank, ranks)}
+    elif part.expert is not None:
+        encoded = experts(*part.expert)
+        for rank in range(ranks):
+            yield _named(part, encoded_to_rank(part, encoded, rank, ranks))
+    else:
+        sources = [source.tensor(name) for name in part.sources]
+        for rank in range(ranks):
+            yield _named(part, wint8_to_rank(part, sources, rank, ranks))
+
+
+def _source_name(part: Plain, source: Checkpoint) -> str | None:
+    """What the original calls a tensor, None if it may lack it and does."""
+    if part.source in source.headers or not part.optional:
+        return part.source
+    # What transformers calls a correction bias in memory.
+    other = part.source.replace(".mlp.moe_statics.", ".mlp.gate.moe_statics.")
+    return other if other in source.headers else None
+
+
+def _named(part: Matrix, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{part.prefix}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+
+@contextmanager
+def _removed_on_error(files: ShardFiles, root: Path) -> Iterator[ShardFiles]:
+    """Around the writing of shards: they and their rank's folder go if it ends in an error."""
+    try:
+        with files:
+            yield files
+    except BaseException:
+        files.remove()
+        delete(files.folder / INDEX_FILE)
+        if files.folder != root:
+            files.folder.rmdir()
+        raise
+
+
+def _with_metadata(shard: PlannedShard, metadata: Mapping[str, str]) -> PlannedShard:
+    """The same file with other metadata in its header."""
+    entries = json.loads(shard.header[8:])
+    text = json.dumps({**entries, "__metadata__": metadata}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    longer = len(header) - len(shard.header)
+    offsets = {name: offset + longer for name, offset in shard.offsets.items()}
+    return PlannedShard(shard.file, header, shard.tensors, offsets, shard.n_bytes + longer)
+
+
+def _left_out(source: Checkpoint, model: FastDeployModel) -> tuple[str, ...]:
+    used: set[str | None] = set()
+    for part in parts_of(model):
+        used |= {_source_name(part, source)} if isinstance(part, Plain) else set(part.sources)
+    return tuple(name for name in source.names() if name not in used)

@@ -1,0 +1,1 @@
+"""Our own layout, docs/format.md: written, loaded, inspected, verified and exported."""

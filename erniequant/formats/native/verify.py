@@ -1,0 +1,157 @@
+"""Verify a quantised checkpoint: completeness, checksums, and that all weights decode.
+
+With the original at hand, also the error of every matrix, and that all other tensors are unchanged.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erniequant.checkpoint.adapters import adapter_problem
+from erniequant.checkpoint.folder import require_whole_companions
+from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
+from erniequant.errors import ErnieQuantError
+from erniequant.models.config_check import misfits
+from erniequant.packing.decoding import expert_matrices
+from erniequant.packing.file_check import file_states, report_problems
+from erniequant.packing.header_check import QuantizedExperts, check_headers, kept_names
+from erniequant.packing.schema import PROJECTIONS
+
+
+@dataclass(frozen=True)
+class MatrixError:
+    """Relative squared error ``|W - W_ref|^2 / |W_ref|^2`` of one original matrix."""
+
+    name: str
+    error: float
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked and what is wrong (one line each).
+
+    ``checksums`` gives "ok", "differs" or "missing" for every file that the report beside the
+    weights lists; ``errors`` is empty without a reference."""
+
+    folder: str
+    problems: tuple[str, ...]
+    tensors: int
+    decoded_matrices: int
+    checksums: dict[str, str]
+    errors: tuple[MatrixError, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean relative error of all matrices, None without a reference."""
+        if not self.errors:
+            return None
+        return sum(entry.error for entry in self.errors) / len(self.errors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"ok": self.ok, **asdict(self), "mean_error": self.mean_error}
+
+
+def verify(model_dir: str | Path, reference: str | Path | None = None) -> VerifyReport:
+    """Check a quantised checkpoint, against its original when given (folders or Hugging Face ids).
+
+    Raises:
+        ErnieQuantError: it cannot be read at all: no weights, truncated shards, not quantised.
+    """
+    checkpoint = open_checkpoint(model_dir)
+    checkpoint.fetch()
+    original = open_checkpoint(reference) if reference is not None else None
+    check = check_headers(checkpoint)
+    problems = list(check.problems)
+    quantized = {layer.key for layer in check.layers}
+    problems += misfits(checkpoint.config, checkpoint.headers, quantized)
+    problems += folder_problems(checkpoint.folder)
+    checksums = file_states(checkpoint.folder)
+    problems += report_problems(checkpoint, check, checksums)
+    for name in kept_names(checkpoint, check.layers):
+        problems += _kept_problems(checkpoint, name, original)
+    if original is not None:
+        coded = {
+            layer.original_name(expert, matrix)
+            for layer in check.layers
+            for expert in range(layer.experts)
+            for matrix in ("gate_proj", "up_proj", "down_proj")
+        }
+        problems += [
+            f"tensor {name} of the reference is missing"
+            for name in original.names()
+            if name not in coded and name not in checkpoint.headers
+        ]
+    # Tensors of another shape cannot be decoded; their layers are named among the problems already.
+    decodable = [
+        layer for layer in check.layers if not any(layer.prefix in line for line in check.problems)
+    ]
+    decoded, errors = 0, []
+    for layer in decodable:
+        problems += _sign_problems(checkpoint, layer)
+        for name, weight in expert_matrices(checkpoint, layer):
+            decoded += 1
+            if not torch.isfinite(weight).all():
+                problems.append(f"tensor {name} does not decode to finite numbers")
+            elif original is not None:
+                errors.append(matrix_error(original, name, weight, problems))
+    return VerifyReport(
+        str(checkpoint.folder), tuple(problems), len(checkpoint.headers), decoded, checksums,
+        tuple(entry for entry in errors if entry is not None),
+    )  # fmt: skip
+
+
+def folder_problems(folder: Path) -> Iterator[str]:
+    """What keeps a checkpoint from being used that is not in its weights: an adapter, and files
+    that are only seemingly there."""
+    problem = adapter_problem(folder)
+    if problem is not None:
+        yield problem
+    try:
+        require_whole_companions(folder)
+    except ErnieQuantError as error:
+        yield str(error)
+
+
+def _sign_problems(checkpoint: Checkpoint, layer: QuantizedExperts) -> Iterator[str]:
+    for projection in PROJECTIONS:
+        name = layer.name(projection, "signs")
+        signs = checkpoint.tensor(name)[0]
+        if not bool((signs == signs[0]).all()):
+            yield f"tensor {name} has rows that differ; they must be equal"
+
+
+def matrix_error(
+    original: Checkpoint, name: str, weight: torch.Tensor, problems: list[str]
+) -> MatrixError | None:
+    """The error of a decoded matrix; a line to ``problems`` if the original has no such one."""
+    header = original.headers.get(name)
+    if header is None or header.shape != tuple(weight.shape):
+        problems.append(f"the reference has no tensor {name} of shape {list(weight.shape)}")
+        return None
+    exact = original.tensor(name).float()
+    power = exact.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return MatrixError(name, float((weight - exact).square().sum() / power))
+
+
+def _kept_problems(checkpoint: Checkpoint, name: str, original: Checkpoint | None) -> Iterator[str]:
+    tensor = checkpoint.tensor(name)
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        yield f"tensor {name} holds numbers that are not finite"
+    if original is None:
+        return
+    if name not in original.headers:
+        yield f"tensor {name} is not in the reference"
+    else:
+        exact = original.tensor(name)
+        same = tensor.dtype == exact.dtype and tensor.shape == exact.shape
+        if not (same and torch.equal(tensor, exact)):
+            yield f"tensor {name} differs from the reference, of which it should be a copy"

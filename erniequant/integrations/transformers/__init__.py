@@ -1,0 +1,1 @@
+"""Loading, running and saving packed models with transformers."""

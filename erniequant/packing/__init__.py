@@ -1,0 +1,1 @@
+"""How packed weights are laid out: schema, rotation, decoding, and whether files keep to it."""

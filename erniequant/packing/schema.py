@@ -1,0 +1,285 @@
+"""Names, shapes, dtypes and metadata of the on-disk format; docs/format.md specifies it.
+
+A quantised checkpoint is described by the `quantization_config` of its config.json. Parsing is
+strict: what this version cannot decode exactly it refuses, and says which layer is meant. The MLP
+of a dense model is stored as one expert.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from erniequant.codes import ConvolutionalCode, get_code
+from erniequant.errors import ErnieQuantError
+
+FORMAT_VERSION = 1
+DENSE_FORMAT_VERSION = 2
+"""Adds the MLPs of dense models; checkpoints without them stay at `FORMAT_VERSION`."""
+
+QUANT_METHOD = "erniequant"
+PROJECTIONS = ("gate_up_proj", "down_proj")
+SUFFIXES = ("packed", "scale", "signs")
+GUARD = "down_proj"
+"""A one-element tensor with a stock parameter's name: its size stops a load without our plugin.
+
+`guard_name` gives the name for any layer; this is that of routed experts.
+"""
+
+TILES = (32, 64, 128, 256)
+MAX_ROTATION_BLOCK = 128
+SIGN_BITS = 32
+
+TensorInfo = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+_LAYER_KEY = re.compile(r"([0-9]{1,9})(?:\.(text_moe|vision_moe|mlp))?")
+_EXPERTS_PATH = re.compile(
+    r"(?:^|\.)layers\.([0-9]{1,9})\.mlp\.(?:(text_moe|vision_moe)\.)?experts(?:\.|$)"
+)
+_MLP_PATH = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.mlp(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class MatrixSpec:
+    """How all matrices of one projection of one layer are coded."""
+
+    code: str
+    register_length: int
+    tile: int
+    rotation_block: int
+
+    def conv(self) -> ConvolutionalCode:
+        """The code itself. Raises ErnieQuantError if this version does not have it."""
+        return get_code(self.code, self.register_length)
+
+    def check(self, outputs: int, inputs: int, where: str) -> None:
+        """Refuse a spec that does not fit ``outputs`` x ``inputs``; ``where`` names the matrix."""
+        if outputs % self.tile:
+            raise ErnieQuantError(f"{where}: tile {self.tile} does not divide {outputs} outputs")
+        if inputs % self.rotation_block:
+            raise ErnieQuantError(
+                f"{where}: rotation_block {self.rotation_block} does not divide {inputs} inputs"
+            )
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The two projections of the experts of one layer."""
+
+    gate_up_proj: MatrixSpec
+    down_proj: MatrixSpec
+
+    def projection(self, name: str) -> MatrixSpec:
+        """The spec of one of `PROJECTIONS`."""
+        return self.gate_up_proj if name == "gate_up_proj" else self.down_proj
+
+
+@dataclass(frozen=True)
+class QuantizationMetadata:
+    """Contents of `quantization_config`.
+
+    ``layers`` is keyed by the layer index as text, for vision-language models followed by
+    ``.text_moe`` or ``.vision_moe``, for dense models by ``.mlp``; other layers are stored as in
+    the original checkpoint.
+    """
+
+    layers: Mapping[str, LayerSpec]
+    producer: str = ""
+
+    @property
+    def format_version(self) -> int:
+        """The first version that can describe these layers."""
+        return DENSE_FORMAT_VERSION if any(map(is_dense_key, self.layers)) else FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; `from_dict` reads it back."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": self.format_version,
+            "producer": self.producer,
+            "layers": {key: asdict(layer) for key, layer in self.layers.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "QuantizationMetadata":
+        """Parse a `quantization_config`.
+
+        Raises:
+            ErnieQuantError: another method or version, or an entry this version cannot decode.
+        """
+        method = settings.get("quant_method")
+        if method != QUANT_METHOD:
+            raise ErnieQuantError(
+                f"quantization_config has quant_method {method!r}, expected {QUANT_METHOD!r}"
+            )
+        version = settings.get("format_version")
+        readable = (FORMAT_VERSION, DENSE_FORMAT_VERSION)
+        if version not in readable or isinstance(version, bool):
+            raise ErnieQuantError(
+                f"quantization_config has format_version {version!r}, this erniequant reads "
+                f"{' and '.join(map(str, readable))}; use the erniequant version that wrote it or "
+                "a newer one"
+            )
+        layers = settings.get("layers")
+        if not isinstance(layers, Mapping) or not layers:
+            raise ErnieQuantError("quantization_config has no layers; the config.json is damaged")
+        parsed = {str(key): _parse_layer(str(key), value) for key, value in layers.items()}
+        found = cls(parsed, str(settings.get("producer", "")))
+        if version < found.format_version:
+            key = next(filter(is_dense_key, parsed))
+            raise ErnieQuantError(
+                f"quantization_config has format_version {version}, but layer {key} needs "
+                f"{found.format_version}; the config.json is damaged"
+            )
+        return found
+
+
+def _parse_layer(key: str, value: Any) -> LayerSpec:
+    where = f"quantization_config layer {key}"
+    if not _LAYER_KEY.fullmatch(key):
+        raise ErnieQuantError(f"{where}: not a layer index")
+    if not isinstance(value, Mapping) or set(value) != set(PROJECTIONS):
+        found = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
+        raise ErnieQuantError(f"{where}: expected {' and '.join(PROJECTIONS)}, found {found}")
+    return LayerSpec(*(_parse_matrix(f"{where} {name}", value[name]) for name in PROJECTIONS))
+
+
+def _parse_matrix(where: str, value: Any) -> MatrixSpec:
+    fields = list(MatrixSpec.__dataclass_fields__)
+    if not isinstance(value, Mapping) or set(value) != set(fields):
+        # An entry that this version does not know may change what the words mean.
+        found = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
+        raise ErnieQuantError(f"{where}: expected {', '.join(fields)}, found {found}")
+    if not isinstance(value["code"], str):
+        raise ErnieQuantError(f"{where}: code {value['code']!r} is not a name")
+    for name in fields[1:]:
+        if not isinstance(value[name], int) or isinstance(value[name], bool):
+            raise ErnieQuantError(f"{where}: {name} {value[name]!r} is not an integer")
+    spec = MatrixSpec(**value)
+    if spec.tile not in TILES:
+        known = ", ".join(map(str, TILES))
+        raise ErnieQuantError(f"{where}: tile {spec.tile} is not one of {known}")
+    block = spec.rotation_block
+    if not 1 <= block <= MAX_ROTATION_BLOCK or block & (block - 1):
+        raise ErnieQuantError(
+            f"{where}: rotation_block {block} is not a power of two up to {MAX_ROTATION_BLOCK}"
+        )
+    try:
+        spec.conv()
+    except ErnieQuantError as error:
+        raise ErnieQuantError(f"{where}: {error}") from error
+    return spec
+
+
+def is_dense_key(layer_key: str) -> bool:
+    """Whether a layer key means the MLP of a dense model: ``3.mlp``."""
+    return layer_key.endswith(".mlp")
+
+
+def guard_name(layer_key: str) -> str:
+    """Name of a layer's guard after its prefix: ``down_proj``, of an MLP ``down_proj.weight``."""
+    return f"{GUARD}.weight" if is_dense_key(layer_key) else GUARD
+
+
+def experts_module(layer_key: str) -> str:
+    """Module path of what takes the packed tensors, without the model's own prefix.
+
+    ``layers.3.mlp.experts`` for key ``3``, ``layers.3.mlp`` for key ``3.mlp``.
+
+    Raises:
+        ErnieQuantError: not a layer key.
+    """
+    match = _LAYER_KEY.fullmatch(layer_key)
+    if match is None:
+        raise ErnieQuantError(f"{layer_key!r} is not a layer index")
+    if is_dense_key(layer_key):
+        return f"layers.{match[1]}.mlp"
+    group = f"{match[2]}." if match[2] else ""
+    return f"layers.{match[1]}.mlp.{group}experts"
+
+
+def layer_key_of(module_path: str, dense: bool = False) -> str | None:
+    """Layer key of a module or tensor path; None when it is not inside routed experts.
+
+    dense: the path is of a dense model, where the MLP takes the place of the experts. Names alone
+    do not tell: the first layers of a mixture-of-experts model have the same, and are never packed.
+    """
+    if dense:
+        match = _MLP_PATH.search(module_path)
+        return None if match is None else f"{match[1]}.mlp"
+    match = _EXPERTS_PATH.search(module_path)
+    if match is None:
+        return None
+    return match[1] if match[2] is None else f"{match[1]}.{match[2]}"
+
+
+def param_info(
+    experts: int, outputs: int, inputs: int, spec: MatrixSpec, *, parts: int = 1
+) -> dict[str, TensorInfo]:
+    """Shapes and dtypes of the tensors of one projection, by suffix.
+
+    parts: how many stock matrices are stacked in it, 2 for gate_up_proj; the signs are repeated
+    that often so that loaders which cut fused tensors in two find them in both halves.
+
+    ``packed`` int32 ``[E, N / tile, K * words]``, ``scale`` int16 ``[E, N, 1]`` (bfloat16 bit
+    patterns), ``signs`` int32 ``[1, parts, ceil(K / 32)]``, shared by all experts.
+    """
+    words = spec.conv().words_per_sequence(spec.tile)
+    return {
+        "packed": ((experts, outputs // spec.tile, inputs * words), torch.int32),
+        "scale": ((experts, outputs, 1), torch.int16),
+        "signs": ((1, parts, -(-inputs // SIGN_BITS)), torch.int32),
+    }
+
+
+def matrix_shapes(hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of each projection."""
+    return {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+
+
+def layer_params(
+    experts: int,
+    hidden: int,
+    inner: int,
+    layer: LayerSpec,
+    where: str = "experts",
+    *,
+    guard: str = GUARD,
+) -> dict[str, TensorInfo]:
+    """Shapes and dtypes of all tensors of a layer's experts, by name after the prefix.
+
+    The guard is among them, under the name that `guard_name` gives. An MLP is one expert.
+
+    Raises:
+        ErnieQuantError: a tile or block does not fit the sizes; ``where`` names the layer.
+    """
+    found: dict[str, TensorInfo] = {guard: ((1,), torch.bfloat16)}
+    for name, (outputs, inputs) in matrix_shapes(hidden, inner).items():
+        spec, parts = layer.projection(name), 2 if name == "gate_up_proj" else 1
+        # No sequence may cross from gate to up: each half is a whole number of tiles.
+        spec.check(outputs // parts, inputs, f"{where} {name}")
+        info = param_info(experts, outputs, inputs, spec, parts=parts)
+        found |= {f"{name}_{suffix}": value for suffix, value in info.items()}
+    return found
+
+
+def tile_size(outputs: int, what: str) -> int:
+    """The largest power of two from 32 to 256 that divides ``outputs``.
+
+    Raises:
+        ErnieQuantError: there is none; ``what`` names the size.
+    """
+    tile = min(outputs & -outputs, TILES[-1])
+    if tile < TILES[0]:
+        raise ErnieQuantError(
+            f"{what}, {outputs}, is not a multiple of {TILES[0]}; try a smaller --max-tp"
+        )
+    return tile
+
+
+def guard_tensor() -> torch.Tensor:
+    """The guard as it is written: bfloat16 ``[1]``, zero."""
+    return torch.zeros(1, dtype=torch.bfloat16)

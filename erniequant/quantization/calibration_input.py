@@ -1,0 +1,173 @@
+"""What a run is calibrated on: read, checked against the model, and announced."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from erniequant.calibration.batches import batched_windows
+from erniequant.calibration.config import CalibrationConfig
+from erniequant.calibration.documents import given_documents
+from erniequant.calibration.texts import CalibrationWindows, calibration_windows, image_records
+from erniequant.checkpoint.reader import Checkpoint
+from erniequant.data.given import BATCHES, FILES, Given, given, kind_of_members, members
+from erniequant.data.image_records import ImageTextReader, has_images
+from erniequant.data.images import PictureReader
+from erniequant.data.tokenizers import load_tokenizer
+from erniequant.errors import ErnieQuantError
+from erniequant.models.architecture import Architecture
+from erniequant.progress import Progress
+from erniequant.quantization.report import CalibrationReport
+
+UNSEEN_IMAGES = (
+    "experts for images are quantised for what experts for text see, and count as degraded "
+    "(exit code 3)"
+)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is known about the calibration data before the plan is made.
+
+    Attributes:
+        data: Python's objects, of one ``kind``; None where ``config.source`` names the data.
+        windows: of batches, which need no tokenizer.
+        images: most records or batches with images; None where only reading all would tell.
+    """
+
+    config: CalibrationConfig
+    data: Given | None = None
+    kind: str | None = None
+    windows: CalibrationWindows | None = None
+    images: int | None = 0
+
+
+def prepare(
+    calib: Any, config: CalibrationConfig, model: Architecture, dry_run: bool
+) -> Calibration:
+    """Look at what is given. A dry run takes nothing out of an iterator.
+
+    Raises:
+        ErnieQuantError: it is nothing to calibrate on, or not for this model.
+    """
+    source = given(
+        calib, "calib", "leave it out to calibrate on the built-in text, or give no_calib=True"
+    )
+    if isinstance(source, str):
+        config = replace(config, source=source)
+        if model.images is None:
+            return Calibration(config)
+        found = image_records(config)
+        return Calibration(config, images=None if found is None else min(found, config.samples))
+    if dry_run and source.once:
+        return Calibration(replace(config, source="an iterator"), source, images=None)
+    kind, data = kind_of_members(source)
+    config = replace(config, source=kind)
+    if kind == BATCHES:
+        windows = batched_windows(data, model.images, model.sizes.vocabulary, config.samples)
+        pictured = sum(bool(window.pictures) for window in windows.windows)
+        return Calibration(config, data, kind, windows, pictured)
+    if model.images is None:
+        return Calibration(config, data, kind)
+    if kind == FILES or not data.sized:
+        return Calibration(config, data, kind, images=None)
+    count = sum(has_images(record) for record, _ in members(data, kind))
+    return Calibration(config, data, kind, images=min(count, config.samples))
+
+
+def read_windows(
+    checkpoint: Checkpoint, model: Architecture, calibration: Calibration, watch: Progress
+) -> CalibrationWindows:
+    """What to calibrate on, announced.
+
+    Raises:
+        ErnieQuantError: it cannot be read, or is not for this model.
+    """
+    config = calibration.config
+    windows = calibration.windows or _tokenized(checkpoint, model, calibration)
+    watch.message(
+        f"calibrating on {windows.tokens} tokens in {len(windows.windows)} windows of "
+        f"{config.source}"
+        + (f"; the first document begins {windows.rendered[:80]!r}" if windows.rendered else "")
+    )
+    if windows.empty:
+        rows = "row" if windows.empty == 1 else "rows"
+        watch.message(f"skipped {windows.empty} empty {rows} of {config.source}")
+    if model.images is not None:
+        watch.message(
+            f"{windows.images} images in it, {windows.vision_tokens} tokens for experts for images"
+            if windows.images
+            else f"no images in it: {UNSEEN_IMAGES}"
+        )
+    return windows
+
+
+def _tokenized(
+    checkpoint: Checkpoint, model: Architecture, calibration: Calibration
+) -> CalibrationWindows:
+    config = calibration.config
+    tokenizer = load_tokenizer(checkpoint.folder, or_else="add its files or use --no-calib")
+    texts = None
+    if calibration.data is not None and calibration.kind is not None:
+        texts = given_documents(calibration.data, calibration.kind, config, tokenizer)
+    reader = _reader(checkpoint, model, config, tokenizer)
+    windows = calibration_windows(tokenizer, config, reader, texts)
+    ids = torch.cat([window.ids for window in windows.windows])
+    if not 0 <= int(ids.min()) <= int(ids.max()) < model.sizes.vocabulary:
+        raise ErnieQuantError(
+            f"the tokenizer of {checkpoint.folder} makes token id {int(ids.max())}, but the model "
+            f"has {model.sizes.vocabulary}"
+        )
+    return windows
+
+
+def _reader(
+    checkpoint: Checkpoint, model: Architecture, config: CalibrationConfig, tokenizer: Any
+) -> ImageTextReader | None:
+    if model.images is None:
+        return None
+    pictures = PictureReader(model.images, checkpoint.folder)
+    return ImageTextReader(tokenizer, model.images, pictures, config.chat_template, config.length)
+
+
+def amounts(calibration: Calibration, model: Architecture) -> tuple[int, int, int]:
+    """The most tokens, the longest window and the most patches of images that there can be.
+
+    Where nobody knows how many records have images, as many as windows of text.
+    """
+    windows, config = calibration.windows, calibration.config
+    if windows is not None:
+        pictures = [picture for window in windows.windows for picture in window.pictures]
+        longest = max(map(len, windows.windows))
+        return windows.tokens, longest, sum(len(picture.patches) for picture in pictures)
+    known = config.samples if calibration.images is None else calibration.images
+    known = known if model.images else 0
+    of_image = config.length // 2 * (model.images.merge**2 if model.images else 0)
+    return (config.samples + known) * config.length, config.length, known * of_image
+
+
+def image_note(calibration: Calibration) -> str:
+    """What experts for images will be calibrated on."""
+    images, source = calibration.images, calibration.config.source
+    if images is None:
+        return f"experts for images are calibrated on the images of {source}, if it has any"
+    if not images:
+        return f"no images in {source}: {UNSEEN_IMAGES}"
+    what = "sequences" if calibration.windows is not None else "records"
+    return f"experts for images are calibrated on {images} {what} with images of {source}"
+
+
+def calibration_report(
+    config: CalibrationConfig, windows: CalibrationWindows | None
+) -> CalibrationReport | None:
+    if windows is None:
+        return None
+    return CalibrationReport(
+        config.source,
+        len(windows.windows),
+        windows.tokens,
+        windows.sha256,
+        windows.rendered,
+        windows.images,
+        windows.vision_tokens,
+    )

@@ -1,0 +1,79 @@
+"""What a continued run has to have in common with its beginning, so that the result is the one
+that an uninterrupted run would have given."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erniequant.calibration.config import CalibrationConfig
+from erniequant.calibration.texts import CalibrationWindows
+from erniequant.checkpoint.files import sha256_of
+from erniequant.checkpoint.folder import companion_files
+from erniequant.checkpoint.reader import CONFIG_FILE, Checkpoint
+from erniequant.formats.plan import Plan
+
+_PACKAGES = ("torch", "transformers", "numba", "numpy")
+
+
+def run_identity(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    calibration: CalibrationConfig,
+    windows: CalibrationWindows | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Options, versions, and hashes of the source and the calibration text, by the name under which
+    a user knows them. The weights themselves are hashed later, shard by shard."""
+    headers = [[h.name, h.stored_dtype, *h.shape] for h in checkpoint.headers.values()]
+    found: dict[str, Any] = {
+        "--bits": plan.options.bits,
+        "--effort": plan.options.effort,
+        "--max-tp": plan.options.max_tp,
+        "--seed": plan.options.seed,
+        "--device": device.type,
+        "--format": plan.options.format,
+        "the plan": _plan_digest(plan),
+        "calibration": "none" if windows is None else "text",
+        "the source's config.json": sha256_of(checkpoint.folder / CONFIG_FILE),
+        "the source's tensors": _digest([json.dumps(header).encode() for header in headers]),
+        "the source's other files": _files_digest(checkpoint.folder),
+    }
+    if windows is not None:
+        found |= {
+            "--calib": calibration.source,
+            "--calib-samples": calibration.samples,
+            "--calib-length": calibration.length,
+            "--chat-template": calibration.chat_template,
+            "the calibration text": windows.sha256,
+        }
+    return found | {f"{name} version": version(name) for name in ("erniequant", *_PACKAGES)}
+
+
+def processor() -> str:
+    """What kind of processor computes; another one rounds differently."""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _plan_digest(plan: Plan) -> str:
+    """Of what is written: codes and every tensor. The options alone do not say it for ever."""
+    tensors = [[t.name, t.stored_dtype, *t.shape] for t in plan.packed]
+    return _digest([json.dumps([plan.format_settings(), tensors, plan.copied]).encode()])
+
+
+def _files_digest(folder: Path) -> str:
+    return _digest(
+        f"{path.relative_to(folder)} {sha256_of(path)}".encode() for path in companion_files(folder)
+    )
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part + b"\n")
+    return digest.hexdigest()

@@ -1,1 +1,0 @@
-"""Images beside text: reading them, and what a model is given of them."""
