@@ -15,21 +15,39 @@ from erniequant.version import __version__
 
 if TYPE_CHECKING:
     from erniequant import ccq, evaluate
-    from erniequant.formats.native.export import export
-    from erniequant.formats.native.load import load
+    from erniequant.formats.verbs import export, inspect, load, verify
+    from erniequant.generation import generate
     from erniequant.quantization.pipeline import quantize
 
 _register_when_loaded()
 
 _FUNCTIONS = {
     "quantize": "erniequant.quantization.pipeline",
-    "load": "erniequant.formats.native.load",
-    "export": "erniequant.formats.native.export",
+    "generate": "erniequant.generation",
+    "load": "erniequant.formats.verbs",
+    "inspect": "erniequant.formats.verbs",
+    "verify": "erniequant.formats.verbs",
+    "export": "erniequant.formats.verbs",
 }
 
 _MODULES = ("evaluate", "ccq")
 
-__all__ = ["ErnieQuantError", "__version__", "ccq", "evaluate", "export", "load", "quantize"]
+__all__ = [
+    "ErnieQuantError",
+    "__version__",
+    "ccq",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "load",
+    "quantize",
+    "verify",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

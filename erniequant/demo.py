@@ -23,7 +23,7 @@ from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.perplexity import PerplexityResult, perplexity
 from erniequant.evaluate.rtn import round_to_nearest
 from erniequant.evaluate.texts import evaluation_text
-from erniequant.formats.native.load import load
+from erniequant.formats.verbs import load
 from erniequant.paths import expanded
 from erniequant.progress import NullProgress, Progress, observed
 from erniequant.quantization.pipeline import quantize

@@ -1,7 +1,12 @@
-"""Which device a name means, and giving memory back to the system."""
+"""What the machine has: devices by name, memory that is free or was taken, and giving it back."""
 
 import contextlib
 import ctypes
+import os
+import re
+import resource
+import sys
+from pathlib import Path
 
 import torch
 
@@ -48,3 +53,28 @@ def trim_memory() -> None:
     """Give what has been freed so far back to the system, where its C library can."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_memory() -> int:
+    """Bytes that this process can still have: free memory, within its control group."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        text = Path("/proc/meminfo").read_text()
+        found = 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", text)[0])
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        found = min(found, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError, IndexError):
+        pass  # another system, or no limit ("max")
+    return found
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_vram(device: torch.device) -> int:
+    """Peak memory that torch has taken on a GPU so far, in bytes; 0 on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

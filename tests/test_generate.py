@@ -6,7 +6,7 @@ import transformers
 
 import erniequant_data
 from erniequant.errors import ErnieQuantError
-from erniequant.generate import complete
+from erniequant.generation import generate
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def model(tokenizer):
 
 
 def test_greedy_text_is_the_argmax_of_every_step(model, tokenizer):
-    found = complete(model, tokenizer, "the sea", max_tokens=6, chat_template="none")
+    found = generate(model, tokenizer, "the sea", max_tokens=6, chat_template="none")
     ids = tokenizer("the sea", add_special_tokens=False)["input_ids"]
     assert (found.prompt, found.prompt_tokens, found.tokens) == ("the sea", len(ids), 6)
     for _ in range(6):
@@ -46,15 +46,15 @@ def test_greedy_text_is_the_argmax_of_every_step(model, tokenizer):
 def test_chat_template_is_applied_where_there_is_one(model, tokenizer, monkeypatch):
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}>"
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    assert complete(model, tokenizer, "hi", max_tokens=1).prompt == "[user] hi>"
-    assert complete(model, tokenizer, "hi", max_tokens=1, chat_template="none").prompt == "hi"
+    assert generate(model, tokenizer, "hi", max_tokens=1).prompt == "[user] hi>"
+    assert generate(model, tokenizer, "hi", max_tokens=1, chat_template="none").prompt == "hi"
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    assert complete(model, tokenizer, "hi", max_tokens=1).prompt == "hi"
+    assert generate(model, tokenizer, "hi", max_tokens=1).prompt == "hi"
 
 
 def test_equal_seeds_give_equal_texts(model, tokenizer):
     def text(seed):
-        return complete(model, tokenizer, "the", max_tokens=12, temperature=1.5, seed=seed).text
+        return generate(model, tokenizer, "the", max_tokens=12, temperature=1.5, seed=seed).text
 
     assert text(1) == text(1)
     assert text(1) != text(2)
@@ -62,4 +62,4 @@ def test_equal_seeds_give_equal_texts(model, tokenizer):
 
 def test_empty_prompt_is_refused(model, tokenizer):
     with pytest.raises(ErnieQuantError, match="prompt is empty"):
-        complete(model, tokenizer, "", chat_template="none")
+        generate(model, tokenizer, "", chat_template="none")

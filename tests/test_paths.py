@@ -65,16 +65,15 @@ def test_every_path_of_every_command(home):
 
 def test_every_path_of_every_function(home):
     from erniequant.evaluate import image_perplexity
-    from erniequant.formats.native.inspect import inspect
-    from erniequant.formats.native.verify import verify
-    from erniequant.generate import complete
+    from erniequant.formats.verbs import inspect, verify
+    from erniequant.generation import generate
 
     erniequant.quantize("~/model", "~/2bit", work_dir="~/work", **FAST)
     erniequant.export("~/2bit", "~/plain", "bf16")
     assert inspect("~/2bit").tensors and verify("~/2bit", reference="~/model").ok
     model, tokenizer = erniequant.load("~/2bit", device="cpu")
     if (home / "model" / "preprocessor_config.json").exists():
-        assert complete(model, tokenizer, "hi", images=["~/a.png"], max_tokens=1).text is not None
+        assert generate(model, tokenizer, "hi", images=["~/a.png"], max_tokens=1).text is not None
         assert image_perplexity(model, tokenizer, "~/pairs.jsonl").records == 1
 
 

@@ -10,8 +10,7 @@ from erniequant_cli.quantize import KOrder
 from erniequant_cli.terminal import say
 
 if TYPE_CHECKING:
-    from erniequant.formats.fastdeploy import WrittenFastDeploy
-    from erniequant.formats.native.export import ExportReport
+    from erniequant.formats.results import ExportReport, WrittenShards
 
 
 class Target(str, Enum):
@@ -50,24 +49,14 @@ def export(
 
       erniequant export ernie-wint2 ernie-wint2-tp2 --to fastdeploy-wint2 --tensor-parallel 2
     """
-    from erniequant.errors import ErnieQuantError
-    from erniequant.formats.fastdeploy.recognise import is_fastdeploy_folder
+    from erniequant.formats import verbs
 
     order = None if k_order is None else k_order.value
-    result: ExportReport | WrittenFastDeploy
-    if to is not Target.fastdeploy_wint2:
-        from erniequant.formats.native.export import export as write
-
-        result = write(src, dst, to=to.value, k_order=order, reference=reference)
-    elif is_fastdeploy_folder(src):
-        from erniequant.formats.fastdeploy.reshard import relayout
-
-        result = relayout(src, dst, tensor_parallel=tensor_parallel, k_order=order)
+    result: ExportReport | WrittenShards
+    if to is Target.fastdeploy_wint2:
+        result = verbs.reshard(src, dst, to.value, tensor_parallel=tensor_parallel, k_order=order)
     else:
-        raise ErnieQuantError(
-            f"{src} was not quantised for FastDeploy; make it from the original: erniequant "
-            "quantize SRC DST --bits 2 --format fastdeploy-wint2"
-        )
+        result = verbs.export(src, dst, to=to.value, k_order=order, reference=reference)
     deliver(
         result.to_dict(), json, quiet, lambda: say(f"wrote {dst}"), complete=f"{dst} is complete"
     )

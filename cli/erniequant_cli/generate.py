@@ -40,11 +40,11 @@ def generate(
 
       erniequant generate ernie-2bit "Once upon a time" --chat-template none --temperature 0.8
     """
-    from erniequant.generate import complete
+    from erniequant.generation import generate
     from erniequant_cli.loading import load_model
 
     subject, tokenizer = load_model(model, device, dtype)
-    result = complete(
+    result = generate(
         subject,
         tokenizer,
         typed(prompt),

@@ -22,15 +22,8 @@ def inspect(
 
       erniequant inspect ernie-2bit --json contents.json
     """
-    from erniequant.formats.fastdeploy.recognise import is_fastdeploy_folder
+    from erniequant.formats.verbs import inspect as look
     from erniequant_cli.tables import print_inspection
 
-    if is_fastdeploy_folder(model):
-        from erniequant.formats.fastdeploy.inspect import inspect_fastdeploy
-
-        result = inspect_fastdeploy(model)
-    else:
-        from erniequant.formats.native.inspect import inspect as look
-
-        result = look(model)
+    result = look(model)
     deliver(result.to_dict(), json, quiet, lambda: print_inspection(result))

@@ -12,7 +12,7 @@ def load_model(
 
     reference: the original, which tells the K order of a FastDeploy checkpoint that does not.
     """
-    from erniequant.formats.native.load import load
+    from erniequant.formats.verbs import load
 
     hush()
     model, tokenizer = load(folder, device=device, dtype=dtype, reference=reference)

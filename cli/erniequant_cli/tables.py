@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from erniequant.demo import DemoReport
     from erniequant.evaluate import ImageTextResult, PerplexityResult, ReferenceResult
     from erniequant.evaluate.speed import SpeedResult
-    from erniequant.formats.native.inspect import ModelSummary
-    from erniequant.formats.native.verify import VerifyReport
+    from erniequant.formats.results import ModelSummary, VerifyReport
     from erniequant.quantization.report import QuantizationReport
     from erniequant_kernels.bench.run import Row, Verdict
 

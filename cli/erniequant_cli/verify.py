@@ -25,17 +25,10 @@ def verify(
 
       erniequant verify ernie-2bit --reference ./ernie --json errors.json
     """
-    from erniequant.formats.fastdeploy.recognise import is_fastdeploy_folder
+    from erniequant.formats.verbs import verify as check
     from erniequant_cli.tables import print_verification
 
-    if is_fastdeploy_folder(model):
-        from erniequant.formats.fastdeploy.verify import verify_fastdeploy
-
-        result = verify_fastdeploy(model, reference)
-    else:
-        from erniequant.formats.native.verify import verify as check
-
-        result = check(model, reference=reference)
+    result = check(model, reference=reference)
     deliver(result.to_dict(), json, quiet, lambda: print_verification(result))
     if not result.ok:
         count = f"{len(result.problems)} problem(s), first: {result.problems[0]}"

@@ -3,10 +3,10 @@ encoders."""
 
 from erniequant.codes.registry import (
     CODE_NAMES,
-    EFFORT_LENGTHS,
     EFFORTS,
     REGISTERED,
     code_for_bits,
+    encode_rate,
     get_code,
     register_length,
 )
@@ -15,10 +15,10 @@ from erniequant.codes.spec import ConvolutionalCode
 __all__ = [
     "CODE_NAMES",
     "EFFORTS",
-    "EFFORT_LENGTHS",
     "REGISTERED",
     "ConvolutionalCode",
     "code_for_bits",
+    "encode_rate",
     "get_code",
     "register_length",
 ]

@@ -1,17 +1,40 @@
-"""How a result is laid out: which tensors it has, where a matrix of an expert goes among them, and
-how it is coded."""
+"""The two things that a format is: `Format`, the verbs for checkpoints in it, and `OutputFormat`,
+the layout of one result: its tensors, where a matrix of an expert goes, how it is coded."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
 from erniequant.checkpoint.layout import PlannedShard
+from erniequant.checkpoint.reader import Checkpoint
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.encoding.matrix import MatrixQuantizer
-from erniequant.models.architecture import ExpertGroup
+from erniequant.errors import ErnieQuantError
+from erniequant.formats.plan import Plan, QuantizeOptions
+from erniequant.formats.results import ExportReport, ModelSummary, VerifyReport, WrittenShards
+from erniequant.models.architecture import Architecture, ExpertGroup
+
+NATIVE = "native"
+
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Types of plain checkpoints that `erniequant.export` writes."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a reader is told of a checkpoint that its files may not say.
+
+    Attributes:
+        k_order: of FastDeploy's WINT2: "plain" or "mma64".
+        reference: the original, to find that by.
+    """
+
+    k_order: str | None = None
+    reference: str | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,81 @@ class OutputFormat(ABC):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """config.json of the result."""
+
+
+class Format(ABC):
+    """Everything that depends on the format of a checkpoint.
+
+    Attributes:
+        name: as `--format` has it.
+        title: for people.
+        own_options: options of `quantize` that no other format has.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    own_options: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json describes a checkpoint of this format."""
+
+    @abstractmethod
+    def check(self, options: QuantizeOptions) -> None:
+        """Raises ErnieQuantError for options that this format does not have."""
+
+    @abstractmethod
+    def output(
+        self, checkpoint: Checkpoint, model: Architecture, options: QuantizeOptions
+    ) -> tuple[OutputFormat, Plan]:
+        """The layout of a result, and the plan for it.
+
+        Raises:
+            ErnieQuantError: the model does not fit the format.
+        """
+
+    @abstractmethod
+    def load(
+        self,
+        source: str | Path,
+        device: torch.device,
+        dtype: torch.dtype | str,
+        read: ReadOptions,
+    ) -> tuple[Any, Path]:
+        """The transformers model with packed experts, and the folder that it came from."""
+
+    @abstractmethod
+    def inspect(self, source: str | Path) -> ModelSummary:
+        """What a checkpoint holds, from its headers."""
+
+    @abstractmethod
+    def verify(self, source: str | Path, reference: str | Path | None) -> VerifyReport:
+        """What is wrong with a checkpoint; against its original, the error of every matrix."""
+
+    @abstractmethod
+    def export(
+        self,
+        source: str | Path,
+        destination: str | Path,
+        to: str,
+        read: ReadOptions,
+        max_shard_bytes: int,
+    ) -> ExportReport:
+        """Write a plain checkpoint in one of `EXPORT_DTYPES`."""
+
+    def reshard(
+        self, source: str | Path, destination: str | Path, ranks: int, read: ReadOptions
+    ) -> WrittenShards:
+        """Write a checkpoint of this format once more, cut for so many ranks."""
+        raise ErnieQuantError(f"checkpoints of the format {self.name} are not cut; use them whole")
+
+    @abstractmethod
+    def encoder_bytes(self, inputs: int) -> int:
+        """Memory that coding a matrix of so many inputs takes beside its moments and weights."""
+
+    @abstractmethod
+    def encode_rate(self, options: QuantizeOptions) -> float:
+        """Weights per second and core that the search finds, roughly."""
 
 
 def stored_parts(

@@ -7,29 +7,17 @@ copied without anyone noticing.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from erniequant.checkpoint.layout import OutputTensor
 from erniequant.checkpoint.reader import Checkpoint
-from erniequant.codes import EFFORTS, code_for_bits, register_length
+from erniequant.codes import EFFORTS
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.inventory import TensorGroup, tensor_groups
-from erniequant.models.architecture import EXPERT_MATRICES, Architecture, ExpertGroup, ModelSizes
+from erniequant.models.architecture import EXPERT_MATRICES, Architecture, ModelSizes
 from erniequant.models.config_check import fused_experts, not_part_of, tensor_misfits
-from erniequant.packing.rotation import block_size
-from erniequant.packing.schema import (
-    LayerSpec,
-    MatrixSpec,
-    experts_module,
-    guard_name,
-    layer_params,
-    tile_size,
-)
-
-NATIVE, FASTDEPLOY = "native", "fastdeploy-wint2"
-FORMATS = (NATIVE, FASTDEPLOY)
 
 # Multi-token prediction: transformers does not run it, but it stays with the model.
 _MTP = re.compile(r"model\.mtp_.+")
@@ -41,32 +29,20 @@ _HEAD = "lm_head.weight"
 class QuantizeOptions:
     """What to make of the experts.
 
-    ``k_order`` and ``w4_layers``, the number of first MoE layers with 4 bits, are of FastDeploy's
-    format.
+    ``own`` are options that only the format has, by their names in `erniequant.quantize`; the
+    format checks them (`Format.check`).
     """
 
     bits: int
     effort: str = "standard"
     max_tp: int = 2
     seed: int = 0
-    format: str = NATIVE
-    k_order: str | None = None
-    w4_layers: int | None = None
+    format: str = "native"
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):
             raise ErnieQuantError(f"bits must be 2, 3 or 4, not {self.bits!r}")
-        if self.format not in FORMATS:
-            raise ErnieQuantError(f"no format {self.format!r}; use {' or '.join(FORMATS)}")
-        if self.format == NATIVE and (self.k_order is not None or self.w4_layers is not None):
-            raise ErnieQuantError(
-                f"k-order and w4-layers are of the format {FASTDEPLOY}; leave them out"
-            )
-        if self.format == FASTDEPLOY and self.bits != 2:
-            raise ErnieQuantError(
-                f"{FASTDEPLOY} has 2 bits, not {self.bits}; use --bits 2, and --w4-layers for "
-                "layers of 4 bits"
-            )
         if self.effort not in EFFORTS:
             raise ErnieQuantError(
                 f"effort must be one of {', '.join(EFFORTS)}, not {self.effort!r}"
@@ -76,19 +52,28 @@ class QuantizeOptions:
 
 
 @dataclass(frozen=True)
+class PlanWording:
+    """What a format does with tensors, in words: one line for each code, how other tensors arrive
+    (``copy``, ``unchanged``), and what becomes of multi-token prediction."""
+
+    codes: tuple[str, ...]
+    verb: str
+    manner: str
+    mtp: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """The fate of every tensor, and the size of the result.
 
-    ``specs`` are the native codes of each group of experts, by its name, the same in every layer;
-    ``settings`` describe another format.
     ``packed`` are the tensors that take the place of ``quantized``; ``mtp`` those of ``copied``
     that transformers does not run. ``expert_bytes`` and ``copied_bytes`` are those of the output;
     ``source_bytes`` of the input. ``groups`` is the same list of tensors for people to read.
+    ``settings`` are the codes as JSON, ``wording`` how the format speaks of all this.
     """
 
     model: ModelSizes
     options: QuantizeOptions
-    specs: Mapping[str, LayerSpec]
     quantized: tuple[str, ...]
     copied: tuple[str, ...]
     mtp: tuple[str, ...]
@@ -99,7 +84,8 @@ class Plan:
     expert_bytes: int
     copied_bytes: int
     groups: tuple[TensorGroup, ...]
-    settings: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any]
+    wording: PlanWording
 
     @property
     def output_bytes(self) -> int:
@@ -116,19 +102,24 @@ class Plan:
         """Bits per weight of the whole result."""
         return 8 * self.output_bytes / self.total_weights
 
-    def format_settings(self) -> dict[str, Any]:
-        """The codes as JSON; by name of the group where there is more than one."""
-        if self.settings is not None:
-            return dict(self.settings)
-        settings = {name: asdict(spec) for name, spec in self.specs.items()}
-        return settings if len(settings) > 1 else next(iter(settings.values()))
+
+Contents = Callable[
+    [tuple[str, ...]], tuple[tuple[OutputTensor, ...], int, Mapping[str, Any], PlanWording]
+]
+"""From the names of the tensors that are not quantised to: the tensors that hold experts, bytes of
+all others, the codes as JSON, the wording."""
 
 
-def make_plan(checkpoint: Checkpoint, model: Architecture, options: QuantizeOptions) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, model: Architecture, options: QuantizeOptions, contents: Contents
+) -> Plan:
     """Decide what happens to every tensor of ``checkpoint``.
 
+    contents: makes what depends on the format; asked after everything else is known to be whole.
+
     Raises:
-        ErnieQuantError: a tensor is missing, has another shape, or is unknown, or no tile fits.
+        ErnieQuantError: a tensor is missing, has another shape, or is unknown, or the format cannot
+            hold the model.
     """
     sizes = model.sizes
     quantized = tuple(
@@ -151,17 +142,10 @@ def make_plan(checkpoint: Checkpoint, model: Architecture, options: QuantizeOpti
     for line in tensor_misfits(model, checkpoint.headers):
         raise ErnieQuantError(line)
     copied = tuple(name for name in checkpoint.names() if name not in expert_names)
-    specs = {group.name: layer_spec(sizes.hidden, group, options) for group in sizes.groups}
-    packed = tuple(
-        tensor
-        for index in sizes.moe_layers
-        for group in sizes.groups
-        for tensor in packed_tensors(sizes.hidden, group, index, specs[group.name])
-    )
+    packed, copied_bytes, settings, wording = contents(copied)
     return Plan(
         sizes,
         options,
-        specs,
         quantized,
         copied,
         tuple(name for name in copied if _MTP.fullmatch(name)),
@@ -170,43 +154,8 @@ def make_plan(checkpoint: Checkpoint, model: Architecture, options: QuantizeOpti
         total_weights=sum(header.elements for header in checkpoint.headers.values()),
         source_bytes=checkpoint.total_bytes,
         expert_bytes=sum(tensor.n_bytes for tensor in packed),
-        copied_bytes=sum(checkpoint.header(name).n_bytes for name in copied),
+        copied_bytes=copied_bytes,
         groups=tensor_groups(checkpoint, quantized, copied),
-    )
-
-
-def packed_tensors(
-    hidden: int, group: ExpertGroup, layer: int, spec: LayerSpec
-) -> tuple[OutputTensor, ...]:
-    """The tensors that a group of experts of a layer is stored in."""
-    key = group.layer_key(layer)
-    params = layer_params(
-        group.experts, hidden, group.inner, spec, f"layer {key}", guard=guard_name(key)
-    )
-    prefix = packed_prefix(key)
-    return tuple(
-        OutputTensor.of(prefix + name, shape, dtype) for name, (shape, dtype) in params.items()
-    )
-
-
-def packed_prefix(layer_key: str) -> str:
-    """What the names of a quantised layer's tensors begin with."""
-    return f"model.{experts_module(layer_key)}."
-
-
-def layer_spec(hidden: int, group: ExpertGroup, options: QuantizeOptions) -> LayerSpec:
-    """Code, tile and rotation block of both projections of a group of experts.
-
-    Raises:
-        ErnieQuantError: a size has no tile of at least 32, or does not split ``max_tp`` ways.
-    """
-    inner = f"the experts' inner size{f' ({group.name})' if group.name else ''}"
-    if group.inner % options.max_tp:
-        raise ErnieQuantError(f"--max-tp {options.max_tp} does not divide {inner} {group.inner}")
-    per_rank = group.inner // options.max_tp
-    length = register_length(options.bits, options.effort)
-    code = code_for_bits(options.bits, length).name
-    return LayerSpec(
-        MatrixSpec(code, length, tile_size(per_rank, f"{inner} per rank"), block_size(hidden)),
-        MatrixSpec(code, length, tile_size(hidden, "the hidden size"), block_size(per_rank)),
+        settings=settings,
+        wording=wording,
     )

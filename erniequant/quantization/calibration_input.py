@@ -158,9 +158,9 @@ def image_note(calibration: Calibration) -> str:
 
 
 def calibration_report(
-    config: CalibrationConfig, windows: CalibrationWindows | None
+    config: CalibrationConfig | None, windows: CalibrationWindows | None
 ) -> CalibrationReport | None:
-    if windows is None:
+    if windows is None or config is None:
         return None
     return CalibrationReport(
         config.source,

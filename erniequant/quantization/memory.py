@@ -4,23 +4,17 @@ activations go to disk.
 Neither changes a bit of the result.
 """
 
-import os
 import re
-import resource
-import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.fastdeploy.ccq.books import BOOKS
-from erniequant.formats.fastdeploy.ccq.encode import CHUNK as OUTPUTS_AT_ONCE
 from erniequant.models.architecture import Architecture
 from erniequant.quantization.layer import SAMPLE_TOKENS
 from erniequant.quantization.token_batches import CHUNK, PATCHES_AT_ONCE
+from erniequant.system import available_memory
 
 BASE_BYTES = 700_000_000
 """A process that has imported torch, transformers and numba and compiled the encoder (555 MB), and
@@ -51,6 +45,10 @@ class MemoryPlan:
     scratch_bytes: int
 
 
+def _nothing(inputs: int) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Needs:
     """What decides about memory beside the model.
@@ -60,14 +58,14 @@ class Needs:
         length: of its longest window.
         patches: of all images, at most.
         layer: of `largest_layer`.
-        wint2: experts are encoded as WINT2.
+        encoder_bytes: what coding takes for a number of inputs, of `Format.encoder_bytes`.
     """
 
     tokens: int
     length: int
     patches: int
     layer: int
-    wint2: bool = False
+    encoder_bytes: Callable[[int], int] = _nothing
 
 
 @dataclass(frozen=True)
@@ -131,11 +129,8 @@ def _parts(model: Architecture, needs: Needs) -> _Parts:
     solving = 28 * hidden**2 + 2 * matrices
     encoding = 8 * hidden**2 + 5 * matrices
     down = 24 * inner**2 + 4 * inner * hidden + 2 * matrices
-    if needs.wint2:
-        # A third float64 copy, and errors of some outputs for each code book.
-        errors = 4 * OUTPUTS_AT_ONCE * len(BOOKS)
-        solving += 8 * hidden**2 + errors * hidden
-        down += 8 * inner**2 + errors * inner
+    solving += needs.encoder_bytes(hidden)
+    down += needs.encoder_bytes(inner)
     chunk = 4 * min(CHUNK, max(tokens, 1)) * (6 * hidden + 9 * inner)
     mean = tokens * sizes.top_k / min(group.experts for group in sizes.groups)
     popular = min(tokens, POPULARITY * mean)
@@ -165,20 +160,6 @@ def default_budget() -> int:
     return int(SHARE_OF_AVAILABLE * available_memory())
 
 
-def available_memory() -> int:
-    """Bytes that this process can still have: free memory, within its control group."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        text = Path("/proc/meminfo").read_text()
-        found = 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", text)[0])
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        found = min(found, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, IndexError):
-        pass  # another system, or no limit ("max")
-    return found
-
-
 def parse_size(text: str) -> int:
     """Bytes of "16GB", "500M", "24GiB" or a plain number.
 
@@ -189,14 +170,3 @@ def parse_size(text: str) -> int:
     if match is None or match[2] not in _UNITS:
         raise ErnieQuantError(f"{text!r} is not a size; write for example 16GB or 500MB")
     return int(float(match[1]) * _UNITS[match[2]])
-
-
-def peak_memory() -> int:
-    """Peak resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_vram(device: torch.device) -> int:
-    """Peak memory that torch has taken on a GPU so far, in bytes; 0 on the CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

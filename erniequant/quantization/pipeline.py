@@ -5,72 +5,32 @@ the original would have made of the same text. Only one layer's non-expert weigh
 are in memory. Interrupted anywhere, the same call continues (`erniequant.resume`).
 """
 
-import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from erniequant.calibration.config import CalibrationConfig
-from erniequant.checkpoint.adapters import require_no_adapter
-from erniequant.checkpoint.files import disk_error, write_json
-from erniequant.checkpoint.folder import (
-    REPORT_FILE,
-    describe_left_behind,
-    left_behind,
-    require_apart,
-)
-from erniequant.checkpoint.layout import index_of
-from erniequant.checkpoint.reader import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    WORK_FOLDER,
-    Checkpoint,
-    open_checkpoint,
-)
+from erniequant.calibration.texts import CalibrationWindows
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.checkpoint.writer import MAX_SHARD_BYTES
-from erniequant.data.companions import require_companions, write_companions
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.base import OutputFormat
-from erniequant.formats.native.output import NativeOutput
-from erniequant.formats.plan import NATIVE, Plan, QuantizeOptions, make_plan
-from erniequant.models.architecture import Architecture
-from erniequant.models.config_check import bounded_architecture
+from erniequant.formats.base import NATIVE
+from erniequant.formats.plan import QuantizeOptions
 from erniequant.paths import expanded
 from erniequant.progress import Progress, observed
-from erniequant.quantization.calibration_input import (
-    amounts,
-    calibration_report,
-    image_note,
-    prepare,
-    read_windows,
-)
-from erniequant.quantization.estimate import Estimate, describe, estimate
-from erniequant.quantization.memory import (
-    MemoryPlan,
-    Needs,
-    default_budget,
-    largest_layer,
-    parse_size,
-    peak_memory,
-    peak_vram,
-    plan_memory,
-)
-from erniequant.quantization.report import (
-    QuantizationReport,
-)
+from erniequant.quantization.calibration_input import calibration_report, read_windows
+from erniequant.quantization.destination import complete, opened
+from erniequant.quantization.estimate import Estimate
+from erniequant.quantization.job import CalibrationRequest, Job, plan_job
+from erniequant.quantization.options import RunOptions
+from erniequant.quantization.report import QuantizationReport
 from erniequant.quantization.run import Run
 from erniequant.quantization.run_identity import processor, run_identity
 from erniequant.resume.workfolder import WorkFolder
-from erniequant.system import resolve_device, return_freed_memory
-
-SIZE_TOLERANCE = 0.01
-"""The result may differ from the planned size by this much, headers included."""
+from erniequant.system import peak_memory, peak_vram, return_freed_memory
 
 
 def quantize(
@@ -129,175 +89,102 @@ def quantize(
         resume: True: only continue an unfinished run. False: discard it and start over. None:
             continue one if it is there.
         dry_run: plan, report, and write nothing.
-        max_degraded: recorded by the caller; nothing here depends on it.
+        max_degraded: degraded expert matrices above which `QuantizationReport.is_degraded`.
         progress: observer.
 
     Raises:
         ErnieQuantError: anything wrong with the source, the options or the destination.
     """
-    watch = observed(progress)
-    options = QuantizeOptions(bits, effort, max_tp, seed, format, k_order, w4_layers)
-    settings = CalibrationConfig("builtin", calib_samples, calib_length, chat_template, seed)
-    target = resolve_device(device)
-    checkpoint = open_checkpoint(src)
-    require_no_adapter(checkpoint.folder)
-    require_apart(checkpoint.folder, expanded(dst))
-    model = bounded_architecture(checkpoint.config, checkpoint.headers)
-    output, plan = _output(checkpoint, model, options)
-    vocabulary = require_companions(checkpoint.folder)
-    threads = threads or os.cpu_count() or 1
-    calibration = None if no_calib else prepare(calib, settings, model, dry_run)
-    tokens, length, patches = (0, 2, 0) if calibration is None else amounts(calibration, model)
-    needs = Needs(tokens, length, patches, largest_layer(checkpoint, model), wint2=format != NATIVE)
-    memory = _fit(model, needs, threads, max_memory, target)
-    predicted = estimate(plan, memory, tokens)
-    plan_text = describe(plan, memory, predicted, checkpoint.absent_bytes)
-    if model.images is not None and calibration is not None:
-        plan_text += f"\n{image_note(calibration)}"
-    if vocabulary > model.sizes.vocabulary:
-        plan_text += (
-            f"\nthe tokenizer has {vocabulary} tokens, the model {model.sizes.vocabulary}: "
-            "text with any of the others cannot be run"
-        )
-    left = left_behind(checkpoint.folder, {INDEX_FILE, *checkpoint.shards})
-    if left:
-        plan_text += f"\n{describe_left_behind(left)}"
-    watch.plan(plan_text)
-    if dry_run:
-        return QuantizationReport(
-            plan, plan_text, None, (), predicted, None, {}, dry_run=True, left_behind=left
-        )
+    own = {"k_order": k_order, "w4_layers": w4_layers}
+    options = QuantizeOptions(
+        bits, effort, max_tp, seed, format, {k: v for k, v in own.items() if v is not None}
+    )
+    config = CalibrationConfig("builtin", calib_samples, calib_length, chat_template, seed)
+    request = None if no_calib else CalibrationRequest(calib, config)
+    run = RunOptions(device, threads, work_dir, max_memory, resume, dry_run, max_degraded)
+    return quantize_checkpoint(src, dst, options, request, run, observed(progress))
 
+
+def quantize_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    options: QuantizeOptions,
+    request: CalibrationRequest | None,
+    how: RunOptions,
+    watch: Progress,
+) -> QuantizationReport:
+    """`quantize` with its options put together; without ``request`` there is no calibration."""
+    job = plan_job(src, dst, options, request, how)
+    watch.plan(job.text)
+    if how.dry_run:
+        return job.dry_report()
     windows = None
-    if calibration is not None:
-        settings = calibration.config
-        windows = read_windows(checkpoint, model, calibration, watch)
-    identity = run_identity(checkpoint, plan, settings, windows, target)
+    if job.calibration is not None:
+        windows = read_windows(job.checkpoint, job.model, job.calibration, watch)
     destination = expanded(dst)
-    if work_dir is not None:
+    identity = run_identity(job.checkpoint, job.plan, _config(job), windows, job.device)
+    if how.work_dir is not None:
         identity["the destination"] = str(destination.resolve())
     with (
-        _opened(destination, work_dir, resume) as work,
-        ShardFiles(destination, output.shards(MAX_SHARD_BYTES)) as shards,
+        opened(destination, how.work_dir, how.resume) as work,
+        ShardFiles(destination, job.output.shards(MAX_SHARD_BYTES)) as shards,
         _single_threaded_products(),
         torch.no_grad(),
     ):
         return_freed_memory()
         work.begin(identity)
-        run = Run(checkpoint, model, output, memory, target, threads, work, shards, watch)
+        run = Run(job, work, shards, watch)
         _note_processor(work, watch)
-        watch.start(len(plan.model.moe_layers) * plan.model.experts)
-        try:
-            shards.prepare()
-            watch.advance(0, "checking the source")
-            run.check_source()
-            watch.advance(0, "copying")
-            run.copy_tensors()
-            run.quantize_layers(windows)
-        except ErnieQuantError:
-            if not run.has_experts:
-                # Nothing that took long is lost, and the destination stays usable.
-                shards.remove()
-                work.clear()
-            raise
-        finally:
-            watch.finish()
-        measured = Estimate(
-            work.journal.seconds(), peak_memory(), peak_vram(target), run.disk_peak()
-        )
-        report = QuantizationReport(
-            plan,
-            plan_text,
-            calibration_report(settings, windows),
-            run.matrices(),
-            predicted,
-            measured,
-            {event["file"]: event["sha256"] for event in work.journal.of("shard")},
-            sessions=len(work.journal.of("session")),
-            layer_seconds=tuple(work.journal.seconds_of("layer")),
-            left_behind=left,
-        )
-        _complete(checkpoint, output, shards, report)
+        _execute(run, windows)
+        report = _report(job, run, windows, how.max_degraded)
+        complete(job.checkpoint, job.output, shards, report)
         work.remove()
     return report
 
 
-def _output(
-    checkpoint: Checkpoint, model: Architecture, options: QuantizeOptions
-) -> tuple[OutputFormat, Plan]:
-    """The layout of the result, and the plan for it."""
-    if options.format == NATIVE:
-        plan = make_plan(checkpoint, model, options)
-        return NativeOutput(checkpoint, model, plan), plan
-    from erniequant.formats.fastdeploy.output import fastdeploy_output, text_moe_of
+def _execute(run: Run, windows: CalibrationWindows | None) -> None:
+    """Everything that takes long."""
+    sizes = run.model.sizes
+    run.watch.start(len(sizes.moe_layers) * sizes.experts)
+    try:
+        run.shards.prepare()
+        run.watch.advance(0, "checking the source")
+        run.check_source()
+        run.watch.advance(0, "copying")
+        run.copy_tensors()
+        run.quantize_layers(windows)
+    except ErnieQuantError:
+        if not run.has_experts:
+            # Nothing that took long is lost, and the destination stays usable.
+            run.shards.remove()
+            run.work.clear()
+        raise
+    finally:
+        run.watch.finish()
 
-    text_moe_of(model)
-    # Its own ranks are cut from the result, so the native codes need not be divisible.
-    return fastdeploy_output(
-        checkpoint, model, make_plan(checkpoint, model, replace(options, max_tp=1))
+
+def _report(
+    job: Job, run: Run, windows: CalibrationWindows | None, max_degraded: int
+) -> QuantizationReport:
+    journal = run.journal
+    measured = Estimate(journal.seconds(), peak_memory(), peak_vram(job.device), run.disk_peak())
+    return QuantizationReport(
+        job.plan,
+        job.text,
+        calibration_report(_config(job), windows),
+        run.matrices(),
+        job.predicted,
+        measured,
+        {event["file"]: event["sha256"] for event in journal.of("shard")},
+        sessions=len(journal.of("session")),
+        layer_seconds=tuple(journal.seconds_of("layer")),
+        left_behind=job.left_behind,
+        max_degraded=max_degraded,
     )
 
 
-def _fit(
-    model: Architecture,
-    needs: Needs,
-    threads: int,
-    max_memory: str | int | None,
-    device: torch.device,
-) -> MemoryPlan:
-    """How the run goes within its memory; an explicit bound that is too small is refused."""
-    asked = parse_size(str(max_memory)) if max_memory is not None else None
-    budget = default_budget() if asked is None else asked
-    found = plan_memory(model, needs, threads, budget, device.type == "cpu")
-    if asked is not None and found.peak_bytes > asked:
-        raise ErnieQuantError(
-            f"--max-memory {max_memory} is too little: with one expert at a time and activations "
-            f"on disk the run takes about {found.peak_bytes / 1e9:.1f} GB; give that, or use "
-            "shorter windows (--calib-length)"
-        )
-    return found
-
-
-@contextmanager
-def _opened(
-    destination: Path, work_dir: str | Path | None, resume: bool | None
-) -> Iterator[WorkFolder]:
-    """The locked work folder of a run into ``destination``, which is new, empty or the run's."""
-    made = not destination.exists()
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(destination, error) from error
-    try:
-        work = WorkFolder(expanded(work_dir) if work_dir else destination / WORK_FOLDER)
-        try:
-            _prepare_destination(destination, work, resume)
-            yield work
-        finally:
-            work.release()
-    finally:
-        if made and not any(destination.iterdir()):
-            destination.rmdir()
-
-
-def _prepare_destination(destination: Path, work: WorkFolder, resume: bool | None) -> None:
-    if work.unfinished() and resume is False and not (destination / CONFIG_FILE).exists():
-        for path in destination.iterdir():
-            if _SHARD.fullmatch(path.name) or path.name in (INDEX_FILE, REPORT_FILE):
-                path.unlink()
-        work.clear()
-        return
-    if work.unfinished():
-        return
-    if resume:
-        raise ErnieQuantError(
-            f"there is no unfinished run in {work.folder}; leave out --resume to start one"
-        )
-    if any(path != work.folder for path in destination.iterdir()):
-        raise ErnieQuantError(f"{destination} is not empty; give a new folder")
-
-
-_SHARD = re.compile(r"\.?model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
+def _config(job: Job) -> CalibrationConfig | None:
+    return None if job.calibration is None else job.calibration.config
 
 
 def _note_processor(work: WorkFolder, watch: Progress) -> None:
@@ -309,29 +196,6 @@ def _note_processor(work: WorkFolder, watch: Progress) -> None:
                 "the result is sound, but not to the last bit that of either"
             )
         work.journal.append("processor", processor=processor())
-
-
-def _complete(
-    checkpoint: Checkpoint,
-    output: OutputFormat,
-    shards: ShardFiles,
-    report: QuantizationReport,
-) -> None:
-    """Write everything that is not weights."""
-    folder, plan = shards.folder, report.plan
-    written = sum((folder / shard.file).stat().st_size for shard in shards.shards)
-    headers = sum(len(shard.header) for shard in shards.shards)
-    if abs(written - headers - plan.output_bytes) > SIZE_TOLERANCE * plan.output_bytes:
-        raise ErnieQuantError(
-            f"{folder} holds {written} bytes, but {plan.output_bytes} were planned; "
-            "use --restart, and report this"
-        )
-    if len(shards.shards) > 1:
-        write_json(folder / INDEX_FILE, index_of(shards.shards))
-    write_companions(checkpoint.folder, folder)
-    write_json(folder / REPORT_FILE, report.to_dict())
-    # The config comes last: without it nothing takes the folder for a finished checkpoint.
-    write_json(folder / CONFIG_FILE, output.config())
 
 
 @contextmanager

@@ -107,6 +107,7 @@ class QuantizationReport:
     layer_seconds: tuple[float, ...] = ()
     dry_run: bool = False
     left_behind: tuple[str, ...] = ()
+    max_degraded: int = 0
 
     @property
     def seconds(self) -> float:
@@ -122,6 +123,11 @@ class QuantizationReport:
     def degraded(self) -> int:
         """Number of degraded expert matrices."""
         return sum(m.degraded(self.calibration is not None) for m in self.matrices)
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether more matrices are degraded than ``max_degraded``."""
+        return self.degraded > self.max_degraded
 
     def layer_errors(self) -> dict[int | str, dict[str, float]]:
         """Mean relative error of each projection by `MatrixReport.place`."""
@@ -149,7 +155,7 @@ class QuantizationReport:
             "effort": plan.options.effort,
             "seed": plan.options.seed,
             "dry_run": self.dry_run,
-            "format": plan.format_settings(),
+            "format": dict(plan.settings),
             "tensors": {"quantized": len(plan.quantized), "copied": len(plan.copied)},
             "tensor_groups": [asdict(group) for group in plan.groups],
             "bits_per_weight": {

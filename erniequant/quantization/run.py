@@ -14,16 +14,16 @@ import torch
 from erniequant.calibration.rows import RowPool
 from erniequant.calibration.texts import CalibrationWindows
 from erniequant.checkpoint.files import sha256_of
-from erniequant.checkpoint.reader import Checkpoint
 from erniequant.checkpoint.scan import CheckedShard, changed_shards, check_shards
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.encoding.matrix import MatrixQuantizer, QuantizedMatrix
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.base import OutputFormat, stored_parts
-from erniequant.models.architecture import Architecture, ExpertGroup
+from erniequant.formats.base import stored_parts
+from erniequant.models.architecture import ExpertGroup
 from erniequant.packing.schema import PROJECTIONS
 from erniequant.progress import Progress
 from erniequant.quantization.expert import ExpertWeights
+from erniequant.quantization.job import Job
 from erniequant.quantization.layer import (
     ExpertOutcome,
     LayerInput,
@@ -31,7 +31,6 @@ from erniequant.quantization.layer import (
     layer_context,
     quantize_experts,
 )
-from erniequant.quantization.memory import MemoryPlan
 from erniequant.quantization.report import MatrixReport
 from erniequant.quantization.streams import Streams
 from erniequant.resume.workfolder import WorkFolder
@@ -57,21 +56,16 @@ class Run:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        model: Architecture,
-        output: OutputFormat,
-        memory: MemoryPlan,
-        device: torch.device,
-        threads: int,
+        job: Job,
         work: WorkFolder,
         shards: ShardFiles,
         watch: Progress,
     ) -> None:
-        self.checkpoint, self.model, self.output, self.memory = checkpoint, model, output, memory
-        self.device, self.threads, self.watch = device, threads, watch
-        self.work, self.journal, self.shards = work, work.journal, shards
+        self.checkpoint, self.model, self.output = job.checkpoint, job.model, job.output
+        self.memory, self.device, self.threads = job.memory, job.device, job.threads
+        self.work, self.journal, self.shards, self.watch = work, work.journal, shards, watch
         self.journal.require(_FACTS)
-        self._pool = RowPool(work.folder if memory.tables_on_disk else None)
+        self._pool = RowPool(work.folder if self.memory.tables_on_disk else None)
         self._events = {(e["layer"], e["expert"]): e for e in self.journal.of("expert")}
         self.matrices()  # damage to their lines shows now, not at the end
 

@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "transformers", "numba", "numpy")
 def run_identity(
     checkpoint: Checkpoint,
     plan: Plan,
-    calibration: CalibrationConfig,
+    calibration: CalibrationConfig | None,
     windows: CalibrationWindows | None,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def run_identity(
         "the source's tensors": _digest([json.dumps(header).encode() for header in headers]),
         "the source's other files": _files_digest(checkpoint.folder),
     }
-    if windows is not None:
+    if windows is not None and calibration is not None:
         found |= {
             "--calib": calibration.source,
             "--calib-samples": calibration.samples,
@@ -63,7 +63,7 @@ def processor() -> str:
 def _plan_digest(plan: Plan) -> str:
     """Of what is written: codes and every tensor. The options alone do not say it for ever."""
     tensors = [[t.name, t.stored_dtype, *t.shape] for t in plan.packed]
-    return _digest([json.dumps([plan.format_settings(), tensors, plan.copied]).encode()])
+    return _digest([json.dumps([dict(plan.settings), tensors, plan.copied]).encode()])
 
 
 def _files_digest(folder: Path) -> str:

@@ -17,7 +17,7 @@ import erniequant
 from erniequant.checkpoint.reader import INDEX_FILE, open_checkpoint
 from erniequant.checkpoint.writer import CheckpointWriter
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.native.inspect import inspect
+from erniequant.formats.verbs import inspect
 from tests.micro import CALIBRATION
 
 NAME = "someone/some-model"

@@ -57,7 +57,7 @@ def models(monkeypatch):
         return Bigram(len(folder)), LetterTokenizer(shift=int(folder == "other-tokens"))
 
     # The module, not the function of that name that `erniequant` offers.
-    monkeypatch.setattr(importlib.import_module("erniequant.formats.native.load"), "load", load)
+    monkeypatch.setattr(importlib.import_module("erniequant.formats.verbs"), "load", load)
     return asked
 
 

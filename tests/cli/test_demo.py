@@ -10,7 +10,7 @@ import torch
 import erniequant_data
 from erniequant.demo import expert_parameters, round_experts, run_demo, tensor_bytes
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.native.load import load
+from erniequant.formats.verbs import load
 
 EXPERT_WEIGHTS = 2 * 4 * 3 * 96 * 128
 

@@ -18,7 +18,7 @@ def failing(monkeypatch, run):
         def load(*_, **__):
             raise error
 
-        monkeypatch.setattr(importlib.import_module("erniequant.formats.native.load"), "load", load)
+        monkeypatch.setattr(importlib.import_module("erniequant.formats.verbs"), "load", load)
         return run("generate", "some-model", "hello")
 
     return start

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-import erniequant.generate
-from erniequant.generate import Generation
+import erniequant.generation
+from erniequant.generation import Generation
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 5
 
@@ -60,11 +60,11 @@ def test_built_in_text_is_the_default(run, models):
 def test_generate_passes_its_options_and_prints_the_answer(run, models, monkeypatch, tmp_path):
     seen = {}
 
-    def complete(model, tokenizer, prompt, **options):
+    def generate(model, tokenizer, prompt, **options):
         seen.update(options, prompt=prompt)
         return Generation("<user>hi", "a sunny day", 3, 4, 0.5)
 
-    monkeypatch.setattr(erniequant.generate, "complete", complete)
+    monkeypatch.setattr(erniequant.generation, "generate", generate)
     out = tmp_path / "answer.json"
     result = run(
         *("generate", "a", "hi", "--max-tokens", 5, "--temperature", 0.5, "--seed", 3),

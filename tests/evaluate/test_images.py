@@ -15,7 +15,7 @@ from erniequant.data.inputs import ModelInput, hash_inputs
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate import image_perplexity
 from erniequant.evaluate.images import evaluation_inputs
-from erniequant.generate import complete
+from erniequant.generation import generate
 from erniequant_cli.main import app
 from tests.micro_vl import IMAGE, IMAGE_END, IMAGE_START, write_micro_vl
 
@@ -171,9 +171,9 @@ def test_generation_sees_the_image(
 ) -> None:
     model, tokenizer = loaded
     images = [micro_records.parent / "1-0.png", micro_records.parent / "1-1.png"]
-    found = complete(model, tokenizer, "what?", images=images, max_tokens=8)
+    found = generate(model, tokenizer, "what?", images=images, max_tokens=8)
     assert found.prompt.count("<|IMAGE_START|>") == 2
-    again = complete(model, tokenizer, "what?", images=images, max_tokens=8)
+    again = generate(model, tokenizer, "what?", images=images, max_tokens=8)
     assert found.text == again.text
     # Greedy, by hand and without a cache.
     from erniequant.data.image_inputs import image_inputs
@@ -195,7 +195,7 @@ def test_generation_sees_the_image(
     assert found.text == tokenizer.decode(expected, skip_special_tokens=True)
     text, letters = erniequant.load(micro_source, device="cpu")
     with pytest.raises(ErnieQuantError, match="the model takes text alone"):
-        complete(text, letters, "what?", images=images)
+        generate(text, letters, "what?", images=images)
 
 
 def test_the_generate_command_takes_images(micro_vl: Path, micro_records: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import erniequant
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.fastdeploy.inspect import inspect_fastdeploy
-from erniequant.formats.fastdeploy.reshard import relayout
+from erniequant.formats.fastdeploy.reshard import reshard
 from erniequant.formats.fastdeploy.verify import verify_fastdeploy
 from tests.fastdeploy.conftest import write
 from tests.foreign import POINTER, with_code
@@ -40,7 +40,7 @@ def test_adapters_and_pointers(ranks: int, fd_single: Path, fd_ranks: Path, tmp_
     for road in (
         lambda: erniequant.load(folder, device="cpu"),
         lambda: erniequant.export(folder, tmp_path / "plain"),
-        lambda: relayout(folder, tmp_path / "cut", tensor_parallel=2),
+        lambda: reshard(folder, tmp_path / "cut", tensor_parallel=2),
     ):
         with pytest.raises(ErnieQuantError, match="has an adapter beside its weights"):
             road()

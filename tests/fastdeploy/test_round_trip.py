@@ -9,7 +9,7 @@ import torch
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.fastdeploy import export_bf16, open_fastdeploy
-from erniequant.formats.fastdeploy.reshard import relayout
+from erniequant.formats.fastdeploy.reshard import reshard
 from tests.fastdeploy.codes import MadeUpExperts, rounded_wint8
 from tests.fastdeploy.conftest import W4_END, write
 
@@ -129,7 +129,7 @@ def test_export_to_nothing_else(fd_single: Path, tmp_path: Path) -> None:
 def test_home_folders(fd_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write(fd_source, Path("~/whole"))
-    relayout("~/whole", "~/ranks", tensor_parallel=2)
+    reshard("~/whole", "~/ranks", tensor_parallel=2)
     export_bf16("~/whole", "~/plain")
     require_expected(tmp_path / "whole", fd_source, "mma64", 1)
     assert len(open_fastdeploy(tmp_path / "ranks").ranks) == 2

@@ -15,7 +15,7 @@ from erniequant.checkpoint.files import sha256_of
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.fastdeploy import check_folder, open_fastdeploy, write_fastdeploy
-from erniequant.formats.fastdeploy.writer import WrittenFastDeploy
+from erniequant.formats.results import WrittenShards
 from tests.conftest import FileLimit
 from tests.fastdeploy.codes import MadeUpExperts
 from tests.fastdeploy.conftest import W4_END
@@ -23,7 +23,7 @@ from tests.fastdeploy.conftest import W4_END
 Encoded = dict[str, torch.Tensor]
 
 
-def write(source: Path, folder: Path, **options: Any) -> WrittenFastDeploy:
+def write(source: Path, folder: Path, **options: Any) -> WrittenShards:
     checkpoint = open_checkpoint(source)
     experts = MadeUpExperts(checkpoint.config, W4_END).encoded
     settings: dict[str, Any] = dict(experts=experts, w4_end_layer=W4_END) | options

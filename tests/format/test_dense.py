@@ -10,8 +10,7 @@ import torch
 import erniequant
 from erniequant.checkpoint import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.native.inspect import inspect
-from erniequant.formats.native.verify import verify
+from erniequant.formats.verbs import inspect, verify
 from erniequant.packing.header_check import check_headers
 
 Edit = Callable[[dict[str, torch.Tensor]], None]

@@ -8,7 +8,7 @@ import pytest
 
 from erniequant.checkpoint.files import write_json
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.native.inspect import inspect
+from erniequant.formats.verbs import inspect
 
 # Per expert 3 matrices of 96 x 64; 8 experts, 2 layers.
 WEIGHTS = 3 * 96 * 64 * 8 * 2

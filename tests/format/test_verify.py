@@ -11,7 +11,7 @@ import torch
 import erniequant
 from erniequant.checkpoint.files import sha256_of, write_json
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.native.verify import verify
+from erniequant.formats.verbs import verify
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 Damaged = Callable[[Edit], Path]

@@ -27,8 +27,7 @@ from truth import Facts, facts, untouched, wrong
 import erniequant
 from erniequant.calibration.texts import CalibrationConfig, calibration_windows
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.native.inspect import inspect
-from erniequant.formats.native.verify import verify
+from erniequant.formats.verbs import inspect, verify
 
 SECONDS = 10
 TARGETS = {"load": 6, "inspect": 3, "verify": 4, "export": 4, "dry_run": 4, "calibration": 2}

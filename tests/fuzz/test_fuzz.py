@@ -247,7 +247,7 @@ def test_what_is_harmless_is_taken(bases: Bases, tmp_path: Path, name: str) -> N
              edit_json(REPORT, lambda r: r["sha256"].clear())]
 )  # fmt: skip
 def test_verify_is_not_taken_in(bases: Bases, tmp_path: Path, edit: Edit) -> None:
-    from erniequant.formats.native.verify import verify
+    from erniequant.formats.verbs import verify
 
     folder = tmp_path / "in"
     shutil.copytree(bases.folders["sharded"], folder)

@@ -225,7 +225,10 @@ def _dry_run(before: Facts, after: Facts, result: Any, pristine: Any) -> str | N
         return "a plan for other headers"
     if set(result.plan.quantized) | set(result.plan.copied) != set(after.tensors or ()):
         return "a plan that does not cover the tensors"
-    if (result.plan.quantized, result.plan.specs) != (pristine.plan.quantized, pristine.plan.specs):
+    if (result.plan.quantized, result.plan.settings) != (
+        pristine.plan.quantized,
+        pristine.plan.settings,
+    ):
         return "another plan"
     sizes = [{**vars(r.plan.model), "top_k": 0} for r in (result, pristine)]
     return None if sizes[0] == sizes[1] else "a plan for other sizes"

@@ -12,7 +12,7 @@ import erniequant
 from erniequant.checkpoint.layout import PlannedShard
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.native.verify import verify
+from erniequant.formats.verbs import verify
 from erniequant.models.registry import architecture_of
 from erniequant.quantization.memory import Needs, largest_layer, plan_memory
 from tests.micro import CALIBRATION

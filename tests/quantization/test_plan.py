@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.plan import Plan, QuantizeOptions, layer_spec, make_plan
+from erniequant.formats.base import NATIVE
+from erniequant.formats.native.specs import layer_spec, settings_of, wording_of
+from erniequant.formats.plan import Plan, QuantizeOptions
+from erniequant.formats.registry import get_format
 from erniequant.models.architecture import ExpertGroup, ModelSizes
 from erniequant.models.registry import architecture_of
 from erniequant.packing.schema import tile_size
@@ -22,7 +25,12 @@ from erniequant.quantization.memory import MemoryPlan
 def plan_for(folder: Path, **options: object) -> Plan:
     checkpoint = open_checkpoint(folder)
     model = architecture_of(checkpoint.config)
-    return make_plan(checkpoint, model, QuantizeOptions(**{"bits": 2, **options}))
+    chosen = QuantizeOptions(**{"bits": 2, **options})
+    return get_format(NATIVE).output(checkpoint, model, chosen)[1]
+
+
+def rate(plan: Plan) -> float:
+    return get_format(NATIVE).encode_rate(plan.options)
 
 
 MEMORY = MemoryPlan(2, False, 10**9, 0, 0)
@@ -62,7 +70,7 @@ def test_the_printed_plan_counts_every_tensor_once(micro_ernie: Path) -> None:
     # 8 experts in layers 1 and 2; layer 0 is dense.
     assert gate.names == "model.layers.{1..2}.mlp.experts.{0..7}.gate_proj.weight"
     assert (gate.count, gate.shape, gate.fate) == (16, (64, 96), "quantise")
-    text = describe(plan, MEMORY, estimate(plan, MEMORY, 1000))
+    text = describe(plan, MEMORY, estimate(plan, MEMORY, 1000, rate(plan)))
     assert all(group.names in text for group in plan.groups)
 
 
@@ -71,7 +79,9 @@ def test_mtp_tensors_are_copied(edited: Callable[..., Path]) -> None:
     plan = plan_for(folder)
     assert "model.mtp_block.0.norm.weight" in plan.copied
     assert plan.mtp == ("model.mtp_block.0.norm.weight",)
-    assert "1 of multi-token prediction" in describe(plan, MEMORY, estimate(plan, MEMORY, 1000))
+    assert "1 of multi-token prediction" in describe(
+        plan, MEMORY, estimate(plan, MEMORY, 1000, rate(plan))
+    )
 
 
 MATRIX = "model.layers.2.mlp.experts.5.up_proj.weight"
@@ -161,11 +171,12 @@ def test_a_21b_model_on_two_cores_takes_more_than_a_day_at_most_effort(micro_ern
     group = ExpertGroup("", 64, 1536)
     model = ModelSizes(2560, (group,), 6, 28, tuple(range(1, 28)), 103424)
     weights = 27 * 64 * 3 * 2560 * 1536
+    specs = {"": layer_spec(2560, group, small.options)}
     large = Plan(
-        model, small.options, {"": layer_spec(2560, group, small.options)}, (), (), (), (),
-        weights, 21_830_000_000, 43_660_000_000, weights // 4, 2_900_000_000, (),
+        model, small.options, (), (), (), (), weights, 21_830_000_000, 43_660_000_000,
+        weights // 4, 2_900_000_000, (), settings_of(specs), wording_of(model, specs),
     )  # fmt: skip
-    predicted = estimate(large, MEMORY, 131_072)
+    predicted = estimate(large, MEMORY, 131_072, rate(large))
     assert predicted.seconds > 86_400
     assert "more than a day" in describe(large, MEMORY, predicted)
-    assert estimate(small, MEMORY, 1000).seconds < 60
+    assert estimate(small, MEMORY, 1000, rate(small)).seconds < 60

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 import erniequant
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.native.inspect import inspect
-from erniequant.formats.native.verify import verify
+from erniequant.formats.verbs import inspect, verify
 from erniequant.quantization.report import QuantizationReport
 from tests.micro import CALIBRATION, add_tokenizer, write_micro_ernie
 

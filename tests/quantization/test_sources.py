@@ -23,8 +23,7 @@ from transformers import (
 
 import erniequant
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.native.inspect import inspect
-from erniequant.formats.native.verify import verify
+from erniequant.formats.verbs import inspect, verify
 from tests.foreign import POINTER, edit, with_code
 from tests.micro import add_tokenizer
 

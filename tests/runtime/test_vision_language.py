@@ -9,8 +9,7 @@ import torch
 import erniequant
 from erniequant.checkpoint import CheckpointWriter, open_checkpoint
 from erniequant.checkpoint.files import write_json
-from erniequant.formats.native.inspect import inspect
-from erniequant.formats.native.verify import verify
+from erniequant.formats.verbs import inspect, verify
 from erniequant.packing.decoding import encode_scale
 from erniequant.packing.schema import (
     LayerSpec,

@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     )
     from erniequant.formats.fastdeploy.recognise import is_fastdeploy_wint2
     from erniequant.formats.fastdeploy.wint4 import quantize_wint4
-    from erniequant.formats.fastdeploy.writer import WrittenFastDeploy, write_fastdeploy
+    from erniequant.formats.fastdeploy.writer import write_fastdeploy
 
 _MODULES = {
     "FastDeployCheckpoint": "reader",
-    "WrittenFastDeploy": "writer",
     "check_folder": "reader",
     "detect_k_order": "export",
     "export_bf16": "export",
@@ -32,7 +31,6 @@ _MODULES = {
 
 __all__ = [
     "FastDeployCheckpoint",
-    "WrittenFastDeploy",
     "check_folder",
     "detect_k_order",
     "export_bf16",

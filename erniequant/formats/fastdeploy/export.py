@@ -11,10 +11,11 @@ from erniequant.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint, op
 from erniequant.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from erniequant.data.companions import require_readable_companions, write_companions
 from erniequant.errors import ErnieQuantError
+from erniequant.formats.base import EXPORT_DTYPES
 from erniequant.formats.fastdeploy.config import K_ORDERS, plain_config
 from erniequant.formats.fastdeploy.names import Matrix
 from erniequant.formats.fastdeploy.reader import FastDeployCheckpoint, open_fastdeploy
-from erniequant.formats.native.export import DTYPES, ExportReport
+from erniequant.formats.results import ExportReport
 from erniequant.packing.file_check import file_states
 from erniequant.paths import expanded
 
@@ -44,8 +45,8 @@ def export_bf16(
     Raises:
         ErnieQuantError: as `open_fastdeploy` and `detect_k_order`, or dst is not a new folder.
     """
-    if to not in DTYPES:
-        raise ErnieQuantError(f"cannot export to {to!r}; use {' or '.join(DTYPES)}")
+    if to not in EXPORT_DTYPES:
+        raise ErnieQuantError(f"cannot export to {to!r}; use {' or '.join(EXPORT_DTYPES)}")
     source = open_fastdeploy(src, k_order)
     require_no_adapter(source.folder)
     require_apart(source.folder, expanded(dst))
@@ -58,7 +59,7 @@ def export_bf16(
                 f"{source.folder}: file {file} is missing or was changed: its sha256 is not that "
                 "of the report; copy it again or run verify"
             )
-    dtype = DTYPES[to]
+    dtype = EXPORT_DTYPES[to]
     with CheckpointWriter(dst, max_shard_bytes) as writer:
         for name in source.names():
             tensor = source.tensor(name)

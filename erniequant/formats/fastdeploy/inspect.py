@@ -7,7 +7,8 @@ from pathlib import Path
 
 from erniequant.formats.fastdeploy.names import Matrix, Part, Plain
 from erniequant.formats.fastdeploy.reader import FastDeployCheckpoint, open_fastdeploy
-from erniequant.formats.native.inspect import ModelSummary, TensorSummary, folder_notes, provenance
+from erniequant.formats.folder_checks import folder_notes, provenance
+from erniequant.formats.results import ModelSummary, TensorSummary
 
 
 def inspect_fastdeploy(source: str | Path) -> ModelSummary:

@@ -30,7 +30,7 @@ from erniequant.formats.fastdeploy.packers import WINT4
 from erniequant.formats.fastdeploy.sizes import NO_WINT4, FastDeployModel, fastdeploy_model
 from erniequant.formats.fastdeploy.wint4 import quantize_wint4
 from erniequant.formats.fastdeploy.writer import planned_shards, tensors_of
-from erniequant.formats.plan import Plan
+from erniequant.formats.plan import Plan, PlanWording, QuantizeOptions, make_plan
 from erniequant.models.architecture import Architecture, ExpertGroup
 from erniequant.models.ernie45_moe import Ernie45Moe
 
@@ -179,31 +179,46 @@ class FastDeployOutput(OutputFormat):
 
 
 def fastdeploy_output(
-    checkpoint: Checkpoint, model: Architecture, plan: Plan
+    checkpoint: Checkpoint, model: Architecture, options: QuantizeOptions
 ) -> tuple[FastDeployOutput, Plan]:
-    """The layout of a result for FastDeploy, and the plan with its tensors and sizes.
+    """The layout of a result for FastDeploy, and the plan for it.
 
     Raises:
-        ErnieQuantError: FastDeploy cannot serve the model so.
+        ErnieQuantError: a tensor of the source is missing or unknown, or FastDeploy cannot serve
+            the model so.
     """
-    moe_layers, wanted = model.sizes.moe_layers, plan.options.w4_layers
+    text_moe_of(model)
+    made: list[FastDeployOutput] = []
+
+    def contents(
+        copied: tuple[str, ...],
+    ) -> tuple[tuple[OutputTensor, ...], int, Mapping[str, Any], PlanWording]:
+        output = _layout(checkpoint, model, options)
+        made.append(output)
+        kept = output.kept()
+        others = [OutputTensor.of(k, *i) for k, i in rank_keys(output.model).items() if k in kept]
+        settings = output.settings()
+        codes = tuple(f"{name}: {value}" for name, value in settings.items())
+        wording = PlanWording(
+            codes, "convert", "to wint8 and as FastDeploy has them", "are left out"
+        )
+        return output.packed(), sum(tensor.n_bytes for tensor in others), settings, wording
+
+    # Its own ranks are cut from the result, which the native codes have no part in.
+    plan = make_plan(checkpoint, model, replace(options, max_tp=1), contents)
+    return made[0], plan
+
+
+def _layout(
+    checkpoint: Checkpoint, model: Architecture, options: QuantizeOptions
+) -> FastDeployOutput:
+    moe_layers, wanted = model.sizes.moe_layers, options.own.get("w4_layers")
     count = round(len(moe_layers) * WINT4_SHARE) if wanted is None else wanted
     if not 0 <= count <= len(moe_layers):
         raise ErnieQuantError(f"w4-layers {count} of {len(moe_layers)} layers with experts")
     end = moe_layers[count - 1] if count else NO_WINT4
-    k_order = choose_k_order(None, plan.options.k_order) or DEFAULT_K_ORDER
-    output = FastDeployOutput(checkpoint, model, end, k_order)
-    packed = output.packed()
-    kept = output.kept()
-    others = [OutputTensor.of(k, *i) for k, i in rank_keys(output.model).items() if k in kept]
-    return output, replace(
-        plan,
-        specs={},
-        packed=packed,
-        expert_bytes=sum(tensor.n_bytes for tensor in packed),
-        copied_bytes=sum(tensor.n_bytes for tensor in others),
-        settings=output.settings(),
-    )
+    k_order = choose_k_order(None, options.own.get("k_order")) or DEFAULT_K_ORDER
+    return FastDeployOutput(checkpoint, model, end, k_order)
 
 
 def text_moe_of(model: Architecture) -> Ernie45Moe:

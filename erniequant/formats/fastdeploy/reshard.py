@@ -16,13 +16,14 @@ from erniequant.formats.fastdeploy.convert import encoded_to_rank, plain_to_rank
 from erniequant.formats.fastdeploy.names import Part, Plain
 from erniequant.formats.fastdeploy.reader import open_fastdeploy
 from erniequant.formats.fastdeploy.sizes import fastdeploy_model, text_moe
-from erniequant.formats.fastdeploy.writer import WrittenFastDeploy, write_parts, written
+from erniequant.formats.fastdeploy.writer import write_parts, written
+from erniequant.formats.results import WrittenShards
 from erniequant.paths import expanded
 
 
-def relayout(
+def reshard(
     src: str | Path, dst: str | Path, *, tensor_parallel: int, k_order: str | None = None
-) -> WrittenFastDeploy:
+) -> WrittenShards:
     """Write ``src``, which is whole, into the new folder ``dst``, cut for several ranks.
 
     Args:

@@ -9,7 +9,8 @@ from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.fastdeploy.export import detect_k_order
 from erniequant.formats.fastdeploy.reader import check_folder, open_fastdeploy
-from erniequant.formats.native.verify import VerifyReport, folder_problems, matrix_error
+from erniequant.formats.folder_checks import folder_problems, matrix_error
+from erniequant.formats.results import VerifyReport
 from erniequant.packing.file_check import file_states
 
 

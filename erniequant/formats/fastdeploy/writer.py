@@ -8,9 +8,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +28,7 @@ from erniequant.formats.fastdeploy.sizes import (
     fastdeploy_model,
     text_moe,
 )
+from erniequant.formats.results import WrittenShards
 from erniequant.models.config_check import tensor_misfits
 from erniequant.paths import expanded
 from erniequant.version import PRODUCER
@@ -37,22 +36,6 @@ from erniequant.version import PRODUCER
 Experts = Callable[[int, int, str], Mapping[str, torch.Tensor]]
 """Layer, expert and "up_gate_proj" or "down_proj" to the encoded matrix, undivided, by suffix of
 the keys: see `names.Matrix.keys`. Called once each, in the order of layers and experts."""
-
-
-@dataclass(frozen=True)
-class WrittenFastDeploy:
-    """What was written: sha256 of every shard by path below the folder, bytes and number of all
-    tensors; ``left_out`` are tensors of the original that FastDeploy has no place for."""
-
-    folder: str
-    sha256: dict[str, str]
-    total_bytes: int
-    tensors: int
-    left_out: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self)
 
 
 def write_fastdeploy(
@@ -64,7 +47,7 @@ def write_fastdeploy(
     k_order: str = DEFAULT_K_ORDER,
     tensor_parallel: int = 1,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> WrittenFastDeploy:
+) -> WrittenShards:
     """Write ``source`` into a new folder for FastDeploy.
 
     Args:
@@ -139,12 +122,12 @@ def write_parts(
 
 def written(
     folder: Path, model: FastDeployModel, digests: dict[str, str], left_out: tuple[str, ...] = ()
-) -> WrittenFastDeploy:
+) -> WrittenShards:
     """What there is to say of a folder that was written."""
     outputs = [OutputTensor.of(key, *info) for key, info in rank_keys(model).items()]
     ranks = model.tensor_parallel
     total = ranks * sum(tensor.n_bytes for tensor in outputs)
-    return WrittenFastDeploy(str(folder), digests, total, ranks * len(outputs), left_out)
+    return WrittenShards(str(folder), digests, total, ranks * len(outputs), left_out)
 
 
 def rank_folders(folder: Path, ranks: int) -> list[Path]:

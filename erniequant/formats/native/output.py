@@ -10,8 +10,9 @@ from erniequant.checkpoint.reader import Checkpoint
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.encoding.matrix import MatrixQuantizer, Rotation, TrellisQuantizer
 from erniequant.formats.base import OutputFormat, Place
-from erniequant.formats.plan import Plan, packed_prefix
-from erniequant.models.architecture import Architecture, ExpertGroup
+from erniequant.formats.native.specs import Specs, packed_prefix
+from erniequant.formats.plan import Plan
+from erniequant.models.architecture import ExpertGroup
 from erniequant.models.registry import with_stock_class
 from erniequant.models.vl_config import in_terms_of_transformers
 from erniequant.packing.rotation import pack_signs, random_signs
@@ -27,8 +28,9 @@ from erniequant.version import PRODUCER
 class NativeOutput(OutputFormat):
     """Experts of a layer in one tensor for each projection and part; everything else is a copy."""
 
-    def __init__(self, checkpoint: Checkpoint, model: Architecture, plan: Plan):
-        self._checkpoint, self._sizes, self._plan = checkpoint, model.sizes, plan
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, specs: Specs):
+        self._checkpoint, self._sizes, self._plan = checkpoint, plan.model, plan
+        self._specs = specs
         self._shapes = {tensor.name: tensor.shape for tensor in plan.packed}
 
     def shards(self, max_bytes: int) -> tuple[PlannedShard, ...]:
@@ -76,7 +78,7 @@ class NativeOutput(OutputFormat):
 
     def config(self) -> dict[str, Any]:
         layers = {
-            group.layer_key(index): self._plan.specs[group.name]
+            group.layer_key(index): self._specs[group.name]
             for index in self._sizes.moe_layers
             for group in self._sizes.groups
         }
@@ -85,7 +87,7 @@ class NativeOutput(OutputFormat):
         return settings
 
     def _trellises(self, layer: int, group: ExpertGroup) -> Iterator[tuple[str, TrellisQuantizer]]:
-        spec, place = self._plan.specs[group.name], self._sizes.groups.index(group)
+        spec, place = self._specs[group.name], self._sizes.groups.index(group)
         inputs = {"gate_up_proj": self._sizes.hidden, "down_proj": group.inner}
         for projection, name in enumerate(PROJECTIONS):
             seed = (self._plan.options.seed * 1_000_003 + layer) * 2 + projection + place * 2**40

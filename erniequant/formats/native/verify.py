@@ -4,16 +4,13 @@ With the original at hand, also the error of every matrix, and that all other te
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from erniequant.checkpoint.adapters import adapter_problem
-from erniequant.checkpoint.folder import require_whole_companions
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
-from erniequant.errors import ErnieQuantError
+from erniequant.formats.folder_checks import folder_problems, matrix_error
+from erniequant.formats.results import VerifyReport
 from erniequant.models.config_check import misfits
 from erniequant.packing.decoding import expert_matrices
 from erniequant.packing.file_check import file_states, report_problems
@@ -21,46 +18,7 @@ from erniequant.packing.header_check import QuantizedExperts, check_headers, kep
 from erniequant.packing.schema import PROJECTIONS
 
 
-@dataclass(frozen=True)
-class MatrixError:
-    """Relative squared error ``|W - W_ref|^2 / |W_ref|^2`` of one original matrix."""
-
-    name: str
-    error: float
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What was checked and what is wrong (one line each).
-
-    ``checksums`` gives "ok", "differs" or "missing" for every file that the report beside the
-    weights lists; ``errors`` is empty without a reference."""
-
-    folder: str
-    problems: tuple[str, ...]
-    tensors: int
-    decoded_matrices: int
-    checksums: dict[str, str]
-    errors: tuple[MatrixError, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problems
-
-    @property
-    def mean_error(self) -> float | None:
-        """Mean relative error of all matrices, None without a reference."""
-        if not self.errors:
-            return None
-        return sum(entry.error for entry in self.errors) / len(self.errors)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {"ok": self.ok, **asdict(self), "mean_error": self.mean_error}
-
-
-def verify(model_dir: str | Path, reference: str | Path | None = None) -> VerifyReport:
+def verify_native(model_dir: str | Path, reference: str | Path | None = None) -> VerifyReport:
     """Check a quantised checkpoint, against its original when given (folders or Hugging Face ids).
 
     Raises:
@@ -109,37 +67,12 @@ def verify(model_dir: str | Path, reference: str | Path | None = None) -> Verify
     )  # fmt: skip
 
 
-def folder_problems(folder: Path) -> Iterator[str]:
-    """What keeps a checkpoint from being used that is not in its weights: an adapter, and files
-    that are only seemingly there."""
-    problem = adapter_problem(folder)
-    if problem is not None:
-        yield problem
-    try:
-        require_whole_companions(folder)
-    except ErnieQuantError as error:
-        yield str(error)
-
-
 def _sign_problems(checkpoint: Checkpoint, layer: QuantizedExperts) -> Iterator[str]:
     for projection in PROJECTIONS:
         name = layer.name(projection, "signs")
         signs = checkpoint.tensor(name)[0]
         if not bool((signs == signs[0]).all()):
             yield f"tensor {name} has rows that differ; they must be equal"
-
-
-def matrix_error(
-    original: Checkpoint, name: str, weight: torch.Tensor, problems: list[str]
-) -> MatrixError | None:
-    """The error of a decoded matrix; a line to ``problems`` if the original has no such one."""
-    header = original.headers.get(name)
-    if header is None or header.shape != tuple(weight.shape):
-        problems.append(f"the reference has no tensor {name} of shape {list(weight.shape)}")
-        return None
-    exact = original.tensor(name).float()
-    power = exact.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return MatrixError(name, float((weight - exact).square().sum() / power))
 
 
 def _kept_problems(checkpoint: Checkpoint, name: str, original: Checkpoint | None) -> Iterator[str]:

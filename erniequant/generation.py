@@ -33,7 +33,7 @@ class Generation:
         return asdict(self)
 
 
-def complete(
+def generate(
     model: Any,
     tokenizer: Any,
     prompt: str,

@@ -1,0 +1,64 @@
+"""The formats there are, one row each. A row is imported when it is first used."""
+
+import importlib
+from pathlib import Path
+
+from erniequant.checkpoint.config import CONFIG_FILE, read_json
+from erniequant.errors import ErnieQuantError
+from erniequant.formats.base import NATIVE, Format
+from erniequant.formats.plan import QuantizeOptions
+from erniequant.paths import expanded
+
+ROWS: dict[str, str] = {
+    NATIVE: "erniequant.formats.native.format",
+    "fastdeploy-wint2": "erniequant.formats.fastdeploy.format",
+}
+"""By the name that `--format` has for it, the module whose ``FORMAT`` is the format. The native one
+reads plain checkpoints too, so it comes into question last."""
+
+
+def get_format(name: str) -> Format:
+    """The format of a name.
+
+    Raises:
+        ErnieQuantError: there is none.
+    """
+    if name not in ROWS:
+        raise ErnieQuantError(f"no format {name!r}; use {' or '.join(ROWS)}")
+    found: Format = importlib.import_module(ROWS[name]).FORMAT
+    return found
+
+
+def format_of(source: str | Path) -> Format:
+    """The format of a local folder or of a model on Hugging Face; of the latter, always the native
+    one.
+
+    Raises:
+        ErnieQuantError: its config.json cannot be read.
+    """
+    path = expanded(source) / CONFIG_FILE
+    if path.is_file():
+        config = read_json(path)
+        others = (get_format(name) for name in ROWS if name != NATIVE)
+        for candidate in others:
+            if candidate.recognises(config):
+                return candidate
+    return get_format(NATIVE)
+
+
+def check_options(options: QuantizeOptions) -> Format:
+    """The format that is asked for, which has all the options.
+
+    Raises:
+        ErnieQuantError: it does not have one of them.
+    """
+    found = get_format(options.format)
+    for name in options.own:
+        if name not in found.own_options:
+            owner = next((f for f in map(get_format, ROWS) if name in f.own_options), None)
+            if owner is None:
+                raise ErnieQuantError(f"no format has the option {name}")
+            names = " and ".join(option.replace("_", "-") for option in owner.own_options)
+            raise ErnieQuantError(f"{names} are of the format {owner.name}; leave them out")
+    found.check(options)
+    return found
