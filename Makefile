@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?=
+WORKERS ?= auto
 ROUNDS ?= 3
 CASES ?= 20000
 KILLS ?= 200
@@ -38,7 +39,7 @@ readme: demo
 	$(PY) docs/update_readme.py erniequant-demo/report.md README.md
 
 test: lint
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.interpreter import patch_once_a_launch
 from tests.micro import add_tokenizer, write_micro_ernie, write_text
 from tests.micro_vl import write_micro_vl, write_records
 
@@ -20,6 +21,7 @@ if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter. Its own library is decorated when it is first imported,
     # by whichever test that is, so this cannot wait for tests/kernels.
     os.environ["TRITON_INTERPRET"] = "1"
+    patch_once_a_launch()
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 ConfigEdit = Callable[[dict[str, Any]], Any]

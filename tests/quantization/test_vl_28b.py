@@ -126,7 +126,7 @@ def form(request: pytest.FixtureRequest) -> tuple[Tensors, dict[str, Any]]:
 
 
 def dry_run(folder: Path, **options: Any) -> QuantizationReport:
-    return erniequant.quantize(folder, folder / "q", bits=2, dry_run=True, **options)
+    return erniequant.quantize(folder, folder.with_name("q"), bits=2, dry_run=True, **options)
 
 
 def test_every_tensor_is_accounted_for_once(
@@ -138,7 +138,7 @@ def test_every_tensor_is_accounted_for_once(
     report = dry_run(folder)
     # Half a second; a module for every layer with its experts would take minutes.
     assert time.perf_counter() - started < 20
-    assert not (folder / "q").exists()
+    assert not (folder.with_name("q")).exists()
     plan = report.plan
     assert sorted(plan.quantized + plan.copied) == sorted(tensors)
     quantized = {name for name in tensors if ".mlp.experts." in name}
