@@ -1,5 +1,5 @@
-"""Triton's interpreter with less to do: it patches `triton.language` once a launch, not at every call
-of a helper inside a kernel, which took a third of its time."""
+"""Triton's interpreter with less to do: it patches `triton.language` once a launch, not at every
+call of a helper inside a kernel, which took a third of its time."""
 
 from collections.abc import Callable
 from types import ModuleType
