@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from erniequant.formats.rows import NATIVE, ROWS
 from erniequant_cli.errors import DEGRADED, INTERRUPTED, complain
 from erniequant_cli.options import Device, JsonFile, Quiet, deliver
 
@@ -20,8 +21,8 @@ class Effort(str, Enum):
     fast, standard, max = "fast", "standard", "max"
 
 
-class Format(str, Enum):
-    native, fastdeploy_wint2 = "native", "fastdeploy-wint2"
+Format = Enum("Format", {name.replace("-", "_"): name for name in ROWS}, type=str)  # type: ignore[misc]
+_NATIVE = Format(NATIVE)
 
 
 class KOrder(str, Enum):
@@ -38,7 +39,7 @@ def quantize(
     bits: Annotated[Bits, typer.Option(help="Bits per expert weight.")],
     format: Annotated[
         Format, typer.Option(help="Of the result: our own, or what FastDeploy serves (2 bits).")
-    ] = Format.native,
+    ] = _NATIVE,
     k_order: Annotated[
         KOrder | None,
         typer.Option(

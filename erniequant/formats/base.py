@@ -18,8 +18,6 @@ from erniequant.formats.plan import Plan, QuantizeOptions
 from erniequant.formats.results import ExportReport, ModelSummary, VerifyReport, WrittenShards
 from erniequant.models.architecture import Architecture, ExpertGroup
 
-NATIVE = "native"
-
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Types of plain checkpoints that `erniequant.export` writes."""
 

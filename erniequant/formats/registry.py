@@ -1,20 +1,14 @@
-"""The formats there are, one row each. A row is imported when it is first used."""
+"""From a name or a folder to its format. A row of `rows.py` is imported when it is first used."""
 
 import importlib
 from pathlib import Path
 
 from erniequant.checkpoint.config import CONFIG_FILE, read_json
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.base import NATIVE, Format
+from erniequant.formats.base import Format
 from erniequant.formats.plan import QuantizeOptions
+from erniequant.formats.rows import NATIVE, ROWS
 from erniequant.paths import expanded
-
-ROWS: dict[str, str] = {
-    NATIVE: "erniequant.formats.native.format",
-    "fastdeploy-wint2": "erniequant.formats.fastdeploy.format",
-}
-"""By the name that `--format` has for it, the module whose ``FORMAT`` is the format. The native one
-reads plain checkpoints too, so it comes into question last."""
 
 
 def get_format(name: str) -> Format:
@@ -31,7 +25,7 @@ def get_format(name: str) -> Format:
 
 def format_of(source: str | Path) -> Format:
     """The format of a local folder or of a model on Hugging Face; of the latter, always the native
-    one.
+    one, which has plain checkpoints too.
 
     Raises:
         ErnieQuantError: its config.json cannot be read.
@@ -59,6 +53,7 @@ def check_options(options: QuantizeOptions) -> Format:
             if owner is None:
                 raise ErnieQuantError(f"no format has the option {name}")
             names = " and ".join(option.replace("_", "-") for option in owner.own_options)
-            raise ErnieQuantError(f"{names} are of the format {owner.name}; leave them out")
+            are, them = ("are", "them") if len(owner.own_options) > 1 else ("is", "it")
+            raise ErnieQuantError(f"{names} {are} of the format {owner.name}; leave {them} out")
     found.check(options)
     return found

@@ -5,7 +5,7 @@ the original would have made of the same text. Only one layer's non-expert weigh
 are in memory. Interrupted anywhere, the same call continues (`erniequant.resume`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from erniequant.calibration.texts import CalibrationWindows
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.checkpoint.writer import MAX_SHARD_BYTES
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.base import NATIVE
 from erniequant.formats.plan import QuantizeOptions
+from erniequant.formats.rows import NATIVE
 from erniequant.paths import expanded
 from erniequant.progress import Progress, observed
 from erniequant.quantization.calibration_input import calibration_report, read_windows
@@ -41,6 +41,7 @@ def quantize(
     format: str = NATIVE,
     k_order: str | None = None,
     w4_layers: int | None = None,
+    format_options: Mapping[str, Any] | None = None,
     calib: str | Path | Iterable[Any] = "builtin",
     calib_samples: int = 128,
     calib_length: int = 1024,
@@ -71,6 +72,7 @@ def quantize(
         k_order: ``mma64`` (default) or ``plain``: of WINT2, see docs/fastdeploy.md.
         w4_layers: of FastDeploy's format, the number of first MoE layers with experts of 4 bits; by
             default one in thirteen.
+        format_options: options of a format that have no parameter of their own here.
         calib, calib_samples, calib_length, chat_template: see `CalibrationConfig`. ``calib`` may
             also be texts, chats (lists of messages), records, paths, token ids or batches that
             are ready for the model (see `erniequant.data.inputs.sequences_of`), as a list, a data
@@ -95,7 +97,7 @@ def quantize(
     Raises:
         ErnieQuantError: anything wrong with the source, the options or the destination.
     """
-    own = {"k_order": k_order, "w4_layers": w4_layers}
+    own = {"k_order": k_order, "w4_layers": w4_layers, **(format_options or {})}
     options = QuantizeOptions(
         bits, effort, max_tp, seed, format, {k: v for k, v in own.items() if v is not None}
     )

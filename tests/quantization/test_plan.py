@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.base import NATIVE
 from erniequant.formats.native.specs import layer_spec, settings_of, wording_of
 from erniequant.formats.plan import Plan, QuantizeOptions
 from erniequant.formats.registry import get_format
+from erniequant.formats.rows import NATIVE
 from erniequant.models.architecture import ExpertGroup, ModelSizes
 from erniequant.models.registry import architecture_of
 from erniequant.packing.schema import tile_size

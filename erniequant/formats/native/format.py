@@ -9,10 +9,11 @@ import torch
 from erniequant.checkpoint.layout import OutputTensor
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.codes import code_for_bits, encode_rate, register_length
-from erniequant.formats.base import NATIVE, Format, OutputFormat, ReadOptions
+from erniequant.formats.base import Format, OutputFormat, ReadOptions
 from erniequant.formats.native.specs import expert_tensors, settings_of, specs_of, wording_of
 from erniequant.formats.plan import Plan, PlanWording, QuantizeOptions, make_plan
 from erniequant.formats.results import ExportReport, ModelSummary, VerifyReport
+from erniequant.formats.rows import NATIVE
 from erniequant.models.architecture import Architecture
 from erniequant.packing.header_check import is_quantized
 

@@ -1,0 +1,66 @@
+"""What five small quantisations write, as sha256 of every shard: ours at 4, 3 and 2 bits, a
+vision-language model, and WINT2.
+
+Run as a program, it adds what this processor writes to recorded_bytes.json, beside this file.
+Sums of floats depend on the processor, so each kind has a record of its own.
+"""
+
+import hashlib
+import json
+import platform
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import erniequant
+from tests.micro import CALIBRATION, add_tokenizer, write_micro_ernie, write_text
+from tests.micro_vl import write_micro_vl, write_records
+
+RECORD = Path(__file__).with_name("recorded_bytes.json")
+# FastDeploy packs 128 inputs at a time, more than the micro model has.
+_FOR_FASTDEPLOY = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128,
+                   "moe_num_experts": 4}  # fmt: skip
+
+
+def processor() -> str:
+    """The kind of processor: its model, and the instructions that torch uses."""
+    cpu = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.is_file() else []
+    return f"{(names or [platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def written(folder: Path) -> dict[str, dict[str, str]]:
+    """Quantise into ``folder``; sha256 of the shards of each run, by its name and theirs."""
+    text = write_text(folder / "text.txt")
+    source = add_tokenizer(write_micro_ernie(folder / "text"))
+    wide = add_tokenizer(write_micro_ernie(folder / "wide", **_FOR_FASTDEPLOY))
+    images = write_records(folder / "records")
+    runs: dict[str, tuple[Path, dict[str, Any]]] = {
+        **{f"{bits} bits": (source, {"bits": bits, "calib": str(text)}) for bits in (4, 3, 2)},
+        "vision-language": (
+            write_micro_vl(folder / "vl"), {"bits": 2, "calib": str(images), "effort": "fast"}
+        ),
+        "wint2": (
+            wide,
+            {"bits": 2, "calib": str(text), "format": "fastdeploy-wint2", "w4_layers": 1},
+        ),
+    }  # fmt: skip
+    found = {}
+    for name, (model, options) in runs.items():
+        result = folder / f"{name} result"
+        erniequant.quantize(model, result, device="cpu", **{**CALIBRATION, **options})
+        found[name] = {
+            shard.name: hashlib.sha256(shard.read_bytes()).hexdigest()
+            for shard in sorted(result.glob("*.safetensors"))
+        }
+    return found
+
+
+if __name__ == "__main__":
+    known = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    with tempfile.TemporaryDirectory() as made:
+        known[processor()] = written(Path(made))
+    RECORD.write_text(json.dumps(known, indent=1) + "\n")
