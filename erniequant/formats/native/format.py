@@ -14,7 +14,7 @@ from erniequant.formats.native.specs import expert_tensors, settings_of, specs_o
 from erniequant.formats.plan import Plan, PlanWording, QuantizeOptions, make_plan
 from erniequant.formats.results import ExportReport, ModelSummary, VerifyReport
 from erniequant.models.architecture import Architecture
-from erniequant.packing.header_check import is_quantized
+from erniequant.packing.experts import is_quantized
 
 
 class NativeFormat(Format):
