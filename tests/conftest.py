@@ -148,16 +148,10 @@ def write_packed(original: Path, folder: Path, layers: Mapping[str, Any]) -> Pat
     from erniequant.checkpoint import CheckpointWriter, open_checkpoint
     from erniequant.checkpoint.files import write_json
     from erniequant.data.companions import write_companions
+    from erniequant.models.header_check import expert_sizes, is_dense
     from erniequant.packing.decoding import encode_scale
-    from erniequant.packing.header_check import expert_sizes, is_dense
-    from erniequant.packing.schema import (
-        QuantizationMetadata,
-        experts_module,
-        guard_name,
-        guard_tensor,
-        layer_key_of,
-        layer_params,
-    )
+    from erniequant.packing.layer_keys import experts_module, guard_name, layer_key_of
+    from erniequant.packing.schema import QuantizationMetadata, guard_tensor, layer_params
 
     source = open_checkpoint(original)
     dense = is_dense(source.config)

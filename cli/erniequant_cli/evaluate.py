@@ -152,7 +152,7 @@ def _records(model: Any, asked: str | None, by_default: bool) -> str | None:
     if asked == "none":
         return None
     if asked is None and by_default:
-        from erniequant.models.images import image_settings
+        from erniequant.models.registry import image_settings
 
         config = getattr(model, "config", None)
         return "builtin" if config is not None and image_settings(config) else None

@@ -27,8 +27,6 @@ _OF_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "image_pro
 _GENERATION = "generation_config.json"
 _CLASSES = ("image_processor_type", "feature_extractor_type", "processor_class",
             "video_processor_type")  # fmt: skip
-_KNOWN_CLASSES = "Ernie4_5_VLMoe"
-"""What the names of transformers' own classes for these models begin with."""
 
 
 def require_readable_companions(source: Path) -> None:
@@ -100,10 +98,13 @@ def _names_code(settings: Any) -> bool:
 
 def _without_classes(settings: dict[str, Any]) -> dict[str, Any]:
     """Without the names of classes that only the code has, also of processors within others."""
+    from erniequant.models.registry import FAMILIES
+
+    known = tuple(filter(None, (family.processor_classes for family in FAMILIES.values())))
     return {
         key: _without_classes(value) if isinstance(value, dict) else value
         for key, value in settings.items()
-        if not (key in _CLASSES and not str(value).startswith(_KNOWN_CLASSES))
+        if not (key in _CLASSES and not str(value).startswith(known))
     }
 
 

@@ -8,7 +8,7 @@ from erniequant.data.image_records import ImageTextReader
 from erniequant.data.images import PictureReader
 from erniequant.data.inputs import ModelInput
 from erniequant.errors import ErnieQuantError
-from erniequant.models.images import image_settings
+from erniequant.models.registry import image_settings
 from erniequant.paths import expanded
 
 

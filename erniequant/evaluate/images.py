@@ -19,7 +19,7 @@ from erniequant.data.inputs import ModelInput, hash_inputs, sequences_of
 from erniequant.data.records import read_records
 from erniequant.errors import ErnieQuantError
 from erniequant.evaluate.scoring import ReferenceResult, Scores
-from erniequant.models.images import image_settings
+from erniequant.models.registry import image_settings
 from erniequant.paths import expanded
 from erniequant.progress import Progress, observed
 

@@ -11,8 +11,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-VISION_MODEL = ("ernie4_5_vl_moe", "Ernie4_5_VLMoeForConditionalGeneration")
-
 
 def _register_format() -> None:
     from erniequant.integrations.transformers.plugin import register
@@ -25,7 +23,10 @@ def _register_vision_model() -> None:
     AutoModelForImageTextToText alone."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(*VISION_MODEL)
+    from erniequant.models.registry import FAMILIES
+
+    for family in FAMILIES.values():  # transformers lists those of text already
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(family.model_type, family.model_class)
 
 
 def _register_adapters() -> None:

@@ -8,17 +8,17 @@ them: the caller streams these expert by expert.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from transformers.activations import ACT2FN
 
 from erniequant.errors import ErnieQuantError, foreign_errors
 from erniequant.models.images import ImageSettings
 from erniequant.models.linear import StoredLinear, store_linears
 from erniequant.models.settings import require_harmless, require_possible
+from erniequant.packing.layer_keys import EXPERTS, Slot
 
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 
@@ -100,26 +100,102 @@ class MoeInput:
 
 
 class Architecture(ABC):
-    """One kind of model with its config.
+    """One model with its config. Its class is the family, whose facts are the class's attributes;
+    those that are given here are of a mixture of experts.
 
     Attributes:
-        config: of transformers, of the decoder.
+        model_type: what config.json calls it.
+        description: what messages call it.
+        model_class: the name of transformers' class of the whole model.
+        auto_class: the name of transformers' class that loads it.
+        stock_module: the name of transformers' class that a packed module replaces.
+        slots: places of a layer that take packed tensors, in the order in which checkpoints number
+            their experts.
+        matrix_pattern: name on disk of one matrix within a layer, with ``{expert}`` (numbered
+            through all slots) and ``{matrix}``.
+        expert_count_keys: config.json has the number of experts under the first of these that is
+            there.
+        inner_size_key: config.json has the inner size of experts under it, or a list of two, one
+            for each slot.
+        optional_tensors: tensors with such endings may be missing, and are zero then.
+        processor_classes: names of transformers' classes for its processors begin with it.
+        whole: the config in transformers.
+        config: its part for the decoder.
         sizes: see `ModelSizes`.
         images: how it takes images, None for a model of text alone.
     """
 
     model_type: ClassVar[str]
     description: ClassVar[str]
+    model_class: ClassVar[str]
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    stock_module: ClassVar[str]
+    slots: ClassVar[tuple[Slot, ...]] = (EXPERTS,)
+    matrix_pattern: ClassVar[str] = "mlp.experts.{expert}.{matrix}.weight"
+    expert_count_keys: ClassVar[tuple[str, ...]] = ("moe_num_experts", "num_experts")
+    inner_size_key: ClassVar[str] = "moe_intermediate_size"
+    optional_tensors: ClassVar[tuple[str, ...]] = ()
+    processor_classes: ClassVar[str | None] = None
     images: ImageSettings | None = None
 
-    def __init__(self, config: Any, sizes: ModelSizes):
-        config._attn_implementation = "sdpa"
-        self.config, self.sizes = config, sizes
+    def __init__(self, settings: dict[str, Any]):
+        """Read a config.json.
+
+        Raises:
+            ErnieQuantError: it is not valid, or has nothing to quantise.
+        """
+        self.whole = read_settings(type(self), self.in_terms_of_transformers(settings))
+        self.config = self.whole.get_text_config()
+        self.config._attn_implementation = "sdpa"
+        self.sizes = self._read_sizes()
         self._required: Shapes | None = None
 
+    @classmethod
     @abstractmethod
+    def config_class(cls) -> type[Any]:
+        """Of transformers."""
+
+    @classmethod
+    def is_dense(cls) -> bool:
+        """Whether its MLPs take the place of experts."""
+        return any(slot.dense for slot in cls.slots)
+
+    @classmethod
+    def expert_count(cls, settings: Mapping[str, Any]) -> Any:
+        """What the decoder's part of a config.json gives as number of experts, None if nothing."""
+        return next((settings[key] for key in cls.expert_count_keys if key in settings), None)
+
+    @classmethod
+    def in_terms_of_transformers(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """The config.json that transformers reads, where the family has another form of its own.
+
+        Raises:
+            ErnieQuantError: it cannot be translated.
+        """
+        return settings
+
+    @classmethod
+    def image_settings(cls, config: Any) -> ImageSettings | None:
+        """How the model of a transformers config takes images; None if it takes none."""
+        return None
+
+    @classmethod
+    def optional(cls, name: str) -> bool:
+        """Whether a required tensor may be missing, and is zero then."""
+        return name.endswith(cls.optional_tensors)
+
+    @classmethod
+    def name_in_memory(cls, name: str) -> str:
+        """What transformers calls a tensor in memory, by its name on disk."""
+        return name
+
     def expert_matrix_name(self, layer: int, expert: int, matrix: str) -> str:
         """Name on disk of one matrix (``matrix``: one of `EXPERT_MATRICES`)."""
+        return f"model.layers.{layer}." + self.matrix_pattern.format(expert=expert, matrix=matrix)
+
+    @abstractmethod
+    def _read_sizes(self) -> ModelSizes:
+        """From the config. Raises ErnieQuantError where it has nothing to quantise."""
 
     @abstractmethod
     def route(
@@ -155,10 +231,6 @@ class Architecture(ABC):
     def from_disk(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A parameter of a layer from the tensor that holds it."""
         return tensor
-
-    def optional(self, name: str) -> bool:
-        """Whether a required tensor may be missing, and is zero then."""
-        return False
 
     def required(self) -> Shapes:
         """Shapes of all tensors that the model has beside the quantised ones, by name on disk."""
@@ -264,16 +336,18 @@ class Architecture(ABC):
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def read_settings(kind: type[Any], settings: dict[str, Any], model_type: str) -> Any:
-    """The transformers config of class ``kind`` for the contents of a config.json.
+def read_settings(family: type[Architecture], settings: dict[str, Any]) -> Any:
+    """The transformers config of a family for the contents of a config.json.
 
     Raises:
         ErnieQuantError: transformers refuses it, it does harm, or its sizes make no model.
     """
+    from transformers.activations import ACT2FN
+
     require_harmless(settings)
-    with foreign_errors(f"config.json is not a valid {model_type} config"):
+    with foreign_errors(f"config.json is not a valid {family.model_type} config"):
         # A copy: transformers rewrites nested settings in place.
-        config = kind(**copy.deepcopy(settings))
+        config = family.config_class()(**copy.deepcopy(settings))
         decoder = config.get_text_config()
         if decoder.hidden_act not in ACT2FN:
             raise ErnieQuantError(f"config.json has hidden_act {decoder.hidden_act!r}; unknown")

@@ -13,20 +13,21 @@ from erniequant.checkpoint.config import QUANTIZED_BY
 from erniequant.checkpoint.reader import TensorHeader
 from erniequant.errors import ErnieQuantError
 from erniequant.models.architecture import EXPERT_MATRICES, Architecture, ExpertGroup, Shapes
-from erniequant.models.registry import ARCHITECTURES, architecture_of
+from erniequant.models.registry import FAMILIES, architecture_of, require_family
 from erniequant.models.settings import entries, require_harmless
-from erniequant.packing.schema import experts_module, is_dense_key, layer_key_of
+from erniequant.packing.layer_keys import SLOTS, experts_module, layer_key_of
+from erniequant.packing.schema import PROJECTIONS
 
 _LAYER_COUNTS = ("num_hidden_layers", "depth", "num_layers")
-_SIZES = ("hidden_size", "intermediate_size", "moe_intermediate_size", "moe_num_experts",
-          "num_experts", "vocab_size", "num_attention_heads", "num_key_value_heads", "num_heads",
-          "head_dim", "embed_dim")  # fmt: skip
+_SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads",
+          "num_key_value_heads", "num_heads", "head_dim", "embed_dim")  # fmt: skip
 _MAX_INTERMEDIATE = 2**20
 # Not run by transformers, which leaves them out, and so need not be there.
 _NOT_RUN = "mtp"
 _FUSED = re.compile(
-    r"(model\.)?(language_model\.)?layers\.\d+\.mlp\.((text|vision)_moe\.)?experts\."
-    r"(gate_up_proj|down_proj)(\.weight)?"
+    r"(model\.)?(language_model\.)?layers\.\d+\."
+    rf"({'|'.join(re.escape(slot.module) for slot in SLOTS.values() if not slot.dense)})\."
+    rf"({'|'.join(PROJECTIONS)})(\.weight)?"
 )
 
 
@@ -36,14 +37,12 @@ def require_bounded(settings: dict[str, Any], headers: Mapping[str, TensorHeader
     Raises:
         ErnieQuantError: also for another architecture.
     """
-    found = settings.get("model_type")
-    if not isinstance(found, str) or found not in ARCHITECTURES:
-        raise ErnieQuantError(
-            f"config.json says model_type {found!r}; supported: {', '.join(ARCHITECTURES)}"
-        )
+    require_family(settings)
     require_harmless(settings)
     largest = max((n for header in headers.values() for n in header.shape), default=0)
-    limits = dict.fromkeys(_SIZES, largest) | dict.fromkeys(_LAYER_COUNTS, len(headers))
+    limits = dict.fromkeys((*_SIZES, *_expert_sizes()), largest) | dict.fromkeys(
+        _LAYER_COUNTS, len(headers)
+    )
     # Without a layer that is not quantised, no tensor has it.
     limits["intermediate_size"] = max(largest, _MAX_INTERMEDIATE)
     for key, value in entries(settings):
@@ -53,6 +52,12 @@ def require_bounded(settings: dict[str, Any], headers: Mapping[str, TensorHeader
                     f"config.json has {key} {number}, which is more than the tensors of the "
                     "checkpoint can have; it is damaged or belongs to another checkpoint"
                 )
+
+
+def _expert_sizes() -> Iterator[str]:
+    """Entries with numbers and sizes of experts, of whatever family."""
+    for family in FAMILIES.values():
+        yield from (*family.expert_count_keys, family.inner_size_key)
 
 
 def require_fit(
@@ -110,11 +115,10 @@ def tensor_misfits(
     prefix = embedding.removesuffix("embed_tokens.weight")
     required, optional = _expected(model, prefix, headers, packed)
     known = required | optional
-    dense = is_dense_key(model.sizes.groups[0].layer_key(0))
     for name, header in headers.items():
         if name in known:
             yield from _misfit(header, known[name])
-        elif _NOT_RUN not in name and layer_key_of(name, dense) not in packed:
+        elif _NOT_RUN not in name and layer_key_of(name, model.is_dense()) not in packed:
             yield not_part_of(name, model)
     for name in required:
         if name not in headers:
@@ -140,11 +144,10 @@ def fused_experts(
     for name, header in headers.items():
         # The guard of quantised layers has such a name too, and one dimension.
         if len(header.shape) == 3 and _FUSED.fullmatch(name):
-            auto = "AutoModelForCausalLM" if model.images is None else "AutoModelForImageTextToText"
             yield (
                 f"tensor {name} holds all experts of a layer in one; make a checkpoint with one "
-                f'tensor per expert: python -c "from transformers import {auto} as A; m = '
-                f"A.from_pretrained('{source}'); m._weight_conversions = None; "
+                f'tensor per expert: python -c "from transformers import {model.auto_class} as A; '
+                f"m = A.from_pretrained('{source}'); m._weight_conversions = None; "
                 "m.save_pretrained('NEW')\", then copy the tokenizer files to NEW and give NEW"
             )
             return
@@ -176,8 +179,7 @@ def _expected(
         found = prefix + name.removeprefix("model.")
         if model.optional(name):
             optional[found] = shape
-            # What transformers calls it in memory.
-            optional[found.replace(".mlp.moe_statics.", ".mlp.gate.moe_statics.")] = shape
+            optional[model.name_in_memory(found)] = shape
         else:
             required[found] = shape
     for layer in model.sizes.moe_layers:

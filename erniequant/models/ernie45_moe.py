@@ -7,11 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Ernie4_5_MoeConfig
-from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import (
-    Ernie4_5_MoeDecoderLayer,
-    Ernie4_5_MoeRotaryEmbedding,
-)
 
 from erniequant.errors import ErnieQuantError
 from erniequant.models.architecture import (
@@ -19,10 +14,11 @@ from erniequant.models.architecture import (
     ExpertGroup,
     ModelSizes,
     MoeInput,
-    read_settings,
 )
+from erniequant.packing.layer_keys import EXPERTS
 
 BIAS = "e_score_correction_bias"
+"""Of routers. Models trained without it do not store it; transformers uses zeros as well."""
 
 
 class Ernie45Moe(Architecture):
@@ -30,10 +26,12 @@ class Ernie45Moe(Architecture):
 
     model_type = "ernie4_5_moe"
     description = "ERNIE 4.5 text MoE"
+    model_class = "Ernie4_5_MoeForCausalLM"
+    stock_module = "Ernie4_5_MoeExperts"
+    optional_tensors = (BIAS,)
 
-    def __init__(self, settings: dict[str, Any]):
-        """Read a config.json. Raises ErnieQuantError if it is not valid or has no experts."""
-        config = read_settings(Ernie4_5_MoeConfig, settings, self.model_type)
+    def _read_sizes(self) -> ModelSizes:
+        config = self.config
         last = config.moe_layer_end_index
         moe_layers = tuple(
             i
@@ -45,25 +43,27 @@ class Ernie45Moe(Architecture):
             raise ErnieQuantError(
                 "config.json describes no layer with experts; nothing to quantise"
             )
-        sizes = ModelSizes(
+        return ModelSizes(
             config.hidden_size,
-            (ExpertGroup("", config.num_experts, config.moe_intermediate_size),),
+            (ExpertGroup(EXPERTS.name, config.num_experts, config.moe_intermediate_size),),
             config.num_experts_per_tok,
             config.num_hidden_layers,
             moe_layers,
             config.vocab_size,
         )
-        super().__init__(config, sizes)
 
-    def expert_matrix_name(self, layer: int, expert: int, matrix: str) -> str:
-        return f"model.layers.{layer}.mlp.experts.{expert}.{matrix}.weight"
+    @classmethod
+    def config_class(cls) -> type[Any]:
+        from transformers import Ernie4_5_MoeConfig
+
+        return Ernie4_5_MoeConfig
+
+    @classmethod
+    def name_in_memory(cls, name: str) -> str:
+        return name.replace(".mlp.moe_statics.", ".mlp.gate.moe_statics.")
 
     def disk_name(self, layer: int, name: str) -> str:
         return super().disk_name(layer, name).replace("mlp.gate.moe_statics.", "mlp.moe_statics.")
-
-    def optional(self, name: str) -> bool:
-        # Models trained without it do not store it; transformers uses zeros as well.
-        return name.endswith(BIAS)
 
     def route(
         self, layer: Any, hidden: torch.Tensor, vision: torch.Tensor | None = None
@@ -75,6 +75,8 @@ class Ernie45Moe(Architecture):
         return hidden, MoeInput(x, expert, weight)
 
     def _empty_layer(self, index: int) -> Any:
+        from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeDecoderLayer
+
         with torch.device("meta"):
             layer = Ernie4_5_MoeDecoderLayer(self.config, index)
         if hasattr(layer.mlp, "experts"):
@@ -82,4 +84,8 @@ class Ernie45Moe(Architecture):
         return layer
 
     def _rotary(self) -> Any:
+        from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import (
+            Ernie4_5_MoeRotaryEmbedding,
+        )
+
         return Ernie4_5_MoeRotaryEmbedding(self.config)

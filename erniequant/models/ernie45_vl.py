@@ -10,11 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Ernie4_5_VLMoeConfig
-from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import (
-    Ernie4_5_VLMoeDecoderLayer,
-    Ernie4_5_VLMoeTextRotaryEmbedding,
-)
 
 from erniequant.errors import ErnieQuantError
 from erniequant.models.architecture import (
@@ -24,15 +19,14 @@ from erniequant.models.architecture import (
     MoeInput,
     Shapes,
     TensorSource,
-    read_settings,
 )
-from erniequant.models.images import image_settings
+from erniequant.models.ernie45_moe import BIAS
+from erniequant.models.images import ImageSettings
 from erniequant.models.settings import require_possible_vision
-from erniequant.models.vision_tower import embed_images, required_tensors
-from erniequant.models.vl_config import MODEL_TYPE, in_terms_of_transformers
+from erniequant.models.vl_config import MODEL_CLASS, MODEL_TYPE, in_terms_of_transformers
+from erniequant.packing.layer_keys import TEXT_EXPERTS, VISION_EXPERTS
 
-BIAS = "e_score_correction_bias"
-TEXT, VISION = "text_moe", "vision_moe"
+TEXT, VISION = TEXT_EXPERTS.name, VISION_EXPERTS.name
 
 
 class Ernie45Vl(Architecture):
@@ -40,21 +34,28 @@ class Ernie45Vl(Architecture):
 
     model_type = MODEL_TYPE
     description = "ERNIE 4.5 vision-language MoE"
+    model_class = MODEL_CLASS
+    auto_class = "AutoModelForImageTextToText"
+    stock_module = "Ernie4_5_VLMoeMoeExperts"
+    slots = (TEXT_EXPERTS, VISION_EXPERTS)
+    optional_tensors = (BIAS,)
+    processor_classes = "Ernie4_5_VLMoe"
 
     def __init__(self, settings: dict[str, Any]):
-        """Read a config.json, transformers' or the original. Raises ErnieQuantError if it is not
-        valid or has no experts."""
-        translated = in_terms_of_transformers(settings)
-        self.whole = read_settings(Ernie4_5_VLMoeConfig, translated, self.model_type)
+        super().__init__(settings)
+        self.images = self.image_settings(self.whole)
+        self._tower_prefix = "vision_model."
+
+    def _read_sizes(self) -> ModelSizes:
         require_possible_vision(self.whole)
-        text = self.whole.text_config
+        text = self.config
         moe_layers = tuple(i for i, kind in enumerate(text.mlp_layer_types) if kind == "sparse")
         if not moe_layers:
             raise ErnieQuantError(
                 "config.json describes no layer with experts; nothing to quantise"
             )
         experts, (inner, inner_vision) = text.moe_num_experts, text.moe_intermediate_size
-        sizes = ModelSizes(
+        return ModelSizes(
             text.hidden_size,
             (
                 ExpertGroup(TEXT, experts, inner),
@@ -65,9 +66,6 @@ class Ernie45Vl(Architecture):
             moe_layers,
             text.vocab_size,
         )
-        super().__init__(text, sizes)
-        self.images = image_settings(self.whole)
-        self._tower_prefix = "vision_model."
 
     def adapt(self, names: Collection[str]) -> Architecture:
         # transformers writes it so when it saves a model.
@@ -75,8 +73,27 @@ class Ernie45Vl(Architecture):
             self._tower_prefix = "model.vision_model."
         return self
 
-    def expert_matrix_name(self, layer: int, expert: int, matrix: str) -> str:
-        return f"model.layers.{layer}.mlp.experts.{expert}.{matrix}.weight"
+    @classmethod
+    def config_class(cls) -> type[Any]:
+        from transformers import Ernie4_5_VLMoeConfig
+
+        return Ernie4_5_VLMoeConfig
+
+    @classmethod
+    def in_terms_of_transformers(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return in_terms_of_transformers(settings)
+
+    @classmethod
+    def image_settings(cls, config: Any) -> ImageSettings | None:
+        vision = config.vision_config
+        return ImageSettings(
+            config.image_start_token_id,
+            config.image_token_id,
+            config.image_end_token_id,
+            vision.patch_size,
+            vision.spatial_merge_size,
+            vision.in_channels,
+        )
 
     def disk_name(self, layer: int, name: str) -> str:
         for group, router in ((TEXT, "weight"), (VISION, "weight_1")):
@@ -98,10 +115,6 @@ class Ernie45Vl(Architecture):
             row = 1 if f".{VISION}." in name else 0
             return tensor[row : row + 1]
         return tensor
-
-    def optional(self, name: str) -> bool:
-        # Models trained without it do not store it; transformers uses zeros as well.
-        return name.endswith(BIAS)
 
     def route(
         self, layer: Any, hidden: torch.Tensor, vision: torch.Tensor | None = None
@@ -128,6 +141,8 @@ class Ernie45Vl(Architecture):
         grid: torch.Tensor,
         device: torch.device,
     ) -> torch.Tensor:
+        from erniequant.models.vision_tower import embed_images
+
         return embed_images(
             self.whole, self._tower_prefix, source.tensor, patches, grid, device
         ).cpu()
@@ -146,12 +161,18 @@ class Ernie45Vl(Architecture):
         return super().position_embeddings(positions.expand(3, 1, -1), device)
 
     def _other_parts(self) -> Shapes:
+        from erniequant.models.vision_tower import required_tensors
+
         return required_tensors(self.whole, self._tower_prefix)
 
     def _head_bias(self) -> bool:
         return False
 
     def _empty_layer(self, index: int) -> Any:
+        from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import (
+            Ernie4_5_VLMoeDecoderLayer,
+        )
+
         with torch.device("meta"):
             layer: Any = Ernie4_5_VLMoeDecoderLayer(self.config, index)
         if index in self.sizes.moe_layers:
@@ -160,4 +181,8 @@ class Ernie45Vl(Architecture):
         return layer
 
     def _rotary(self) -> Any:
+        from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import (
+            Ernie4_5_VLMoeTextRotaryEmbedding,
+        )
+
         return Ernie4_5_VLMoeTextRotaryEmbedding(self.config)

@@ -5,8 +5,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from transformers.activations import ACT2FN
-
 from erniequant.errors import ErnieQuantError
 
 # Token ids and positions; no published one comes near.
@@ -104,6 +102,8 @@ def require_possible_vision(config: Any) -> None:
     Raises:
         ErnieQuantError: it makes no model.
     """
+    from transformers.activations import ACT2FN
+
     vision, text = config.vision_config, config.text_config
     for name in _VISION_SIZES:
         value = getattr(vision, name, None)

@@ -7,10 +7,10 @@ same weights as ``ernie4_5_vl_moe``. What it calls what is in `docs/format.md`.
 from typing import Any
 
 from erniequant.errors import ErnieQuantError, foreign_errors
-from erniequant.models.images import VISION_MODEL_TYPE
 
 ORIGINAL_MODEL_TYPE = "ernie4_5_moe_vl"
-MODEL_TYPE = VISION_MODEL_TYPE
+MODEL_TYPE = "ernie4_5_vl_moe"
+MODEL_CLASS = "Ernie4_5_VLMoeForConditionalGeneration"
 
 # Baidu's defaults for these are not transformers', so they have to be there.
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -36,7 +36,7 @@ def in_terms_of_transformers(settings: dict[str, Any]) -> dict[str, Any]:
         return settings
     with foreign_errors(f"config.json is not a valid {ORIGINAL_MODEL_TYPE} config"):
         return {
-            "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
+            "architectures": [MODEL_CLASS],
             "model_type": MODEL_TYPE,
             "dtype": settings.get("dtype") or settings.get("torch_dtype") or "bfloat16",
             "tie_word_embeddings": settings.get("tie_word_embeddings", True),

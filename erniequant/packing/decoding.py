@@ -6,7 +6,7 @@ import torch
 
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.codes.reference import decode
-from erniequant.packing.header_check import QuantizedExperts
+from erniequant.packing.experts import QuantizedExperts
 from erniequant.packing.rotation import unpack_signs, unrotate
 from erniequant.packing.schema import PROJECTIONS, MatrixSpec
 

@@ -9,7 +9,7 @@ from erniequant.checkpoint.folder import REPORT_FILE
 from erniequant.checkpoint.reader import Checkpoint, read_json
 from erniequant.checkpoint.strict_json import is_plain_file_name
 from erniequant.errors import ErnieQuantError
-from erniequant.packing.header_check import HeaderCheck
+from erniequant.packing.experts import HeaderCheck
 
 _WEIGHTS_SUFFIX = ".safetensors"
 

@@ -5,7 +5,6 @@ strict: what this version cannot decode exactly it refuses, and says which layer
 of a dense model is stored as one expert.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from erniequant.codes import ConvolutionalCode, get_code
 from erniequant.errors import ErnieQuantError
+from erniequant.packing.layer_keys import GUARD, is_dense_key, is_layer_key
 
 FORMAT_VERSION = 1
 DENSE_FORMAT_VERSION = 2
@@ -22,11 +22,6 @@ DENSE_FORMAT_VERSION = 2
 QUANT_METHOD = "erniequant"
 PROJECTIONS = ("gate_up_proj", "down_proj")
 SUFFIXES = ("packed", "scale", "signs")
-GUARD = "down_proj"
-"""A one-element tensor with a stock parameter's name: its size stops a load without our plugin.
-
-`guard_name` gives the name for any layer; this is that of routed experts.
-"""
 
 TILES = (32, 64, 128, 256)
 MAX_ROTATION_BLOCK = 128
@@ -34,12 +29,6 @@ SIGN_BITS = 32
 
 TensorInfo = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
-
-_LAYER_KEY = re.compile(r"([0-9]{1,9})(?:\.(text_moe|vision_moe|mlp))?")
-_EXPERTS_PATH = re.compile(
-    r"(?:^|\.)layers\.([0-9]{1,9})\.mlp\.(?:(text_moe|vision_moe)\.)?experts(?:\.|$)"
-)
-_MLP_PATH = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.mlp(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -139,7 +128,7 @@ class QuantizationMetadata:
 
 def _parse_layer(key: str, value: Any) -> LayerSpec:
     where = f"quantization_config layer {key}"
-    if not _LAYER_KEY.fullmatch(key):
+    if not is_layer_key(key):
         raise ErnieQuantError(f"{where}: not a layer index")
     if not isinstance(value, Mapping) or set(value) != set(PROJECTIONS):
         found = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
@@ -172,48 +161,6 @@ def _parse_matrix(where: str, value: Any) -> MatrixSpec:
     except ErnieQuantError as error:
         raise ErnieQuantError(f"{where}: {error}") from error
     return spec
-
-
-def is_dense_key(layer_key: str) -> bool:
-    """Whether a layer key means the MLP of a dense model: ``3.mlp``."""
-    return layer_key.endswith(".mlp")
-
-
-def guard_name(layer_key: str) -> str:
-    """Name of a layer's guard after its prefix: ``down_proj``, of an MLP ``down_proj.weight``."""
-    return f"{GUARD}.weight" if is_dense_key(layer_key) else GUARD
-
-
-def experts_module(layer_key: str) -> str:
-    """Module path of what takes the packed tensors, without the model's own prefix.
-
-    ``layers.3.mlp.experts`` for key ``3``, ``layers.3.mlp`` for key ``3.mlp``.
-
-    Raises:
-        ErnieQuantError: not a layer key.
-    """
-    match = _LAYER_KEY.fullmatch(layer_key)
-    if match is None:
-        raise ErnieQuantError(f"{layer_key!r} is not a layer index")
-    if is_dense_key(layer_key):
-        return f"layers.{match[1]}.mlp"
-    group = f"{match[2]}." if match[2] else ""
-    return f"layers.{match[1]}.mlp.{group}experts"
-
-
-def layer_key_of(module_path: str, dense: bool = False) -> str | None:
-    """Layer key of a module or tensor path; None when it is not inside routed experts.
-
-    dense: the path is of a dense model, where the MLP takes the place of the experts. Names alone
-    do not tell: the first layers of a mixture-of-experts model have the same, and are never packed.
-    """
-    if dense:
-        match = _MLP_PATH.search(module_path)
-        return None if match is None else f"{match[1]}.mlp"
-    match = _EXPERTS_PATH.search(module_path)
-    if match is None:
-        return None
-    return match[1] if match[2] is None else f"{match[1]}.{match[2]}"
 
 
 def param_info(

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from erniequant.packing.decoding import decode_weight
+from erniequant.packing.layer_keys import GUARD
 from erniequant.packing.products import DIFFERENTIABLE
-from erniequant.packing.schema import GUARD, SUFFIXES, LayerSpec, layer_params
+from erniequant.packing.schema import SUFFIXES, LayerSpec, layer_params
 from erniequant.runtime.decoding_module import DecodingExperts
 from erniequant.runtime.ops import moe_experts, spec_text
 

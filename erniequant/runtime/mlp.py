@@ -5,7 +5,8 @@ It runs through the same operator as the experts of a mixture, and so on the sam
 
 import torch
 
-from erniequant.packing.schema import LayerSpec, guard_name
+from erniequant.packing.layer_keys import guard_name
+from erniequant.packing.schema import LayerSpec
 from erniequant.runtime.experts import PackedExperts
 
 

@@ -11,7 +11,7 @@ import erniequant
 from erniequant.checkpoint import open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.verbs import inspect, verify
-from erniequant.packing.header_check import check_headers
+from erniequant.models.header_check import check_headers
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 Damaged = Callable[[Edit], Path]

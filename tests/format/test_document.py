@@ -14,8 +14,8 @@ import torch
 from erniequant.checkpoint import open_checkpoint
 from erniequant.codes import CODE_NAMES, get_code
 from erniequant.codes.labels import KEEP_BITS, TOGGLE_BITS
+from erniequant.models.header_check import require_sound
 from erniequant.packing.decoding import decode_weight, encode_scale, expert_matrices
-from erniequant.packing.header_check import require_sound
 from erniequant.packing.rotation import pack_signs, random_signs
 from erniequant.packing.schema import (
     DENSE_FORMAT_VERSION,

@@ -8,13 +8,11 @@ import pytest
 import torch
 
 from erniequant.errors import ErnieQuantError
+from erniequant.packing.layer_keys import experts_module, guard_name, layer_key_of
 from erniequant.packing.schema import (
     LayerSpec,
     MatrixSpec,
     QuantizationMetadata,
-    experts_module,
-    guard_name,
-    layer_key_of,
     layer_params,
     param_info,
 )

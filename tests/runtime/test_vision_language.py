@@ -11,14 +11,8 @@ from erniequant.checkpoint import CheckpointWriter, open_checkpoint
 from erniequant.checkpoint.files import write_json
 from erniequant.formats.verbs import inspect, verify
 from erniequant.packing.decoding import encode_scale
-from erniequant.packing.schema import (
-    LayerSpec,
-    MatrixSpec,
-    QuantizationMetadata,
-    experts_module,
-    layer_key_of,
-    layer_params,
-)
+from erniequant.packing.layer_keys import experts_module, layer_key_of
+from erniequant.packing.schema import LayerSpec, MatrixSpec, QuantizationMetadata, layer_params
 from erniequant.runtime.experts import PackedExperts
 
 EXPERTS, HIDDEN, INNER = 4, 64, {"text_moe": 64, "vision_moe": 32}

@@ -13,7 +13,8 @@ from erniequant.data.images import PictureReader
 from erniequant.data.records import read_records
 from erniequant.data.tokenizers import load_tokenizer
 from erniequant.errors import ErnieQuantError
-from erniequant.models.images import ImageSettings, image_settings
+from erniequant.models.images import ImageSettings
+from erniequant.models.registry import image_settings
 from tests.foreign import POINTER
 from tests.micro_vl import write_image
 

@@ -25,7 +25,6 @@ RECORD = "erniequant"
 DEFAULT_W4_END_LAYER = 6
 """FastDeploy's value where config.json has none."""
 
-_ARCHITECTURE = "Ernie4_5_MoeForCausalLM"
 # FastDeploy takes torch_dtype, or dtype beside a transformers_version above 4.56, as a mark of
 # torch's layout, in which it does not know WINT2; rope_parameters it does not read at all.
 _DROPPED = ("torch_dtype", "dtype", "transformers_version", "rope_parameters", "rope_scaling",
@@ -60,7 +59,7 @@ def fastdeploy_config(
     config = architecture.config
     kept = {name: value for name, value in source.items() if name not in _DROPPED}
     stated = {
-        "architectures": [_ARCHITECTURE],
+        "architectures": [architecture.model_class],
         "model_type": architecture.model_type,
         "dtype": "bfloat16",
         "is_quantized": True,

@@ -10,9 +10,10 @@ from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.codes.ccq.decode import decode_wint2
 from erniequant.errors import ErnieQuantError, foreign_errors
 from erniequant.formats.fastdeploy.export import detect_k_order
-from erniequant.formats.fastdeploy.names import PROJECTIONS, WINT2_SUFFIXES, Matrix
+from erniequant.formats.fastdeploy.names import BIAS, PROJECTIONS, WINT2_SUFFIXES, Matrix
 from erniequant.formats.fastdeploy.packers import WINT4
 from erniequant.formats.fastdeploy.reader import FastDeployCheckpoint, open_fastdeploy
+from erniequant.models.ernie45_moe import Ernie45Moe
 from erniequant.runtime.fastdeploy_experts import Decoder, FastDeployExperts
 
 _GENERATION_FILE = "generation_config.json"
@@ -37,7 +38,7 @@ def load_fastdeploy(
         ErnieQuantError: a tensor is missing, left over, or of another kind than FastDeploy asks
             for, or nobody says which K order it has.
     """
-    from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, GenerationConfig
+    import transformers
 
     from erniequant.integrations.transformers.fastdeploy_quantizer import FastDeployQuantizer
 
@@ -49,22 +50,21 @@ def load_fastdeploy(
         rank.fetch()
     wanted = torch.bfloat16 if isinstance(dtype, str) else dtype
     with foreign_errors(f"transformers cannot build the model of {opened.folder}"):
-        config = Ernie4_5_MoeConfig(**opened.config)
+        config = Ernie45Moe.config_class()(**opened.config)
         with torch.device("meta"):
-            model: Any = Ernie4_5_MoeForCausalLM(config)
+            model: Any = getattr(transformers, Ernie45Moe.model_class)(config)
         # Its buffers are computed, not stored.
         rotary = type(model.model.rotary_emb)(config)
     model.model.rotary_emb = rotary
     for layer in opened.model.moe_layers:
         model.model.layers[layer].mlp.experts = _experts(opened, layer, config.hidden_act, wanted)
     state = {
-        # What transformers calls a correction bias in memory.
-        name.replace(".mlp.moe_statics.", ".mlp.gate.moe_statics."): _typed(name, opened, wanted)
+        Ernie45Moe.name_in_memory(name): _typed(name, opened, wanted)
         for name in opened.names()
         if ".mlp.experts." not in name
     }
     for layer in opened.model.moe_layers:
-        bias = f"model.layers.{layer}.mlp.gate.moe_statics.e_score_correction_bias"
+        bias = Ernie45Moe.name_in_memory(f"model.layers.{layer}.mlp.{BIAS}")
         state.setdefault(bias, torch.zeros(1, opened.model.experts))
     info = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -74,7 +74,7 @@ def load_fastdeploy(
         raise ErnieQuantError(f"{opened.folder}: tensor {name} is missing or left over")
     if (opened.folder / _GENERATION_FILE).is_file():
         with foreign_errors(f"transformers cannot read {opened.folder / _GENERATION_FILE}"):
-            model.generation_config = GenerationConfig.from_pretrained(
+            model.generation_config = transformers.GenerationConfig.from_pretrained(
                 opened.folder, local_files_only=True
             )
     model.name_or_path = str(opened.folder)
@@ -156,5 +156,5 @@ def _weights(opened: FastDeployCheckpoint) -> int:
 def _typed(name: str, opened: FastDeployCheckpoint, dtype: torch.dtype) -> torch.Tensor:
     tensor = opened.tensor(name)
     # transformers keeps routers and their biases in float32.
-    stays = ".mlp.gate." in name or "e_score_correction_bias" in name
+    stays = ".mlp.gate." in name or Ernie45Moe.optional(name)
     return tensor.float() if stays else tensor.to(dtype)

@@ -14,6 +14,7 @@ import torch
 
 from erniequant.formats.fastdeploy.packers import WINT4, WINT8
 from erniequant.formats.fastdeploy.sizes import WINT2_INPUTS, FastDeployModel
+from erniequant.models import ernie45_moe
 from erniequant.packing.schema import TensorInfo
 
 Format = Literal["wint8", "wint4", "wint2"]
@@ -21,7 +22,7 @@ Cut = Literal["outputs", "inputs"]
 
 PROJECTIONS = ("up_gate_proj", "down_proj")
 WINT2_SUFFIXES = ("quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp")
-BIAS = "moe_statics.e_score_correction_bias"
+BIAS = f"moe_statics.{ernie45_moe.BIAS}"
 
 
 @dataclass(frozen=True)

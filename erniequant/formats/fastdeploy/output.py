@@ -27,18 +27,23 @@ from erniequant.formats.fastdeploy.names import (
     rank_keys,
 )
 from erniequant.formats.fastdeploy.packers import WINT4
-from erniequant.formats.fastdeploy.sizes import NO_WINT4, FastDeployModel, fastdeploy_model
+from erniequant.formats.fastdeploy.sizes import (
+    NO_WINT4,
+    FastDeployModel,
+    fastdeploy_model,
+    text_moe_of,
+)
 from erniequant.formats.fastdeploy.wint4 import quantize_wint4
 from erniequant.formats.fastdeploy.writer import planned_shards, tensors_of
 from erniequant.formats.plan import Plan, PlanWording, QuantizeOptions, make_plan
 from erniequant.models.architecture import Architecture, ExpertGroup
-from erniequant.models.ernie45_moe import Ernie45Moe
 
 WINT4_SHARE = 4 / 51
 """Of the layers with experts, how many have 4 bits unless told otherwise: as in Baidu's 300B, where
 these are layers 3 to 6 of 3 to 53."""
 
 # Their projections by the names that the rest of the library has for them.
+_LEAVE_OUT = "; leave out --format"
 _PROJECTIONS = {"gate_up_proj": "up_gate_proj", "down_proj": "down_proj"}
 
 
@@ -92,7 +97,7 @@ class FastDeployOutput(OutputFormat):
         self, checkpoint: Checkpoint, model: Architecture, w4_end_layer: int, k_order: str
     ):
         """Raises ErnieQuantError for a model that FastDeploy cannot serve so."""
-        self._architecture = text_moe_of(model)
+        self._architecture = text_moe_of(model, _LEAVE_OUT)
         self._checkpoint, self._k_order = checkpoint, k_order
         self._model = fastdeploy_model(self._architecture, w4_end_layer)
         self._kept: list[Part] = []
@@ -187,7 +192,7 @@ def fastdeploy_output(
         ErnieQuantError: a tensor of the source is missing or unknown, or FastDeploy cannot serve
             the model so.
     """
-    text_moe_of(model)
+    text_moe_of(model, _LEAVE_OUT)
     made: list[FastDeployOutput] = []
 
     def contents(
@@ -219,16 +224,6 @@ def _layout(
     end = moe_layers[count - 1] if count else NO_WINT4
     k_order = choose_k_order(None, options.own.get("k_order")) or DEFAULT_K_ORDER
     return FastDeployOutput(checkpoint, model, end, k_order)
-
-
-def text_moe_of(model: Architecture) -> Ernie45Moe:
-    """The text mixture that FastDeploy can serve. Raises ErnieQuantError for any other model."""
-    if not isinstance(model, Ernie45Moe):
-        raise ErnieQuantError(
-            f"FastDeploy serves WINT2 of text mixtures of experts only, not of an "
-            f"{model.description}; leave out --format"
-        )
-    return model
 
 
 def _no_experts(layer: int, expert: int, projection: str) -> dict[str, torch.Tensor]:

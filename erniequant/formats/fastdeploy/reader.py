@@ -33,13 +33,14 @@ from erniequant.formats.fastdeploy.convert import matrix_from_ranks, plain_from_
 from erniequant.formats.fastdeploy.names import Matrix, Part, Plain, parts_of
 from erniequant.formats.fastdeploy.schema import check_keys, check_readable
 from erniequant.formats.fastdeploy.sizes import FastDeployModel, fastdeploy_model, text_moe
+from erniequant.models.ernie45_moe import Ernie45Moe
 from erniequant.paths import expanded
 
 _RANK = re.compile(r"rank(0|[1-9][0-9]{0,2})")
 Lines = tuple[str, ...]
 Check = Callable[[Mapping[str, TensorHeader], FastDeployModel], Lines]
 
-_COUNTS = ("num_hidden_layers", "moe_num_experts", "num_experts")
+_COUNTS = ("num_hidden_layers", *Ernie45Moe.expert_count_keys)
 
 
 class FastDeployCheckpoint:

@@ -9,6 +9,7 @@ from typing import Any
 
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.fastdeploy.packers import N_MULTIPLE, TILE_ROWS
+from erniequant.models.architecture import Architecture
 from erniequant.models.ernie45_moe import Ernie45Moe
 from erniequant.models.registry import architecture_of
 
@@ -63,13 +64,22 @@ def text_moe(config: dict[str, Any]) -> Ernie45Moe:
     Raises:
         ErnieQuantError: it is no text MoE. FastDeploy has no WINT2 for vision-language models.
     """
-    architecture = architecture_of(config)
-    if not isinstance(architecture, Ernie45Moe):
+    return text_moe_of(architecture_of(config))
+
+
+def text_moe_of(model: Architecture, hint: str = "") -> Ernie45Moe:
+    """The text mixture that FastDeploy can serve; ``hint`` ends the line that refuses another.
+
+    Raises:
+        ErnieQuantError: any other model, also of a family with the same experts: FastDeploy finds
+            its own code by the name of the architecture.
+    """
+    if type(model) is not Ernie45Moe:
         raise ErnieQuantError(
             f"FastDeploy serves WINT2 of text mixtures of experts only, not of an "
-            f"{architecture.description}"
+            f"{model.description}{hint}"
         )
-    return architecture
+    return model
 
 
 def fastdeploy_model(

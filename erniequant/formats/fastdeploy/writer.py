@@ -30,6 +30,7 @@ from erniequant.formats.fastdeploy.sizes import (
 )
 from erniequant.formats.results import WrittenShards
 from erniequant.models.config_check import tensor_misfits
+from erniequant.models.ernie45_moe import Ernie45Moe
 from erniequant.paths import expanded
 from erniequant.version import PRODUCER
 
@@ -171,8 +172,7 @@ def _source_name(part: Plain, source: Checkpoint) -> str | None:
     """What the original calls a tensor, None if it may lack it and does."""
     if part.source in source.headers or not part.optional:
         return part.source
-    # What transformers calls a correction bias in memory.
-    other = part.source.replace(".mlp.moe_statics.", ".mlp.gate.moe_statics.")
+    other = Ernie45Moe.name_in_memory(part.source)
     return other if other in source.headers else None
 
 

@@ -18,10 +18,10 @@ from erniequant.data.companions import require_readable_companions, write_compan
 from erniequant.formats.base import EXPORT_DTYPES
 from erniequant.formats.results import ExportReport
 from erniequant.models.config_check import require_fit
+from erniequant.models.header_check import kept_names, require_sound
 from erniequant.models.registry import with_stock_class
 from erniequant.packing.decoding import expert_matrices
 from erniequant.packing.file_check import require_as_reported
-from erniequant.packing.header_check import kept_names, require_sound
 from erniequant.paths import expanded
 
 

@@ -15,7 +15,7 @@ from erniequant.formats.plan import Plan, PlanWording, QuantizeOptions, make_pla
 from erniequant.formats.results import ExportReport, ModelSummary, VerifyReport
 from erniequant.formats.rows import NATIVE
 from erniequant.models.architecture import Architecture
-from erniequant.packing.header_check import is_quantized
+from erniequant.packing.experts import is_quantized
 
 
 class NativeFormat(Format):

@@ -7,13 +7,10 @@ from pathlib import Path
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
 from erniequant.formats.folder_checks import folder_notes, provenance
 from erniequant.formats.results import GUARD_CODE, ModelSummary, TensorSummary
-from erniequant.packing.header_check import (
-    QuantizedExperts,
-    is_dense,
-    kept_names,
-    sound_if_quantized,
-)
-from erniequant.packing.schema import PROJECTIONS, SUFFIXES, layer_key_of
+from erniequant.models.header_check import is_dense, kept_names, sound_if_quantized
+from erniequant.packing.experts import QuantizedExperts
+from erniequant.packing.layer_keys import layer_key_of
+from erniequant.packing.schema import PROJECTIONS, SUFFIXES
 
 
 def inspect_native(source: str | Path) -> ModelSummary:

@@ -10,10 +10,7 @@ from erniequant.checkpoint.adapters import require_no_adapter
 from erniequant.checkpoint.config import CONFIG_FILE, read_json
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
 from erniequant.errors import ErnieQuantError, foreign_errors
-from erniequant.packing.header_check import QuantizedExperts, sound_if_quantized
-
-# Models without a correction bias do not store it; transformers fills in zeros, which is right.
-_OPTIONAL = "e_score_correction_bias"
+from erniequant.models.header_check import QuantizedExperts, sound_if_quantized
 
 
 def load_native(
@@ -34,32 +31,33 @@ def _from_pretrained(
     device: torch.device,
     dtype: torch.dtype | str,
 ) -> Any:
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
+    import transformers
 
     from erniequant.integrations.transformers.plugin import register
     from erniequant.models.config_check import require_fit
-    from erniequant.models.vl_config import MODEL_TYPE, in_terms_of_transformers
+    from erniequant.models.registry import require_family
 
     register()
     folder, config = checkpoint.folder, checkpoint.config
     require_fit(config, checkpoint.headers, {layer.key for layer in layers})
-    settings = in_terms_of_transformers(config)
-    vision = settings["model_type"] == MODEL_TYPE
-    auto: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    family = require_family(config)
+    settings = family.in_terms_of_transformers(config)
+    auto: Any = getattr(transformers, family.auto_class)
     # transformers does not know the original's name of the architecture, nor take every null.
     as_stored = settings == read_json(folder / CONFIG_FILE)
     with foreign_errors(f"{folder / CONFIG_FILE} is not valid"):
-        known = {} if as_stored else {"config": AutoConfig.for_model(**copy.deepcopy(settings))}
+        known = (
+            {}
+            if as_stored
+            else {"config": transformers.AutoConfig.for_model(**copy.deepcopy(settings))}
+        )
     with foreign_errors(f"transformers cannot load {folder}"):
         model, info = auto.from_pretrained(
             folder, dtype=dtype, output_loading_info=True,
             trust_remote_code=False, local_files_only=True, use_safetensors=True, **known,
         )  # fmt: skip
-    missing = {name for name in info["missing_keys"] if _OPTIONAL not in name}
+    # transformers fills in zeros, which is right.
+    missing = {name for name in info["missing_keys"] if not family.optional(name)}
     for names, what in ((missing, "is missing"), (set(info["unexpected_keys"]), "is left over")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -13,15 +13,10 @@ from erniequant.formats.base import OutputFormat, Place
 from erniequant.formats.native.specs import Specs, packed_prefix
 from erniequant.formats.plan import Plan
 from erniequant.models.architecture import ExpertGroup
-from erniequant.models.registry import with_stock_class
-from erniequant.models.vl_config import in_terms_of_transformers
+from erniequant.models.registry import require_family, with_stock_class
+from erniequant.packing.layer_keys import guard_name
 from erniequant.packing.rotation import pack_signs, random_signs
-from erniequant.packing.schema import (
-    PROJECTIONS,
-    QuantizationMetadata,
-    guard_name,
-    guard_tensor,
-)
+from erniequant.packing.schema import PROJECTIONS, QuantizationMetadata, guard_tensor
 from erniequant.version import PRODUCER
 
 
@@ -82,7 +77,9 @@ class NativeOutput(OutputFormat):
             for index in self._sizes.moe_layers
             for group in self._sizes.groups
         }
-        settings = dict(with_stock_class(in_terms_of_transformers(self._checkpoint.config)))
+        config = self._checkpoint.config
+        translated = require_family(config).in_terms_of_transformers(config)
+        settings = dict(with_stock_class(translated))
         settings["quantization_config"] = QuantizationMetadata(layers, PRODUCER).to_dict()
         return settings
 

@@ -9,15 +9,9 @@ from erniequant.codes import code_for_bits, register_length
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.plan import PlanWording, QuantizeOptions
 from erniequant.models.architecture import ExpertGroup, ModelSizes
+from erniequant.packing.layer_keys import experts_module, guard_name
 from erniequant.packing.rotation import block_size
-from erniequant.packing.schema import (
-    LayerSpec,
-    MatrixSpec,
-    experts_module,
-    guard_name,
-    layer_params,
-    tile_size,
-)
+from erniequant.packing.schema import LayerSpec, MatrixSpec, layer_params, tile_size
 
 Specs = Mapping[str, LayerSpec]
 """Codes of each group of experts, by its name, the same in every layer."""

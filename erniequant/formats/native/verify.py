@@ -12,9 +12,10 @@ from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
 from erniequant.formats.folder_checks import folder_problems, matrix_error
 from erniequant.formats.results import VerifyReport
 from erniequant.models.config_check import misfits
+from erniequant.models.header_check import check_headers, kept_names
 from erniequant.packing.decoding import expert_matrices
+from erniequant.packing.experts import QuantizedExperts
 from erniequant.packing.file_check import file_states, report_problems
-from erniequant.packing.header_check import QuantizedExperts, check_headers, kept_names
 from erniequant.packing.schema import PROJECTIONS
 
 

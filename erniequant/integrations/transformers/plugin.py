@@ -27,23 +27,16 @@ from erniequant.checkpoint.reader import (
     read_header,
 )
 from erniequant.errors import ErnieQuantError
-from erniequant.packing.header_check import expert_sizes, require_sound
+from erniequant.packing.layer_keys import experts_module, is_dense_key, layer_key_of
 from erniequant.packing.schema import (
     PROJECTIONS,
     QUANT_METHOD,
     LayerSpec,
     QuantizationMetadata,
-    experts_module,
     guard_tensor,
-    is_dense_key,
-    layer_key_of,
 )
 from erniequant.runtime.experts import PackedExperts
 from erniequant.runtime.mlp import PackedMlp
-
-STOCK_EXPERTS = ("Ernie4_5_MoeExperts", "Ernie4_5_VLMoeMoeExperts")
-STOCK_MLP = "Ernie4_5MLP"
-"""Of dense models; a mixture-of-experts model has another class in its dense layers."""
 
 
 class ErnieQuantConfig(QuantizationConfigMixin):
@@ -80,11 +73,14 @@ class ErnieQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        layers = dict(self.quantization_config.metadata.layers)
+        from erniequant.models.registry import stock_modules
+
+        layers, dense_of = dict(self.quantization_config.metadata.layers), stock_modules()
         for path, module in list(model.named_modules()):
-            if type(module).__name__ not in (*STOCK_EXPERTS, STOCK_MLP):
+            dense = dense_of.get(type(module).__name__)
+            if dense is None:
                 continue
-            key = layer_key_of(path, dense=type(module).__name__ == STOCK_MLP)
+            key = layer_key_of(path, dense)
             spec = layers.pop(key, None) if key is not None else None
             if key is None or spec is None:
                 self._all_replaced = False
@@ -208,8 +204,8 @@ def _require_sound(files: Sequence[str]) -> None:
 
     transformers alone fills what is missing with random numbers, and only warns.
     """
-    # Imports transformers' models, which are not there yet when this module registers itself.
     from erniequant.models.config_check import require_fit
+    from erniequant.models.header_check import require_sound
 
     folder = Path(files[0]).parent
     if not (folder / CONFIG_FILE).is_file():
@@ -226,6 +222,8 @@ def _packed(stock: Any, key: str, spec: LayerSpec, config: Any) -> PackedExperts
     """What takes the place of a stock module of a quantised layer."""
     activation = config.get_text_config().hidden_act
     if is_dense_key(key):
+        from erniequant.models.header_check import expert_sizes
+
         _, hidden, inner = expert_sizes(config.to_dict(), key)
         return PackedMlp(hidden, inner, spec, activation, key)
     return PackedExperts(

@@ -6,76 +6,35 @@ tensor that should be there, should not be there, or has another shape or dtype 
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.errors import ErnieQuantError
+from erniequant.models.architecture import Architecture
+from erniequant.models.registry import family_of
+from erniequant.packing.experts import HeaderCheck, QuantizedExperts, is_quantized
+from erniequant.packing.layer_keys import (
+    experts_module,
+    guard_name,
+    is_dense_key,
+    layer_key_of,
+    slot_of,
+)
 from erniequant.packing.schema import (
     PROJECTIONS,
     SUFFIXES,
     LayerSpec,
     QuantizationMetadata,
-    experts_module,
-    guard_name,
-    is_dense_key,
-    layer_key_of,
     layer_params,
 )
-
-DENSE_MODEL_TYPE = "ernie4_5"
 
 _PACKED_NAME = re.compile(rf"\.({'|'.join(PROJECTIONS)})_({'|'.join(SUFFIXES)})$")
 
 
-@dataclass(frozen=True)
-class QuantizedExperts:
-    """The experts of a layer: sizes, codes, and the prefix of their tensors, ending in a dot.
-
-    The MLP of a dense model is one expert.
-    """
-
-    key: str
-    prefix: str
-    experts: int
-    hidden: int
-    inner: int
-    spec: LayerSpec
-
-    def name(self, projection: str, suffix: str) -> str:
-        """Name of one stored tensor."""
-        return f"{self.prefix}{projection}_{suffix}"
-
-    def original_name(self, expert: int, matrix: str) -> str:
-        """Name of a matrix ("gate_proj", "up_proj", "down_proj") in the original checkpoint.
-
-        There, vision-language models number text experts first, then vision experts.
-        """
-        if is_dense_key(self.key):
-            return f"{self.prefix}{matrix}.weight"
-        prefix = self.prefix.replace(".text_moe.", ".").replace(".vision_moe.", ".")
-        number = expert + self.experts if self.key.endswith(".vision_moe") else expert
-        return f"{prefix}{number}.{matrix}.weight"
-
-
-@dataclass(frozen=True)
-class HeaderCheck:
-    """What a checkpoint says it holds, and everything that contradicts it (one line each)."""
-
-    metadata: QuantizationMetadata
-    layers: tuple[QuantizedExperts, ...]
-    problems: tuple[str, ...]
-
-
-def is_quantized(config: dict[str, Any]) -> bool:
-    """Whether a config.json describes a checkpoint of this format, of any version."""
-    settings = config.get("quantization_config")
-    return isinstance(settings, dict) and settings.get("quant_method") == "erniequant"
-
-
 def is_dense(config: dict[str, Any]) -> bool:
     """Whether a config.json describes a dense model, whose MLPs take the place of experts."""
-    return config.get("model_type") == DENSE_MODEL_TYPE
+    family = family_of(config)
+    return family is not None and family.is_dense()
 
 
 def check_headers(checkpoint: Checkpoint) -> HeaderCheck:
@@ -149,12 +108,13 @@ def expert_sizes(config: dict[str, Any], key: str) -> tuple[int, int, int]:
     text = config.get("text_config", config)
     if not isinstance(text, dict):
         raise ErnieQuantError(f"config.json has text_config {text!r}; expected an object")
-    inner_name = "intermediate_size" if dense else "moe_intermediate_size"
-    experts: Any = 1 if dense else text.get("moe_num_experts", text.get("num_experts"))
-    inner: Any = text.get(inner_name)
+    family = _family(config)
+    experts: Any = 1 if dense else family.expert_count(text)
+    inner: Any = text.get(family.inner_size_key)
     if isinstance(inner, list) and len(inner) == 2:
-        inner = inner[1 if key.endswith(".vision_moe") else 0]
-    sizes = {"moe_num_experts": experts, "hidden_size": text.get("hidden_size"), inner_name: inner}
+        inner = inner[_set_number(family, key)]
+    sizes = dict.fromkeys(family.expert_count_keys[:1], experts)
+    sizes |= {"hidden_size": text.get("hidden_size"), family.inner_size_key: inner}
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ErnieQuantError(f"config.json has {name} {value!r}; expected a positive integer")
@@ -173,7 +133,22 @@ def _experts(checkpoint: Checkpoint, key: str, spec: LayerSpec) -> QuantizedExpe
         "model.",
     )
     experts, hidden, inner = expert_sizes(checkpoint.config, key)
-    return QuantizedExperts(key, f"{prefix}{module}.", experts, hidden, inner, spec)
+    family = _family(checkpoint.config)
+    return QuantizedExperts(
+        key, f"{prefix}{module}.", experts, hidden, inner, spec, family.matrix_pattern,
+        _set_number(family, key) * experts,
+    )  # fmt: skip
+
+
+def _family(config: dict[str, Any]) -> type[Architecture]:
+    """The family of a model; of an unknown one, which is refused later, the usual facts."""
+    return family_of(config) or Architecture
+
+
+def _set_number(family: type[Architecture], key: str) -> int:
+    """Which of a layer's sets of experts a key means."""
+    slot = slot_of(key)
+    return family.slots.index(slot) if slot in family.slots else 0
 
 
 def _layer_problems(checkpoint: Checkpoint, layer: QuantizedExperts) -> Iterator[str]:
