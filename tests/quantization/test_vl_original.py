@@ -17,7 +17,7 @@ from erniequant.checkpoint.files import sha256_of
 from erniequant.data.companions import write_companions
 from erniequant.data.image_inputs import image_inputs
 from erniequant.errors import ErnieQuantError
-from erniequant.quantization import pipeline
+from erniequant.quantization import destination as destinations
 from tests.micro_original import PATCH, write_original
 from tests.micro_vl import write_image
 
@@ -96,7 +96,7 @@ def test_an_interrupted_run_writes_the_same_files(
         raise KeyboardInterrupt
 
     folder = tmp_path / "result"
-    monkeypatch.setattr(pipeline, "write_companions", killed)
+    monkeypatch.setattr(destinations, "write_companions", killed)
     with pytest.raises(KeyboardInterrupt):
         erniequant.quantize(original, folder, calib=str(calib), **OPTIONS)
     assert not (folder / "config.json").exists()
@@ -115,7 +115,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer(
     def killed(source: Path, destination: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "write_companions", killed)
+    monkeypatch.setattr(destinations, "write_companions", killed)
     with pytest.raises(KeyboardInterrupt):
         erniequant.quantize(source, tmp_path / "q", no_calib=True, **OPTIONS)
     monkeypatch.undo()
