@@ -36,7 +36,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/erniequant demo
 
 readme: demo
-	$(PY) docs/update_readme.py erniequant-demo/report.md README.md
+	$(PY) -m benchmarks.demo.page erniequant-demo/report.md README.md
 
 test: lint
 	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
@@ -63,7 +63,7 @@ soak: $(INSTALLED)
 
 # Uses the python it is given: a machine with a card has its own CUDA build of torch.
 gpu:
-	$(PYTHON) tests/gpu/run.py
+	$(PYTHON) -m benchmarks.gpu.report
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache erniequant-demo

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from testing.micro_model import add_tokenizer, write_micro_ernie
 from tests.interpreter import patch_once_a_launch
-from tests.micro import add_tokenizer, write_micro_ernie, write_text
+from tests.micro import write_text
 from tests.micro_vl import write_micro_vl, write_records
 
 if not torch.cuda.is_available():

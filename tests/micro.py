@@ -1,14 +1,10 @@
-"""A micro ERNIE 4.5 MoE with a tokenizer, and a text to calibrate it on; made anew in a second."""
+"""The micro models' calibration text and options, and a stop after so many experts."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from erniequant.progress import NullProgress
-
-CHARACTERS = {"<unk>": 0, "</s>": 1} | {chr(30 + i): i for i in range(2, 96)}
-"""A vocabulary of printable characters."""
 
 CALIBRATION = {"calib_samples": 12, "calib_length": 64, "max_tp": 1, "effort": "fast"}
 """Options of a quantisation of the micro model that takes half a second."""
@@ -16,49 +12,6 @@ CALIBRATION = {"calib_samples": 12, "calib_length": 64, "max_tp": 1, "effort": "
 FASTDEPLOY = {"bits": 2, "format": "fastdeploy-wint2", "w4_layers": 1, "calib_samples": 12,
               "calib_length": 64, "device": "cpu"}  # fmt: skip
 """The same for FastDeploy, with experts in wint4 and in WINT2."""
-
-
-def write_micro_ernie(folder: Path, **changes: Any) -> Path:
-    """A bf16 checkpoint with Baidu's per-expert tensor names.
-
-    Hidden 96 is not a power of two (largest rotation block 32), the first layer is dense, routers
-    are float32 as in published models, their bias is not zero, and the embedding is tied.
-
-    changes: of the config.
-    """
-    from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
-
-    torch.manual_seed(7)
-    settings: dict[str, Any] = dict(
-        vocab_size=128, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        moe_num_experts=8, moe_k=2, moe_intermediate_size=64, moe_num_shared_experts=2,
-        moe_layer_start_index=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = Ernie4_5_MoeForCausalLM(Ernie4_5_MoeConfig(**settings | changes)).to(torch.bfloat16)
-    for layer in model.model.layers:
-        if hasattr(layer.mlp, "gate"):
-            layer.mlp.gate.float()
-    for name, parameter in model.named_parameters():
-        if name.endswith("e_score_correction_bias"):
-            parameter.data.normal_(0, 0.02)
-        elif parameter.dim() > 1:
-            parameter.data.normal_(0, 0.1)
-    model.save_pretrained(folder)
-    return folder
-
-
-def add_tokenizer(folder: Path) -> Path:
-    """Give a checkpoint a tokenizer of one token per character."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel(CHARACTERS, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>"
-    ).save_pretrained(folder)
-    return folder
 
 
 def write_text(path: Path) -> Path:

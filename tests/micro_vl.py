@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.micro import CHARACTERS
+from testing.micro_model import CHARACTERS
 
 IMAGE, IMAGE_START, IMAGE_END = 96, 97, 98
 TOKEN_IDS = {

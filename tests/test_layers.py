@@ -20,6 +20,8 @@ SOURCES = {
 BELOW_EVERYTHING = {"errors", "paths", "progress", "system", "version"}
 # The package itself offers what its parts have, and `python -m erniequant` is the command.
 OUTSIDE = {"erniequant", "__main__", "erniequant_data"}
+# Top-level folders that are not installed.
+BESIDE = {"benchmarks", "examples", "testing", "tests"}
 
 
 def modules() -> dict[str, Path]:
@@ -46,6 +48,11 @@ def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
                 name = name.rpartition(".")[0]
             if name:
                 yield name
+
+
+def python_files(folder: str) -> list[Path]:
+    """Programs and modules anywhere below a top-level folder that is not a package's."""
+    return sorted((ROOT / folder).rglob("*.py"))
 
 
 def part_of(module: str) -> str:
@@ -119,6 +126,22 @@ def test_files_that_the_page_names_are_there() -> None:
         assert any(path.endswith(f"/{name}") for path in paths), name
 
 
+def test_what_is_installed_needs_nothing_that_is_not() -> None:
+    beside = {folder: path for folder in BESIDE for path in python_files(folder)}
+    assert set(beside) == BESIDE
+    for path in modules().values():
+        assert not set(imported(path, beside)), path
+
+
+def test_benchmarks_need_no_tests() -> None:
+    for path in python_files("benchmarks") + python_files("testing") + python_files("examples"):
+        assert not set(imported(path, {"tests": ROOT / "tests"})), path
+
+
+def test_pages_are_not_programs() -> None:
+    assert not python_files("docs")
+
+
 def test_few_modules_stand_alone() -> None:
     """At the top of the library, beside its packages."""
     alone = {path.stem for path in (ROOT / "erniequant").glob("*.py")} - {"__init__", "__main__"}
@@ -130,3 +153,5 @@ def test_files_are_short() -> None:
     lengths = {path: len(path.read_text("utf-8").splitlines()) for path in modules().values()}
     assert max(lengths.values()) <= 400, max(lengths, key=lambda path: lengths[path])
     assert sorted(lengths.values())[len(lengths) // 2] <= 150
+    beside = [path for folder in BESIDE for path in python_files(folder)]
+    assert max(len(path.read_text("utf-8").splitlines()) for path in beside) <= 400

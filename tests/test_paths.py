@@ -19,7 +19,7 @@ KINDS = {"text": "micro_source", "vl": "micro_vl", "dense": "micro_dense"}
 def home(request, tmp_path, monkeypatch):
     """A home folder with a model of every kind in turn, a text and an image; the working folder is
     another, so that nothing is found by chance."""
-    from tests.micro import add_tokenizer
+    from testing.micro_model import add_tokenizer
     from tests.micro_vl import write_image
 
     folder = tmp_path / "home"

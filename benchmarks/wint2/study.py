@@ -1,8 +1,8 @@
 """Measure the WINT2 encoder on Gaussian data, and search the code books that it uses.
 
 ``python -m benchmarks.wint2.study search`` repeats the search of
-`erniequant.formats.fastdeploy.ccq.books` (ten minutes on one core); docs/update_ccq.py
-makes the tables of docs/ccq.md.
+`erniequant.formats.fastdeploy.ccq.books` (ten minutes on one core); ``python -m
+benchmarks.wint2.page`` makes the tables of docs/ccq.md.
 """
 
 import argparse

@@ -17,9 +17,9 @@ from erniequant.ccq import EncodedWint2, decode_wint2, encode_matrix, encode_win
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.fastdeploy.ccq.books import BOOKS, UNIFORM_BOOK
 from erniequant.formats.fastdeploy.ccq.encode import Settings, relative_error
-from tests.ccq import gptq as baseline
-from tests.ccq.massive import massive_layer
-from tests.ccq.tiny import Layer, expert_matrices
+from testing import gptq as baseline
+from testing.massive_channels import massive_layer
+from testing.tiny_matrices import Layer, expert_matrices
 
 ONE_BOOK = Settings(books=BOOKS[:1])
 

@@ -99,7 +99,7 @@ def speaking_ernie(tmp_path_factory):
 @pytest.fixture(scope="session")
 def speakers(packed_ernie, packed_vl, packed_dense, tmp_path_factory):
     """A quantised micro model of every kind with a tokenizer and few positions: folders by name."""
-    from tests.micro import add_tokenizer
+    from testing.micro_model import add_tokenizer
 
     home = tmp_path_factory.mktemp("speakers")
     found = {}

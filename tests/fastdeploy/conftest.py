@@ -11,10 +11,11 @@ import pytest
 
 import erniequant
 from erniequant.checkpoint.reader import open_checkpoint
-from erniequant.formats.fastdeploy.writer import write_fastdeploy
 from erniequant.quantization.report import QuantizationReport
+from testing.micro_model import add_tokenizer, write_micro_ernie
 from tests.fastdeploy.codes import MadeUpExperts, decode_wint2
-from tests.micro import FASTDEPLOY, add_tokenizer, write_micro_ernie, write_text
+from tests.fastdeploy.writing import write_fastdeploy
+from tests.micro import FASTDEPLOY, write_text
 
 W4_END = 1
 """Layer 0 is dense, the experts of layer 1 are wint4, those of layers 2 and 3 WINT2."""

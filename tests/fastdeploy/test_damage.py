@@ -15,7 +15,7 @@ import erniequant
 from erniequant.formats.fastdeploy import export_bf16
 from erniequant.formats.fastdeploy.inspect import inspect_fastdeploy
 from erniequant.formats.fastdeploy.verify import verify_fastdeploy
-from tests.micro import write_micro_ernie
+from testing.micro_model import write_micro_ernie
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
 

@@ -13,14 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.fastdeploy import (
-    detect_k_order,
-    export_bf16,
-    open_fastdeploy,
-    write_fastdeploy,
-)
+from erniequant.formats.fastdeploy import detect_k_order, export_bf16, open_fastdeploy
 from tests.fastdeploy.codes import MadeUpExperts, decode_wint2, encode_wint2
 from tests.fastdeploy.conftest import W4_END
+from tests.fastdeploy.writing import write_fastdeploy
 
 Change = Callable[[dict[str, Any]], Any]
 

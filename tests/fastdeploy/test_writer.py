@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from erniequant.checkpoint.files import sha256_of
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.fastdeploy import check_folder, open_fastdeploy, write_fastdeploy
+from erniequant.formats.fastdeploy import check_folder, open_fastdeploy
 from erniequant.formats.results import WrittenShards
 from tests.conftest import FileLimit
 from tests.fastdeploy.codes import MadeUpExperts
 from tests.fastdeploy.conftest import W4_END
+from tests.fastdeploy.writing import write_fastdeploy
 
 Encoded = dict[str, torch.Tensor]
 

@@ -15,7 +15,8 @@ from erniequant.calibration.texts import CalibrationWindows
 from erniequant.errors import ErnieQuantError
 from erniequant.progress import NullProgress
 from erniequant.quantization.report import QuantizationReport
-from tests.micro import CALIBRATION, StopAfter, add_tokenizer
+from testing.micro_model import add_tokenizer
+from tests.micro import CALIBRATION, StopAfter
 from tests.micro_vl import write_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")

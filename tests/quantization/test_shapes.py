@@ -15,7 +15,8 @@ from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.verbs import inspect, verify
 from erniequant.quantization.report import QuantizationReport
-from tests.micro import CALIBRATION, add_tokenizer, write_micro_ernie
+from testing.micro_model import add_tokenizer, write_micro_ernie
+from tests.micro import CALIBRATION
 
 MTP = {
     "model.mtp_block.0.self_attn.q_proj.weight": torch.randn(96, 96),

@@ -24,8 +24,8 @@ from transformers import (
 import erniequant
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.verbs import inspect, verify
+from testing.micro_model import add_tokenizer
 from tests.foreign import POINTER, edit, with_code
-from tests.micro import add_tokenizer
 
 OPTIONS: dict[str, Any] = {"bits": 2, "no_calib": True, "max_tp": 1, "effort": "fast", "threads": 1}
 KINDS = ("text", "vl", "dense")

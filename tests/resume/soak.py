@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.micro import CALIBRATION, add_tokenizer, write_micro_ernie, write_text  # noqa: E402
+from testing.micro_model import add_tokenizer, write_micro_ernie  # noqa: E402
+from tests.micro import CALIBRATION, write_text  # noqa: E402
 from tests.resume.hostile import survive_damage  # noqa: E402
 from tests.resume.kills import Driver, contents, survive_kills  # noqa: E402
 

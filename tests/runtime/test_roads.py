@@ -17,7 +17,7 @@ from transformers import pipeline
 import erniequant
 from erniequant.errors import ErnieQuantError
 from erniequant.runtime.experts import PackedExperts
-from tests.micro import add_tokenizer
+from testing.micro_model import add_tokenizer
 from tests.runtime.families import from_pretrained, inputs
 
 Road = Callable[[Path, torch.dtype, dict[str, torch.Tensor], Path], Any]

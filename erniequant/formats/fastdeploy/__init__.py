@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     )
     from erniequant.formats.fastdeploy.recognise import is_fastdeploy_wint2
     from erniequant.formats.fastdeploy.wint4 import quantize_wint4
-    from erniequant.formats.fastdeploy.writer import write_fastdeploy
 
 _MODULES = {
     "FastDeployCheckpoint": "reader",
@@ -26,7 +25,6 @@ _MODULES = {
     "is_fastdeploy_wint2": "recognise",
     "open_fastdeploy": "reader",
     "quantize_wint4": "wint4",
-    "write_fastdeploy": "writer",
 }
 
 __all__ = [
@@ -37,7 +35,6 @@ __all__ = [
     "is_fastdeploy_wint2",
     "open_fastdeploy",
     "quantize_wint4",
-    "write_fastdeploy",
 ]
 
 

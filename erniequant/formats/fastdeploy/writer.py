@@ -14,72 +14,21 @@ import torch
 
 from erniequant.checkpoint.files import delete, write_json
 from erniequant.checkpoint.layout import OutputTensor, PlannedShard, index_of, plan_shards
-from erniequant.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
+from erniequant.checkpoint.reader import INDEX_FILE, Checkpoint
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.checkpoint.writer import MAX_SHARD_BYTES, require_new_folder
-from erniequant.data.companions import write_companions
-from erniequant.errors import ErnieQuantError
-from erniequant.formats.fastdeploy.config import DEFAULT_K_ORDER, choose_k_order, fastdeploy_config
 from erniequant.formats.fastdeploy.convert import encoded_to_rank, plain_to_rank, wint8_to_rank
 from erniequant.formats.fastdeploy.names import Matrix, Part, Plain, parts_of, rank_keys
 from erniequant.formats.fastdeploy.sizes import (
-    NO_WINT4,
     FastDeployModel,
-    fastdeploy_model,
-    text_moe,
 )
 from erniequant.formats.results import WrittenShards
-from erniequant.models.config_check import tensor_misfits
 from erniequant.models.ernie45_moe import Ernie45Moe
-from erniequant.paths import expanded
 from erniequant.version import PRODUCER
 
 Experts = Callable[[int, int, str], Mapping[str, torch.Tensor]]
 """Layer, expert and "up_gate_proj" or "down_proj" to the encoded matrix, undivided, by suffix of
 the keys: see `names.Matrix.keys`. Called once each, in the order of layers and experts."""
-
-
-def write_fastdeploy(
-    source: Checkpoint,
-    folder: str | Path,
-    experts: Experts,
-    *,
-    w4_end_layer: int = NO_WINT4,
-    k_order: str = DEFAULT_K_ORDER,
-    tensor_parallel: int = 1,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> WrittenShards:
-    """Write ``source`` into a new folder for FastDeploy.
-
-    Args:
-        source: the original, with one tensor per matrix of an expert.
-        experts: gives every encoded matrix of an expert.
-        w4_end_layer: last layer whose experts are wint4.
-        k_order: of the WINT2 codes that ``experts`` gives; recorded, not checked.
-        tensor_parallel: ranks to cut for; more than one makes folders rank0, rank1...
-
-    Raises:
-        ErnieQuantError: the original is not a text MoE that FastDeploy can serve, a tensor is
-            missing or unknown, the folder is not new, or the disk refuses.
-        ValueError: ``experts`` gives something else than the format has.
-    """
-    choose_k_order(None, k_order)
-    folder = expanded(folder)
-    architecture = text_moe(source.config)
-    model = fastdeploy_model(architecture, w4_end_layer, tensor_parallel)
-    for line in tensor_misfits(architecture, source.headers):
-        raise ErnieQuantError(line)
-    digests = write_parts(
-        folder,
-        model,
-        k_order,
-        lambda part: tensors_of(part, source, experts, tensor_parallel),
-        max_shard_bytes,
-    )
-    write_companions(source.folder, folder)
-    config = fastdeploy_config(source.config, architecture, model, k_order)
-    write_json(folder / CONFIG_FILE, config)
-    return written(folder, model, digests, _left_out(source, model))
 
 
 def write_parts(
@@ -151,10 +100,11 @@ def tensors_of(
     """The keys of a part, for one rank after the other.
 
     Raises:
-        ErnieQuantError, ValueError: as `write_fastdeploy`.
+        ErnieQuantError: a tensor is missing or cannot be read.
+        ValueError: ``experts`` gives something else than the format has.
     """
     if isinstance(part, Plain):
-        name = _source_name(part, source)
+        name = source_name(part, source)
         tensor = None if name is None else source.tensor(name)
         for rank in range(ranks):
             yield {part.key: plain_to_rank(part, tensor, rank, ranks)}
@@ -168,7 +118,7 @@ def tensors_of(
             yield _named(part, wint8_to_rank(part, sources, rank, ranks))
 
 
-def _source_name(part: Plain, source: Checkpoint) -> str | None:
+def source_name(part: Plain, source: Checkpoint) -> str | None:
     """What the original calls a tensor, None if it may lack it and does."""
     if part.source in source.headers or not part.optional:
         return part.source
@@ -203,10 +153,3 @@ def _with_metadata(shard: PlannedShard, metadata: Mapping[str, str]) -> PlannedS
     longer = len(header) - len(shard.header)
     offsets = {name: offset + longer for name, offset in shard.offsets.items()}
     return PlannedShard(shard.file, header, shard.tensors, offsets, shard.n_bytes + longer)
-
-
-def _left_out(source: Checkpoint, model: FastDeployModel) -> tuple[str, ...]:
-    used: set[str | None] = set()
-    for part in parts_of(model):
-        used |= {_source_name(part, source)} if isinstance(part, Plain) else set(part.sources)
-    return tuple(name for name in source.names() if name not in used)

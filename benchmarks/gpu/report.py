@@ -5,6 +5,7 @@ less: batches that do not fit in that time are left out and named. Exits with 1 
 result is wrong, with 2 when there is no GPU.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from erniequant.codes import code_for_bits, register_length, study
+from benchmarks.codes import study
+from erniequant.codes import code_for_bits, register_length
 from erniequant_kernels.bench import run as bench
 from erniequant_kernels.bench.machine import machine
 from erniequant_kernels.bench.timing import copy_bandwidth, cuda_timer
@@ -93,6 +95,7 @@ def encoder() -> dict[str, float]:
 
 def main() -> int:
     """Run everything and write the report, after each part."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     if not torch.cuda.is_available():
         print("make gpu needs an NVIDIA GPU and a CUDA build of torch; there is none here")
         return 2

@@ -1,12 +1,13 @@
 """Quantise the embedded tiny vision-language model, with images and without, and fill the tables
 of docs/vision_language.md.
 
-Run from the repository root: ``python docs/update_vision_language.py``; takes some minutes on two
-cores. ``--model DIR --images FILE.jsonl --samples N`` measures another model, for example
+Run from the repository root: ``python -m benchmarks.vision_language.page``; takes some minutes
+on two cores. ``--model DIR --images FILE.jsonl --samples N`` measures another model, for example
 VL-28B-A3B, and prints the tables only.
 """
 
 import argparse
+import importlib
 import json
 import math
 import statistics
@@ -20,17 +21,17 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear, silu
-from update_readme import replace_section
 
 import erniequant
+from benchmarks.pages import DOCS, ROOT, fill
 from erniequant.data.inputs import ModelInput
 from erniequant.evaluate import ImageTextResult, image_perplexity, perplexity
 from erniequant.evaluate.images import evaluation_inputs
 from erniequant.runtime.experts import PackedExperts
 from erniequant_data import calibration_text, heldout_text, tiny_vl_model_dir
 
-PAGE = Path(__file__).with_name("vision_language.md")
-BUILD = PAGE.parent.parent / "calib_data" / "build"
+PAGE = DOCS / "vision_language.md"
+BUILD = ROOT / "calib_data" / "build"
 BITS = (4, 3, 2)
 TEXT_TOKENS, CONTEXT = 16_384, 512
 # Scenes that neither training nor calibration has seen, beside the shipped ones: 44 records are too
@@ -52,7 +53,7 @@ class Made:
 def scenes(folder: Path, count: int) -> Path:
     """A JSONL file of drawn scenes with captions."""
     sys.path.insert(0, str(BUILD))
-    from draw_images import scene
+    scene = importlib.import_module("draw_images").scene
 
     lines = []
     for seed in range(FIRST_SEED, FIRST_SEED + count):
@@ -211,8 +212,7 @@ def main() -> None:
         for section, table in tables(original, tokenizer, models, inputs):
             print(f"\n{table}")
             if args.model is None:
-                page = PAGE.read_text("utf-8")
-                PAGE.write_text(replace_section(page, section, table), "utf-8")
+                fill(PAGE, section, table)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,23 @@
-"""Measure the tables of docs/ccq.md again and write them between their markers.
+"""WINT2 against GPTQ and our own code on matrices of many kinds; the tables of docs/ccq.md.
 
-Run from the repository root on an idle machine: ``python docs/update_ccq.py [NAME ...]``.
+Every function gives the lines of one table.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from update_readme import replace_section
 
-PAGE = Path(__file__).with_name("ccq.md")
-sys.path.insert(0, str(PAGE.parents[1]))
-
-from benchmarks.wint2.study import VARIANTS, measure  # noqa: E402
-from erniequant.ccq import encode_matrix  # noqa: E402
-from erniequant.codes import get_code  # noqa: E402
-from erniequant.encoding.matrix import QuantizedMatrix, Rotation, quantize_matrix  # noqa: E402
-from erniequant.formats.fastdeploy.ccq.books import BOOKS, UNIFORM_BOOK  # noqa: E402
-from erniequant.formats.fastdeploy.ccq.encode import Settings  # noqa: E402
-from erniequant.packing.rotation import block_size, random_signs  # noqa: E402
-from tests.ccq.gptq import gptq, relative_error  # noqa: E402
-from tests.ccq.massive import massive_layer  # noqa: E402
-from tests.ccq.tiny import expert_matrices  # noqa: E402
+from benchmarks.wint2.study import VARIANTS, measure
+from erniequant.ccq import encode_matrix
+from erniequant.codes import get_code
+from erniequant.encoding.matrix import QuantizedMatrix, Rotation, quantize_matrix
+from erniequant.formats.fastdeploy.ccq.books import BOOKS, UNIFORM_BOOK
+from erniequant.formats.fastdeploy.ccq.encode import Settings
+from erniequant.packing.rotation import block_size, random_signs
+from testing.gptq import gptq, relative_error
+from testing.massive_channels import massive_layer
+from testing.tiny_matrices import expert_matrices
 
 PUBLISHED = Settings(books=(UNIFORM_BOOK,), feedback=False, sweeps=0)
 
@@ -157,25 +151,3 @@ def part_rows() -> Iterator[str]:
         of_tiny = [error_of(layer.weight, layer.hessian) for layer in tiny]
         error = error_of(weight, x.T @ x / 4096)
         yield f"| {name} | {error:.4f} | {sum(of_tiny) / len(of_tiny):.4f} |"
-
-
-SECTIONS = {
-    "gaussian": gaussian_rows,
-    "tiny": tiny_rows,
-    "held_out": held_out_rows,
-    "massive": massive_rows,
-    "parts": part_rows,
-}
-
-
-def main(names: list[str]) -> None:
-    """Write the named tables, all by default."""
-    torch.set_num_threads(1)
-    for name in names or list(SECTIONS):
-        rows = "\n".join(SECTIONS[name]())
-        page = replace_section(PAGE.read_text(encoding="utf-8"), name, rows)
-        PAGE.write_text(page, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Models, matrices and a baseline that tests and benchmarks share; not installed."""
