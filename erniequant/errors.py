@@ -23,7 +23,7 @@ class ErnieQuantWarning(UserWarning):
 
 
 @contextmanager
-def foreign_errors(what: str) -> Iterator[None]:
+def wrap_errors(what: str) -> Iterator[None]:
     """Around a call of another library: whatever it raises becomes ``what``, and the reason.
 
     Libraries raise any type at all on damaged files. Errors of our own pass.

@@ -12,7 +12,7 @@ import torch
 
 from erniequant.data.image_inputs import image_inputs
 from erniequant.data.inputs import ModelInput
-from erniequant.errors import ErnieQuantError, ErnieQuantWarning, foreign_errors
+from erniequant.errors import ErnieQuantError, ErnieQuantWarning, wrap_errors
 
 _COLDEST = 1e-6
 """Temperatures below are 0: logits divided by them are beyond float32, and no probabilities."""
@@ -99,7 +99,7 @@ def _text_input(tokenizer: Any, prompt: str, chat_template: str) -> tuple[str, M
     """The prompt as the model sees it, and as its input."""
     if chat_template == "apply" and getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": prompt}]
-        with foreign_errors(
+        with wrap_errors(
             "the chat template cannot render the prompt (--chat-template none does without it)"
         ):
             prompt = str(
@@ -109,7 +109,7 @@ def _text_input(tokenizer: Any, prompt: str, chat_template: str) -> tuple[str, M
             raise ErnieQuantError(
                 "the chat template makes nothing of the prompt; use --chat-template none"
             )
-    with foreign_errors("the tokenizer cannot read the prompt"):
+    with wrap_errors("the tokenizer cannot read the prompt"):
         ids = torch.as_tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if ids.numel() == 0:
         raise ErnieQuantError("the prompt is empty: give at least one word")

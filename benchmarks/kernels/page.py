@@ -15,7 +15,7 @@ import triton
 
 from benchmarks.kernels.prediction import CARDS, bf16_seconds, packed_seconds
 from benchmarks.pages import DOCS, fill
-from erniequant_kernels import static
+from erniequant_kernels import machine_code_budget as static
 from erniequant_kernels.bench.problem import SHAPES
 from erniequant_kernels.tuning import tables
 

@@ -22,7 +22,7 @@ from benchmarks.large_models.plot import plot
 from benchmarks.pages import DOCS, fill
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.models.registry import architecture_of
-from erniequant.quantization.memory import Needs, largest_layer, plan_memory
+from erniequant.quantization.memory import MemoryInputs, largest_layer, plan_memory
 
 RUN = Path(__file__).with_name("run.py")
 RESULTS = Path(__file__).with_name("memory.json")
@@ -101,7 +101,7 @@ def least_budget(source: Path, case: Case) -> int:
     """The smallest ``max_memory`` that a run on one thread accepts."""
     checkpoint = open_checkpoint(source)
     model = architecture_of(checkpoint.config)
-    needs = Needs(case.tokens, case.window, 0, largest_layer(checkpoint, model))
+    needs = MemoryInputs(case.tokens, case.window, 0, largest_layer(checkpoint, model))
     return plan_memory(model, needs, 1, 0, True).peak_bytes
 
 

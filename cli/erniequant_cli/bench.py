@@ -42,7 +42,7 @@ def static(
 
       erniequant bench static --arch 90 --check --json static.json
     """
-    from erniequant_kernels import static as counting
+    from erniequant_kernels import machine_code_budget as counting
     from erniequant_kernels.machine_code import ARCHITECTURES
 
     archs = _numbers(arch)

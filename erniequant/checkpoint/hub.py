@@ -10,7 +10,7 @@ from typing import Any
 from erniequant.checkpoint.adapters import ADAPTER_FILE
 from erniequant.checkpoint.config import CONFIG_FILE
 from erniequant.checkpoint.folder import COMPANIONS, LICENCES, REPORT_FILE, TEMPLATES_FOLDER
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.errors import ErnieQuantError, wrap_errors
 
 SMALL_FILES = (
     CONFIG_FILE,
@@ -79,5 +79,5 @@ class HubRepository:
 
 
 def _ask(name: str, function: Any, *arguments: Any, **options: Any) -> Any:
-    with foreign_errors(f"no folder {name}, and it cannot be had from Hugging Face"):
+    with wrap_errors(f"no folder {name}, and it cannot be had from Hugging Face"):
         return function(*arguments, **options)

@@ -17,7 +17,7 @@ from erniequant.data.tokenizers import (
     settings_without_code,
     write_tokenizer,
 )
-from erniequant.errors import foreign_errors
+from erniequant.errors import wrap_errors
 
 # Replaced by what transformers writes for the same tokenizer.
 _OF_TOKENIZER = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
@@ -56,7 +56,7 @@ def require_companions(source: Path) -> int:
         from transformers import GenerationConfig
 
         # What it raises for, it raises for when the model is loaded.
-        with foreign_errors(f"transformers refuses {path}"):
+        with wrap_errors(f"transformers refuses {path}"):
             GenerationConfig.from_dict(plain_settings(read_json(path)))
     return len(load_tokenizer(source)) if has_tokenizer(source) else 0
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from erniequant.data.image_records import ImageTextReader
-from erniequant.data.images import PictureReader
+from erniequant.data.images import ImageReader
 from erniequant.data.inputs import ModelInput
 from erniequant.errors import ErnieQuantError
 from erniequant.models.registry import image_settings
@@ -23,7 +23,7 @@ def reader_for(
     settings = image_settings(model.config)
     if settings is None:
         raise ErnieQuantError("the model takes text alone; images need a vision-language model")
-    pictures = PictureReader(settings, Path(str(getattr(model, "name_or_path", "") or ".")))
+    pictures = ImageReader(settings, Path(str(getattr(model, "name_or_path", "") or ".")))
     return ImageTextReader(tokenizer, settings, pictures, chat_template, length)
 
 

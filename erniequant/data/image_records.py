@@ -17,10 +17,10 @@ import torch
 
 from erniequant.data.chats import IMAGE_TYPES, chat_of, parts_of
 from erniequant.data.documents import Chat, chat_of_record
-from erniequant.data.images import PictureReader
+from erniequant.data.images import ImageReader
 from erniequant.data.inputs import ModelInput, with_pictures
 from erniequant.data.templates import apply_template, for_template, require_template
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.errors import ErnieQuantError, wrap_errors
 from erniequant.models.images import ImageSettings
 from erniequant.paths import expanded
 
@@ -54,7 +54,7 @@ class ImageTextReader:
 
     tokenizer: Any
     images: ImageSettings
-    pictures: PictureReader
+    pictures: ImageReader
     chat_template: str = "apply"
     length: int | None = None
 
@@ -157,7 +157,7 @@ class ImageTextReader:
         return ids, sources
 
     def _tokens(self, text: str, where: str) -> list[int]:
-        with foreign_errors(f"{where}: the tokenizer cannot read its text"):
+        with wrap_errors(f"{where}: the tokenizer cannot read its text"):
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -267,5 +267,5 @@ def _image(value: Any, where: str, folder: Path) -> Any:
 def _decoded(data: bytes, where: str) -> Any:
     from PIL import Image
 
-    with foreign_errors(f"{where}: cannot read its image"):
+    with wrap_errors(f"{where}: cannot read its image"):
         return Image.open(io.BytesIO(data))

@@ -8,8 +8,8 @@ from typing import Any
 
 from erniequant.checkpoint.pointers import refuse_pointer
 from erniequant.checkpoint.reader import read_json
-from erniequant.data.inputs import Picture
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.data.inputs import ImagePatches
+from erniequant.errors import ErnieQuantError, wrap_errors
 from erniequant.models.images import ImageSettings
 
 # The newer file of transformers holds the settings of several processors.
@@ -19,7 +19,7 @@ _KEPT = ("image_mean", "image_std", "rescale_factor")
 _MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 6177
 
 
-class PictureReader:
+class ImageReader:
     """Reads images as a checkpoint's own processor would."""
 
     def __init__(self, images: ImageSettings, folder: Path):
@@ -28,7 +28,7 @@ class PictureReader:
         self._settings = _settings(folder)
         self._processor: Any = None
 
-    def read(self, source: Path | Any, max_tokens: int | None = None) -> Picture:
+    def read(self, source: Path | Any, max_tokens: int | None = None) -> ImagePatches:
         """An image from a file, or one of pillow's; shrunk until it takes ``max_tokens`` tokens.
 
         Raises:
@@ -41,14 +41,14 @@ class PictureReader:
             raise ErnieQuantError(f"there is no image {source}; check the path")
         if isinstance(source, Path):
             refuse_pointer(source)
-        with foreign_errors(f"cannot read the image {name}"):
+        with wrap_errors(f"cannot read the image {name}"):
             with Image.open(source) if isinstance(source, Path) else source as opened:
                 upright = ImageOps.exif_transpose(opened).convert("RGB")
             made = self._made_processor()(
                 images=upright, size=self._pixels(max_tokens), return_tensors="pt"
             )
         patches, grid = made["pixel_values"], made["image_grid_thw"][0].tolist()
-        picture = Picture(patches.float(), (grid[0], grid[1], grid[2]))
+        picture = ImagePatches(patches.float(), (grid[0], grid[1], grid[2]))
         if max_tokens is not None and picture.tokens(self._images.merge) > max_tokens:
             raise ErnieQuantError(
                 f"the image {name} is {upright.width} x {upright.height} pixels, which do not fit "

@@ -18,7 +18,7 @@ from erniequant.models.images import ImageSettings
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class ImagePatches:
     """An image as the vision tower takes it: patches float32 ``[P, C * p * p]``, those of one token
     together, and time, height and width in patches."""
 
@@ -49,7 +49,7 @@ class ModelInput:
     placeholder: torch.Tensor | None = None
     vision: torch.Tensor | None = None
     positions: torch.Tensor | None = None
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[ImagePatches, ...] = ()
 
     def __len__(self) -> int:
         return self.ids.numel()
@@ -69,7 +69,7 @@ class ModelInput:
 
 
 def with_pictures(
-    ids: torch.Tensor, pictures: tuple[Picture, ...], images: ImageSettings
+    ids: torch.Tensor, pictures: tuple[ImagePatches, ...], images: ImageSettings
 ) -> ModelInput:
     """The input of token ids in which every image has all its tokens.
 
@@ -295,7 +295,7 @@ def _table(
 
 def _pictures(
     patches: torch.Tensor, grids: torch.Tensor, images: ImageSettings, where: str
-) -> list[Picture]:
+) -> list[ImagePatches]:
     width = images.channels * images.patch**2
     if grids.dim() != 2 or grids.shape[1] != 3 or bool((grids < 1).any()):
         raise ErnieQuantError(f"{where}: image_grid_thw is not [images, 3] of positive integers")
@@ -314,5 +314,5 @@ def _pictures(
             )
         if not bool(torch.isfinite(part).all()):
             raise ErnieQuantError(f"{where}: pixel_values holds numbers that are not finite")
-        pictures.append(Picture(part, (grid[0], grid[1], grid[2])))
+        pictures.append(ImagePatches(part, (grid[0], grid[1], grid[2])))
     return pictures

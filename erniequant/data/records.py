@@ -24,7 +24,7 @@ from erniequant.data.files import (
     text_blocks,
     text_lines,
 )
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.errors import ErnieQuantError, wrap_errors
 
 ROWS_AT_ONCE = 64
 """Rows of a Parquet file that are in memory together; some hold images."""
@@ -217,7 +217,7 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
     import pyarrow.parquet
 
     number = 0
-    with foreign_errors(f"cannot read {path}"):
+    with wrap_errors(f"cannot read {path}"):
         # Without these two, a whole group of rows is in memory.
         file = pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False)
         for batch in file.iter_batches(ROWS_AT_ONCE, use_threads=False):

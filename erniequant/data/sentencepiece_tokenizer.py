@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 
 from erniequant.checkpoint.reader import read_json
 from erniequant.checkpoint.strict_json import read_bounded
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.errors import ErnieQuantError, wrap_errors
 
 MODEL_FILE = "tokenizer.model"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -157,7 +157,7 @@ def _parsed(path: Path) -> Any:
             "pip install sentencepiece protobuf"
         ) from error
     model = sentencepiece_model_pb2.ModelProto()
-    with foreign_errors(f"{path} cannot be read"):
+    with wrap_errors(f"{path} cannot be read"):
         model.ParseFromString(read_bounded(path, _MAX_BYTES))
     return model
 
@@ -221,7 +221,7 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     template = settings.get("chat_template")
     path = folder / TEMPLATE_FILE
     if path.is_file():
-        with foreign_errors(f"{path} cannot be read"):
+        with wrap_errors(f"{path} cannot be read"):
             template = read_bounded(path, _MAX_BYTES).decode("utf-8")
     if template is not None and not isinstance(template, str):
         raise ErnieQuantError(f"{folder / SETTINGS_FILE} has a chat_template that is not a text")

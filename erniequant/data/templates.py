@@ -11,7 +11,7 @@ from typing import Any
 from erniequant.checkpoint.strict_json import parse_json
 from erniequant.data.chats import calls_as_text, parts_of, text_of
 from erniequant.data.documents import Chat
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.errors import ErnieQuantError, wrap_errors
 
 Messages = list[dict[str, Any]]
 
@@ -68,7 +68,7 @@ def apply_template(
     """
     if tools is not None:
         more["tools"] = tools
-    with foreign_errors(f"{where}: the chat template cannot render its messages"):
+    with wrap_errors(f"{where}: the chat template cannot render its messages"):
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
 
 

@@ -16,7 +16,7 @@ from erniequant.checkpoint.config import (
 from erniequant.checkpoint.files import disk_error, write_file, write_json
 from erniequant.checkpoint.folder import companion_files, require_whole_companions
 from erniequant.checkpoint.strict_json import is_plain_file_name
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.errors import ErnieQuantError, wrap_errors
 
 SETTINGS_FILE = "tokenizer_config.json"
 _FAST_FILE = "tokenizer.json"
@@ -88,7 +88,7 @@ def load_tokenizer(folder: Path, or_else: str = "") -> Any:
     if (folder / SETTINGS_FILE).exists():
         _refuse_paths(folder / SETTINGS_FILE)
     advice = f" ({or_else})" if or_else else ""
-    with foreign_errors(f"no tokenizer can be loaded from {folder}{advice}"):
+    with wrap_errors(f"no tokenizer can be loaded from {folder}{advice}"):
         if is_of_own_code(folder):
             from erniequant.data.sentencepiece_tokenizer import sentencepiece_tokenizer
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.errors import ErnieQuantError, wrap_errors
 
 PIECE = 1 << 18
 """Characters that are tokenised at once, at least, where there are twice as many."""
@@ -98,6 +98,6 @@ def encoded(text: str) -> bytes:
 
 def _ids(tokenizer: Any, text: str) -> Tensor:
     encoded(text)
-    with foreign_errors("the tokenizer cannot read the text"):
+    with wrap_errors("the tokenizer cannot read the text"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.as_tensor(ids, dtype=torch.int64).reshape(-1)

@@ -36,7 +36,7 @@ class ReadOptions:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorSlot:
     """Where one part of a coded matrix is stored: a tensor, or one row of it."""
 
     tensor: str
@@ -73,7 +73,7 @@ class OutputFormat(ABC):
         """Write what all experts of a group have in common."""
 
     @abstractmethod
-    def places(self, layer: int, expert: int, projection: str) -> dict[str, Place]:
+    def places(self, layer: int, expert: int, projection: str) -> dict[str, TensorSlot]:
         """Where the parts of an expert's matrix go, by suffix; ``expert`` counts within a layer."""
 
     @abstractmethod
@@ -157,7 +157,7 @@ class Format(ABC):
 
 
 def stored_parts(
-    places: Mapping[str, Place], stored: Mapping[str, bytes]
+    places: Mapping[str, TensorSlot], stored: Mapping[str, bytes]
 ) -> dict[str, torch.Tensor]:
     """Parts of a matrix by suffix, from the bytes of their tensors by name."""
     return {

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.errors import ErnieQuantError, wrap_errors
 from erniequant.models.images import ImageSettings
 from erniequant.models.linear import StoredLinear, store_linears
 from erniequant.models.settings import require_harmless, require_possible
@@ -345,7 +345,7 @@ def read_settings(family: type[Architecture], settings: dict[str, Any]) -> Any:
     from transformers.activations import ACT2FN
 
     require_harmless(settings)
-    with foreign_errors(f"config.json is not a valid {family.model_type} config"):
+    with wrap_errors(f"config.json is not a valid {family.model_type} config"):
         # A copy: transformers rewrites nested settings in place.
         config = family.config_class()(**copy.deepcopy(settings))
         decoder = config.get_text_config()

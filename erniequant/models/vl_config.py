@@ -6,7 +6,7 @@ same weights as ``ernie4_5_vl_moe``. What it calls what is in `docs/format.md`.
 
 from typing import Any
 
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.errors import ErnieQuantError, wrap_errors
 
 ORIGINAL_MODEL_TYPE = "ernie4_5_moe_vl"
 MODEL_TYPE = "ernie4_5_vl_moe"
@@ -34,7 +34,7 @@ def in_terms_of_transformers(settings: dict[str, Any]) -> dict[str, Any]:
     """
     if settings.get("model_type") != ORIGINAL_MODEL_TYPE:
         return settings
-    with foreign_errors(f"config.json is not a valid {ORIGINAL_MODEL_TYPE} config"):
+    with wrap_errors(f"config.json is not a valid {ORIGINAL_MODEL_TYPE} config"):
         return {
             "architectures": [MODEL_CLASS],
             "model_type": MODEL_TYPE,

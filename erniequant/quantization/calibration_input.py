@@ -12,7 +12,7 @@ from erniequant.calibration.texts import CalibrationWindows, calibration_windows
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.data.given import BATCHES, FILES, Given, given, kind_of_members, members
 from erniequant.data.image_records import ImageTextReader, has_images
-from erniequant.data.images import PictureReader
+from erniequant.data.images import ImageReader
 from erniequant.data.tokenizers import load_tokenizer
 from erniequant.errors import ErnieQuantError
 from erniequant.models.architecture import Architecture
@@ -126,7 +126,7 @@ def _reader(
 ) -> ImageTextReader | None:
     if model.images is None:
         return None
-    pictures = PictureReader(model.images, checkpoint.folder)
+    pictures = ImageReader(model.images, checkpoint.folder)
     return ImageTextReader(tokenizer, model.images, pictures, config.chat_template, config.length)
 
 

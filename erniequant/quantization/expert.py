@@ -16,7 +16,7 @@ from erniequant.calibration.rows import RowPool, Rows
 from erniequant.encoding.hessian import Moments, finite_rows
 from erniequant.encoding.matrix import MatrixQuantizer, QuantizedMatrix
 from erniequant.encoding.targets import corrected_target, inner_sensitivity, token_emphasis
-from erniequant.quantization.token_batches import CHUNK, Evidence, Tokens
+from erniequant.quantization.token_batches import CHUNK, TokenBatch, Tokens
 
 PRIOR_TOKENS = 0.25
 """Strength of a layer's prior on each expert, in tokens per input channel."""
@@ -61,7 +61,7 @@ class LayerContext:
     down: MatrixQuantizer
     pooled: torch.Tensor
     pooled_missing: torch.Tensor
-    sample: Evidence
+    sample: TokenBatch
     device: torch.device = torch.device("cpu")
 
 
@@ -115,17 +115,17 @@ def quantize_expert(
 class _WithSample:
     """Routed tokens, followed by the layer's sample, which counts as ``strength`` in all."""
 
-    def __init__(self, routed: Tokens, sample: Evidence, strength: float):
+    def __init__(self, routed: Tokens, sample: TokenBatch, strength: float):
         total = float(sample.weights.sum())
         self.own = routed.weights.numel()
         self._routed = routed
         self._sample = None
         if total > 0:
             weights = sample.weights * (strength / total)
-            self._sample = Evidence(sample.x, sample.original, sample.drift, weights)
+            self._sample = TokenBatch(sample.x, sample.original, sample.drift, weights)
         self.count = self.own + (self._sample.weights.numel() if self._sample else 0)
 
-    def chunks(self) -> Iterator[tuple[slice, Evidence]]:
+    def chunks(self) -> Iterator[tuple[slice, TokenBatch]]:
         """Chunks with their places; none holds both kinds."""
         start = 0
         for source in (self._routed, self._sample):

@@ -22,8 +22,8 @@ from erniequant.paths import expanded
 from erniequant.quantization.calibration_input import Calibration, amounts, image_note, prepare
 from erniequant.quantization.estimate import Estimate, describe, estimate
 from erniequant.quantization.memory import (
+    MemoryInputs,
     MemoryPlan,
-    Needs,
     default_budget,
     largest_layer,
     parse_size,
@@ -97,7 +97,9 @@ def plan_job(
     if request is not None:
         calibration = prepare(request.data, request.config, model, run.dry_run)
     tokens, length, patches = (0, 2, 0) if calibration is None else amounts(calibration, model)
-    needs = Needs(tokens, length, patches, largest_layer(checkpoint, model), chosen.encoder_bytes)
+    needs = MemoryInputs(
+        tokens, length, patches, largest_layer(checkpoint, model), chosen.encoder_bytes
+    )
     memory = _fit(model, needs, threads, run.max_memory, device)
     predicted = estimate(plan, memory, tokens, chosen.encode_rate(options))
     left = left_behind(checkpoint.folder, {INDEX_FILE, *checkpoint.shards})
@@ -124,7 +126,7 @@ def _vocabulary_note(tokens: int, vocabulary: int) -> str:
 
 def _fit(
     model: Architecture,
-    needs: Needs,
+    needs: MemoryInputs,
     threads: int,
     max_memory: str | int | None,
     device: torch.device,

@@ -24,7 +24,7 @@ from erniequant.quantization.expert import (
     inner_activations,
     quantize_expert,
 )
-from erniequant.quantization.token_batches import CHUNK, Evidence, TableTokens
+from erniequant.quantization.token_batches import CHUNK, TableTokens, TokenBatch
 
 SAMPLE_TOKENS = 2048
 """Tokens of the layer that stand in for an expert's own where it has few."""
@@ -49,9 +49,9 @@ class LayerInput:
     finite: torch.Tensor
     tables: tuple[Rows, ...] = ()
 
-    def evidence(self, row: torch.Tensor, weights: torch.Tensor) -> Evidence:
+    def evidence(self, row: torch.Tensor, weights: torch.Tensor) -> TokenBatch:
         """Tokens by row, with their weights, in memory."""
-        found = Evidence(self.quantized.x[row], self.original.x[row], self.drift[row], weights)
+        found = TokenBatch(self.quantized.x[row], self.original.x[row], self.drift[row], weights)
         self.release()
         return found
 

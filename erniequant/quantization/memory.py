@@ -50,7 +50,7 @@ def _nothing(inputs: int) -> int:
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryInputs:
     """What decides about memory beside the model.
 
     Attributes:
@@ -83,7 +83,7 @@ class _Parts:
 
 
 def plan_memory(
-    model: Architecture, needs: Needs, threads: int, budget: int, on_cpu: bool
+    model: Architecture, needs: MemoryInputs, threads: int, budget: int, on_cpu: bool
 ) -> MemoryPlan:
     """The fastest way to run within ``budget`` bytes.
 
@@ -114,7 +114,7 @@ def _way(parts: _Parts, at_once: int, on_disk: bool, threads: int, on_cpu: bool)
     )
 
 
-def _parts(model: Architecture, needs: Needs) -> _Parts:
+def _parts(model: Architecture, needs: MemoryInputs) -> _Parts:
     """Peak bytes of: a layer without its experts; a window passing through it; images passing
     through the vision tower; all their patches; hidden states, inputs and drift; moments and sample
     that experts share; one expert under way; its tables."""

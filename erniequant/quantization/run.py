@@ -23,6 +23,7 @@ from erniequant.models.architecture import ExpertGroup
 from erniequant.packing.schema import PROJECTIONS
 from erniequant.progress import Progress
 from erniequant.quantization.expert import ExpertWeights
+from erniequant.quantization.hidden_states import HiddenStates
 from erniequant.quantization.job import Job
 from erniequant.quantization.layer import (
     ExpertOutcome,
@@ -32,7 +33,6 @@ from erniequant.quantization.layer import (
     quantize_experts,
 )
 from erniequant.quantization.report import MatrixReport
-from erniequant.quantization.streams import Streams
 from erniequant.resume.workfolder import WorkFolder
 from erniequant.system import trim_memory
 
@@ -114,7 +114,7 @@ class Run:
         """Quantise layer after layer; without windows nothing flows and every Hessian is the
         identity."""
         sizes = self.model.sizes
-        streams = Streams(
+        streams = HiddenStates(
             self.checkpoint, self.model, windows, self.device, self.threads, self._pool
         )
         first = self._first_layer(streams)
@@ -144,7 +144,7 @@ class Run:
         """The most that the result and the work folder took together, in bytes."""
         return max((event["disk_bytes"] for event in self.journal.of("layer")), default=0)
 
-    def _first_layer(self, streams: Streams) -> int:
+    def _first_layer(self, streams: HiddenStates) -> int:
         """The layer to go on with; the streams hold what goes into it."""
         layers = self.model.sizes.layers
         finished = {event["layer"] for event in self.journal.of("layer")}
@@ -163,13 +163,13 @@ class Run:
         self.watch.advance(len(done), f"layer {first}")
         return first
 
-    def _quantize_layer(self, index: int, streams: Streams) -> None:
+    def _quantize_layer(self, index: int, streams: HiddenStates) -> None:
         inputs = streams.into_experts(index)
         for group in self.model.sizes.groups:
             self._quantize_group(index, group, inputs, streams)
 
     def _quantize_group(
-        self, index: int, group: ExpertGroup, inputs: LayerInput, streams: Streams
+        self, index: int, group: ExpertGroup, inputs: LayerInput, streams: HiddenStates
     ) -> None:
         key = group.layer_key(index)
         quantizers = self.output.quantizers(index, group)

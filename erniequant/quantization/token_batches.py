@@ -16,7 +16,7 @@ of them, and the widest of their activations has 84 MB in the largest tower."""
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class TokenBatch:
     """Tokens in memory.
 
     Attributes:
@@ -31,29 +31,31 @@ class Evidence:
     drift: torch.Tensor
     weights: torch.Tensor
 
-    def rows(self, which: torch.Tensor | slice) -> "Evidence":
+    def rows(self, which: torch.Tensor | slice) -> "TokenBatch":
         """Some of the tokens."""
-        return Evidence(self.x[which], self.original[which], self.drift[which], self.weights[which])
+        return TokenBatch(
+            self.x[which], self.original[which], self.drift[which], self.weights[which]
+        )
 
-    def chunks(self) -> Iterator["Evidence"]:
+    def chunks(self) -> Iterator["TokenBatch"]:
         """All of them, `CHUNK` at a time."""
         for start in range(0, self.weights.numel(), CHUNK):
             yield self.rows(slice(start, start + CHUNK))
 
-    def to(self, device: torch.device) -> "Evidence":
+    def to(self, device: torch.device) -> "TokenBatch":
         """The same on a device."""
         tables = (self.x, self.original, self.drift, self.weights)
-        return Evidence(*(table.to(device) for table in tables))
+        return TokenBatch(*(table.to(device) for table in tables))
 
 
 class Tokens(Protocol):
-    """Tokens with their weights ``[n]``; `Evidence` is one, and so are rows of a layer's tables."""
+    """Tokens with their weights ``[n]``: a `TokenBatch`, or rows of a layer's tables."""
 
     @property
     def weights(self) -> torch.Tensor:
         """How much each token counts, ``[n]``."""
 
-    def chunks(self) -> Iterator[Evidence]:
+    def chunks(self) -> Iterator[TokenBatch]:
         """All tokens, at most `CHUNK` at a time."""
 
 
@@ -64,11 +66,11 @@ class TableTokens:
     ``read`` gives the evidence of some rows (int64 ``[n]``) with their weights.
     """
 
-    read: Callable[[torch.Tensor, torch.Tensor], Evidence]
+    read: Callable[[torch.Tensor, torch.Tensor], TokenBatch]
     row: torch.Tensor
     weights: torch.Tensor
 
-    def chunks(self) -> Iterator[Evidence]:
+    def chunks(self) -> Iterator[TokenBatch]:
         """All tokens, `CHUNK` at a time."""
         for row, weights in zip(self.row.split(CHUNK), self.weights.split(CHUNK), strict=True):
             if row.numel():

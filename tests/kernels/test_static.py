@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from erniequant_kernels import static
+from erniequant_kernels import machine_code_budget as static
 from erniequant_kernels.machine_code import ARCHITECTURES
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.data.image_records import ImageTextReader
-from erniequant.data.images import PictureReader
+from erniequant.data.images import ImageReader
 from erniequant.data.inputs import ModelInput, image_positions
 from erniequant.data.records import read_records
 from erniequant.models.architecture import EXPERT_MATRICES
@@ -35,7 +35,7 @@ def inputs(micro_vl: Path, micro_records: Path) -> list[ModelInput]:
     source = open_checkpoint(micro_vl)
     model = bounded_architecture(source.config, source.headers)
     reader = ImageTextReader(
-        load_tokenizer(micro_vl), model.images, PictureReader(model.images, micro_vl)
+        load_tokenizer(micro_vl), model.images, ImageReader(model.images, micro_vl)
     )
     records = list(read_records(micro_records))[:3]
     found = [reader.read(record, where, micro_records.parent) for record, where in records]

@@ -7,14 +7,14 @@ from erniequant.encoding.matrix import Rotation, TrellisQuantizer
 from erniequant.packing.rotation import random_signs
 from erniequant.packing.schema import MatrixSpec
 from erniequant.quantization.expert import ExpertWeights, LayerContext
-from erniequant.quantization.token_batches import Evidence
+from erniequant.quantization.token_batches import TokenBatch
 
 HIDDEN, INNER = 96, 64
 
 
-def evidence(x: torch.Tensor, weights: torch.Tensor) -> Evidence:
+def evidence(x: torch.Tensor, weights: torch.Tensor) -> TokenBatch:
     """Tokens of a first layer: nothing before it has been quantised."""
-    return Evidence(x, x, torch.zeros_like(x), weights)
+    return TokenBatch(x, x, torch.zeros_like(x), weights)
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def expert_weights() -> ExpertWeights:
 
 
 @pytest.fixture
-def tokens() -> Evidence:
+def tokens() -> TokenBatch:
     """500 tokens with correlated channels of uneven size."""
     generator = torch.Generator().manual_seed(3)
     mix = (
@@ -42,7 +42,7 @@ def tokens() -> Evidence:
 
 
 @pytest.fixture
-def layer(tokens: Evidence) -> LayerContext:
+def layer(tokens: TokenBatch) -> LayerContext:
     generator = torch.Generator().manual_seed(4)
     return LayerContext(
         TrellisQuantizer(

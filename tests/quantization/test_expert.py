@@ -16,12 +16,12 @@ from erniequant.quantization.expert import (
     inner_activations,
 )
 from erniequant.quantization.layer import LayerInput
-from erniequant.quantization.token_batches import CHUNK, Evidence, Tokens
+from erniequant.quantization.token_batches import CHUNK, TokenBatch, Tokens
 
 
-def tokens_of(x: torch.Tensor) -> Evidence:
+def tokens_of(x: torch.Tensor) -> TokenBatch:
     """Tokens that count alike, of a layer with nothing quantised before it."""
-    return Evidence(x, x, torch.zeros_like(x), torch.ones(len(x)))
+    return TokenBatch(x, x, torch.zeros_like(x), torch.ones(len(x)))
 
 
 def quantize_expert(weights: ExpertWeights, routed: Tokens, layer: LayerContext) -> QuantizedExpert:
@@ -51,7 +51,7 @@ def made(found: QuantizedExpert, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_quantised_expert_computes_its_effective_weights(
-    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
+    expert_weights: ExpertWeights, tokens: TokenBatch, layer: LayerContext
 ) -> None:
     found = quantize_expert(expert_weights, tokens, layer)
     after = found.inner.after.tensor[:500]
@@ -65,7 +65,7 @@ def test_the_quantised_expert_computes_its_effective_weights(
 
 
 def test_correcting_targets_lowers_the_output_error(
-    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext, monkeypatch: object
+    expert_weights: ExpertWeights, tokens: TokenBatch, layer: LayerContext, monkeypatch: object
 ) -> None:
     true = output(expert_weights, tokens.x)
 
@@ -79,7 +79,7 @@ def test_correcting_targets_lowers_the_output_error(
 
 
 def test_an_expert_without_tokens_is_quantised_for_the_layer(
-    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
+    expert_weights: ExpertWeights, tokens: TokenBatch, layer: LayerContext
 ) -> None:
     none = tokens_of(torch.zeros(0, 96))
     found = quantize_expert(expert_weights, none, layer)
@@ -100,7 +100,7 @@ def test_without_any_calibration_every_direction_counts_the_same(
     assert found.gate_up.error < 0.12 and found.down.error < 0.12
 
 
-def routed_rows(tokens: Evidence) -> Tokens:
+def routed_rows(tokens: TokenBatch) -> Tokens:
     """The tokens as rows of a layer's tables."""
     nothing = torch.zeros(len(tokens.x), 1)
     quantized, original = (MoeInput(x, nothing, nothing) for x in (tokens.x, tokens.original))
@@ -110,7 +110,7 @@ def routed_rows(tokens: Evidence) -> Tokens:
 
 
 def test_bad_tokens_are_dropped(
-    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
+    expert_weights: ExpertWeights, tokens: TokenBatch, layer: LayerContext
 ) -> None:
     x = tokens.x.clone()
     x[5, 7], x[100, 0] = float("inf"), float("nan")
@@ -122,7 +122,7 @@ def test_bad_tokens_are_dropped(
 
 
 def test_few_tokens_and_zero_tokens_stay_finite(
-    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
+    expert_weights: ExpertWeights, tokens: TokenBatch, layer: LayerContext
 ) -> None:
     # Three tokens for 96 inputs: rank 3. All-zero tokens: a zero Hessian of their own.
     for x in (tokens.x[:3], torch.zeros(4, 96)):
@@ -133,14 +133,14 @@ def test_few_tokens_and_zero_tokens_stay_finite(
 
 
 def test_an_expert_makes_up_for_what_earlier_layers_lost(
-    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
+    expert_weights: ExpertWeights, tokens: TokenBatch, layer: LayerContext
 ) -> None:
     # Inputs 3 % too small and a hidden state that lacks a tenth of the expert's own output: both
     # are linear in what the expert sees, so it can mend them. 4 bits, whose own error is less.
     layer = at_four_bits(layer)
     original = tokens.x / 0.97
     wanted = output(expert_weights, original)
-    moved = Evidence(tokens.x, original, 0.1 * wanted, tokens.weights)
+    moved = TokenBatch(tokens.x, original, 0.1 * wanted, tokens.weights)
     found = quantize_expert(expert_weights, moved, layer)
 
     def error(found: QuantizedExpert) -> float:
@@ -151,12 +151,12 @@ def test_an_expert_makes_up_for_what_earlier_layers_lost(
 
 
 def test_gate_and_up_aim_at_their_outputs_for_the_original_inputs(
-    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
+    expert_weights: ExpertWeights, tokens: TokenBatch, layer: LayerContext
 ) -> None:
     layer = at_four_bits(layer)
     source = expert_weights.gate_up()
 
-    def size(evidence: Evidence) -> float:
+    def size(evidence: TokenBatch) -> float:
         found = quantize_expert(expert_weights, evidence, layer).gate_up.effective
         return float((found * source).sum() / source.square().sum())
 
@@ -222,12 +222,12 @@ def test_a_known_expert_gives_the_same_activations_to_the_last_bit(
 
 
 def test_importance_sums_over_tokens_and_falls_back_to_the_columns_of_down(
-    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
+    expert_weights: ExpertWeights, tokens: TokenBatch, layer: LayerContext
 ) -> None:
     gate_up, reach = expert_weights.gate_up(), expert_weights.down().square().sum(0)
     blank = replace(layer, sample=tokens_of(torch.zeros(0, 96)))
 
-    def importance(routed: Evidence) -> torch.Tensor:
+    def importance(routed: TokenBatch) -> torch.Tensor:
         evidence = expert_module._WithSample(routed, blank.sample, 0.0)
         before = RowPool().empty(evidence.count, 64)
         return expert_module._gate_up_moments(gate_up, reach, evidence, before, blank)[1]
@@ -238,7 +238,7 @@ def test_importance_sums_over_tokens_and_falls_back_to_the_columns_of_down(
 
 
 def test_tokens_without_any_sensitivity_count_by_their_weights(
-    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
+    expert_weights: ExpertWeights, tokens: TokenBatch, layer: LayerContext
 ) -> None:
     evidence = expert_module._WithSample(tokens, layer.sample, 0.0)
     before = RowPool().empty(evidence.count, 64)
@@ -250,7 +250,7 @@ def test_tokens_without_any_sensitivity_count_by_their_weights(
 
 
 def test_the_sample_has_no_part_in_the_moments_of_gate_and_up(
-    expert_weights: ExpertWeights, tokens: Evidence, layer: LayerContext
+    expert_weights: ExpertWeights, tokens: TokenBatch, layer: LayerContext
 ) -> None:
     # It counts for outputs and for down; for gate and up the layer's pooled moments stand in.
     evidence = expert_module._WithSample(tokens, tokens_of(100 * torch.ones(9, 96)), 50.0)

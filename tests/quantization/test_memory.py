@@ -14,8 +14,8 @@ from erniequant.models.registry import architecture_of
 from erniequant.quantization import memory
 from erniequant.quantization.memory import (
     BASE_BYTES,
+    MemoryInputs,
     MemoryPlan,
-    Needs,
     available_memory,
     default_budget,
     largest_layer,
@@ -40,7 +40,7 @@ def plan(
     budget: int, tokens: int = 900, threads: int = 4, length: int = 64, on_cpu: bool = True
 ) -> MemoryPlan:
     model = architecture_of(SETTINGS)
-    return plan_memory(model, Needs(tokens, length, 0, LAYER), threads, budget, on_cpu)
+    return plan_memory(model, MemoryInputs(tokens, length, 0, LAYER), threads, budget, on_cpu)
 
 
 @pytest.mark.parametrize(

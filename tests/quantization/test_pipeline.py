@@ -14,7 +14,7 @@ from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.verbs import verify
 from erniequant.models.registry import architecture_of
-from erniequant.quantization.memory import Needs, largest_layer, plan_memory
+from erniequant.quantization.memory import MemoryInputs, largest_layer, plan_memory
 from tests.micro import CALIBRATION
 
 
@@ -230,7 +230,7 @@ def test_tables_on_disk_and_fewer_experts_at_once_do_not_change_a_bit(
     checkpoint = open_checkpoint(micro_source)
     model = architecture_of(checkpoint.config)
     layer = largest_layer(checkpoint, model)
-    least = plan_memory(model, Needs(12 * 64, 64, 0, layer), 3, 0, True)
+    least = plan_memory(model, MemoryInputs(12 * 64, 64, 0, layer), 3, 0, True)
     assert (least.experts_at_once, least.tables_on_disk) == (1, True)
     bound = least.peak_bytes
     options = {"bits": 2, "calib": str(micro_text), "threads": 3, **CALIBRATION}

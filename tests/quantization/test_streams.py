@@ -18,7 +18,7 @@ from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.data.inputs import ModelInput
 from erniequant.models.registry import architecture_of
 from erniequant.quantization import run
-from erniequant.quantization.streams import Streams
+from erniequant.quantization.hidden_states import HiddenStates
 
 
 def last_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -34,14 +34,14 @@ def last_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def test_streams_end_where_the_models_end(
     micro_source: Path, micro_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept: list[Streams] = []
+    kept: list[HiddenStates] = []
 
-    class Kept(Streams):
+    class Kept(HiddenStates):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             kept.append(self)
 
-    monkeypatch.setattr(run, "Streams", Kept)
+    monkeypatch.setattr(run, "HiddenStates", Kept)
     # Windows of 50: three of them on two threads, and 50 fills no block of anything.
     erniequant.quantize(
         micro_source, tmp_path / "q", bits=2, calib=str(micro_text), calib_samples=3,
@@ -69,7 +69,7 @@ def test_tokens_with_a_bad_number_in_either_model_are_marked(
     model = architecture_of(checkpoint.config)
     ids = torch.arange(20) + 3
     windows = CalibrationWindows((ModelInput(ids[:12]), ModelInput(ids[12:])), "", "")
-    streams = Streams(checkpoint, model, windows, torch.device("cpu"), 1, RowPool())
+    streams = HiddenStates(checkpoint, model, windows, torch.device("cpu"), 1, RowPool())
     streams.embed()
     streams.through_dense_layer(0)
     route, calls = model.route, [0]

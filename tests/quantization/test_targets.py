@@ -11,11 +11,11 @@ from erniequant.encoding.targets import (
     token_emphasis,
 )
 from erniequant.quantization.expert import ExpertWeights
-from erniequant.quantization.token_batches import Evidence
+from erniequant.quantization.token_batches import TokenBatch
 
 
 def test_sensitivity_is_the_diagonal_of_the_squared_jacobian(
-    expert_weights: ExpertWeights, tokens: Evidence
+    expert_weights: ExpertWeights, tokens: TokenBatch
 ) -> None:
     few = tokens.rows(torch.arange(7))
 

@@ -3,32 +3,32 @@
 import pytest
 import torch
 
-from erniequant.quantization.token_batches import CHUNK, Evidence, TableTokens, Tokens
+from erniequant.quantization.token_batches import CHUNK, TableTokens, TokenBatch, Tokens
 
 TABLE = 3 * CHUNK
 
 
 @pytest.fixture(scope="module")
-def table() -> Evidence:
+def table() -> TokenBatch:
     """Tables of which no two rows are the same, nor the same row of two tables."""
     row = torch.arange(TABLE, dtype=torch.float32)
     x = row[:, None].expand(-1, 3)
-    return Evidence(x, x + 0.25, x + 0.5, row + 0.75)
+    return TokenBatch(x, x + 0.25, x + 0.5, row + 0.75)
 
 
 # Nothing, one, and around the borders of chunks.
 @pytest.mark.parametrize("count", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1])
 @pytest.mark.parametrize("kind", ["in memory", "by row"])
-def test_chunks_are_all_tokens_in_order(table: Evidence, count: int, kind: str) -> None:
+def test_chunks_are_all_tokens_in_order(table: TokenBatch, count: int, kind: str) -> None:
     # Rows in no order, some of them twice.
     rows = torch.randint(0, TABLE, (count,))
     weights = torch.rand(count)
     asked = []
 
-    def read(part: torch.Tensor, part_weights: torch.Tensor) -> Evidence:
+    def read(part: torch.Tensor, part_weights: torch.Tensor) -> TokenBatch:
         asked.append(len(part))
         held = table.rows(part)
-        return Evidence(held.x, held.original, held.drift, part_weights)
+        return TokenBatch(held.x, held.original, held.drift, part_weights)
 
     tokens: Tokens = TableTokens(read, rows, weights)
     if kind == "in memory":
@@ -52,9 +52,9 @@ def test_chunks_are_all_tokens_in_order(table: Evidence, count: int, kind: str) 
 def test_table_tokens_are_read_only_when_their_chunk_is_due() -> None:
     asked = []
 
-    def read(rows: torch.Tensor, weights: torch.Tensor) -> Evidence:
+    def read(rows: torch.Tensor, weights: torch.Tensor) -> TokenBatch:
         asked.append(rows.tolist())
-        return Evidence(weights, weights, weights, weights)
+        return TokenBatch(weights, weights, weights, weights)
 
     chunks = TableTokens(read, torch.arange(CHUNK + 2), torch.ones(CHUNK + 2)).chunks()
     assert asked == []

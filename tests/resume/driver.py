@@ -23,7 +23,7 @@ from erniequant.codes import get_code
 from erniequant.codes.viterbi import encoder
 from erniequant.errors import ErnieQuantError
 from erniequant.models.registry import architecture_of
-from erniequant.quantization.memory import Needs, largest_layer, plan_memory
+from erniequant.quantization.memory import MemoryInputs, largest_layer, plan_memory
 from erniequant.quantization.pipeline import quantize
 
 COUNTED = ("pwrite", "fsync", "fdatasync", "replace", "posix_fallocate")
@@ -81,7 +81,7 @@ def _least_memory(src: str, options: dict[str, Any]) -> int:
     model = architecture_of(checkpoint.config)
     layer = largest_layer(checkpoint, model)
     tokens, length = options["calib_samples"] * options["calib_length"], options["calib_length"]
-    return plan_memory(model, Needs(tokens, length, 0, layer), 1, 0, True).peak_bytes
+    return plan_memory(model, MemoryInputs(tokens, length, 0, layer), 1, 0, True).peak_bytes
 
 
 def _count_events(kill_at: int | None, full_at: int | None) -> list[int]:

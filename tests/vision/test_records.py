@@ -9,7 +9,7 @@ import torch
 from transformers import Ernie4_5_VLMoeConfig
 
 from erniequant.data.image_records import ImageTextReader, has_images
-from erniequant.data.images import PictureReader
+from erniequant.data.images import ImageReader
 from erniequant.data.records import read_records
 from erniequant.data.tokenizers import load_tokenizer
 from erniequant.errors import ErnieQuantError
@@ -33,7 +33,7 @@ def settings(micro_vl: Path) -> ImageSettings:
 
 @pytest.fixture
 def reader(micro_vl: Path, settings: ImageSettings) -> ImageTextReader:
-    return ImageTextReader(load_tokenizer(micro_vl), settings, PictureReader(settings, micro_vl))
+    return ImageTextReader(load_tokenizer(micro_vl), settings, ImageReader(settings, micro_vl))
 
 
 @pytest.fixture
@@ -262,7 +262,7 @@ def test_settings_of_the_processor(
 ) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    picture = PictureReader(settings, tmp_path).read(write_image(tmp_path / "a.png", 640, 640))
+    picture = ImageReader(settings, tmp_path).read(write_image(tmp_path / "a.png", 640, 640))
     pixels = picture.grid[1] * picture.grid[2] * settings.patch**2
     assert pixels <= min(largest, 640 * 640)
     assert pixels >= 0.7 * min(largest, 640 * 640)
@@ -271,13 +271,13 @@ def test_settings_of_the_processor(
 def test_a_file_without_settings_is_refused(settings: ImageSettings, tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"size": 3}')
     with pytest.raises(ErnieQuantError, match="no settings of an image processor"):
-        PictureReader(settings, tmp_path)
+        ImageReader(settings, tmp_path)
 
 
 def test_a_pointer_in_place_of_an_image_is_named(settings: ImageSettings, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(POINTER)
     with pytest.raises(ErnieQuantError, match=r"a\.png is a Git LFS pointer.*git lfs pull"):
-        PictureReader(settings, tmp_path).read(tmp_path / "a.png")
+        ImageReader(settings, tmp_path).read(tmp_path / "a.png")
 
 
 def test_pictures_turn_upright_and_lose_their_alpha(
@@ -289,7 +289,7 @@ def test_pictures_turn_upright_and_lose_their_alpha(
     exif = wide.getexif()
     exif[0x0112] = 6  # a camera held upright
     wide.save(tmp_path / "turned.png", exif=exif)
-    reader = PictureReader(settings, tmp_path)
+    reader = ImageReader(settings, tmp_path)
     # Enlarged to the least number of pixels.
     assert reader.read(tmp_path / "turned.png").grid == (1, 20, 10)
     assert reader.read(wide.convert("L")).grid == (1, 10, 20)

@@ -8,7 +8,7 @@ import torch
 from erniequant.checkpoint.adapters import require_no_adapter
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.codes.ccq.decode import decode_wint2
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.errors import ErnieQuantError, wrap_errors
 from erniequant.formats.fastdeploy.export import detect_k_order
 from erniequant.formats.fastdeploy.names import BIAS, PROJECTIONS, WINT2_SUFFIXES, Matrix
 from erniequant.formats.fastdeploy.packers import WINT4
@@ -49,7 +49,7 @@ def load_fastdeploy(
     for rank in opened.ranks:
         rank.fetch()
     wanted = torch.bfloat16 if isinstance(dtype, str) else dtype
-    with foreign_errors(f"transformers cannot build the model of {opened.folder}"):
+    with wrap_errors(f"transformers cannot build the model of {opened.folder}"):
         config = Ernie45Moe.config_class()(**opened.config)
         with torch.device("meta"):
             model: Any = getattr(transformers, Ernie45Moe.model_class)(config)
@@ -73,14 +73,14 @@ def load_fastdeploy(
         name = (lacking or info.unexpected_keys)[0]
         raise ErnieQuantError(f"{opened.folder}: tensor {name} is missing or left over")
     if (opened.folder / _GENERATION_FILE).is_file():
-        with foreign_errors(f"transformers cannot read {opened.folder / _GENERATION_FILE}"):
+        with wrap_errors(f"transformers cannot read {opened.folder / _GENERATION_FILE}"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(
                 opened.folder, local_files_only=True
             )
     model.name_or_path = str(opened.folder)
     model.requires_grad_(False)
     FastDeployQuantizer().attach(model)
-    with foreign_errors(f"the model of {opened.folder} cannot be moved to {device}"):
+    with wrap_errors(f"the model of {opened.folder} cannot be moved to {device}"):
         return model.to(device)
 
 

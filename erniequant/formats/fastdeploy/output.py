@@ -16,7 +16,7 @@ from erniequant.checkpoint.shards import ShardFiles
 from erniequant.codes.ccq.decode import decode_wint2
 from erniequant.encoding.matrix import MatrixQuantizer, QuantizedMatrix
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.base import OutputFormat, Place
+from erniequant.formats.base import OutputFormat, TensorSlot
 from erniequant.formats.fastdeploy.ccq.encode import encode_matrix, relative_error
 from erniequant.formats.fastdeploy.config import DEFAULT_K_ORDER, choose_k_order, fastdeploy_config
 from erniequant.formats.fastdeploy.names import (
@@ -150,10 +150,10 @@ class FastDeployOutput(OutputFormat):
     def write_shared(self, layer: int, group: ExpertGroup, shards: ShardFiles) -> None:
         """Experts share nothing."""
 
-    def places(self, layer: int, expert: int, projection: str) -> dict[str, Place]:
+    def places(self, layer: int, expert: int, projection: str) -> dict[str, TensorSlot]:
         part = self._experts[layer, expert, _PROJECTIONS[projection]]
         return {
-            suffix: Place(f"{part.prefix}.{suffix}", None, shape, dtype)
+            suffix: TensorSlot(f"{part.prefix}.{suffix}", None, shape, dtype)
             for suffix, (shape, dtype) in part.keys(1).items()
         }
 

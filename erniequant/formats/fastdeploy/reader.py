@@ -22,7 +22,7 @@ from erniequant.checkpoint.reader import (
     read_header,
     read_sharded,
 )
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.errors import ErnieQuantError, wrap_errors
 from erniequant.formats.fastdeploy.config import (
     FastDeploySettings,
     choose_k_order,
@@ -249,7 +249,7 @@ def _recorded_k_order(
     for rank in ranks:
         path = rank.folder / rank.shards[0]
         if path.is_file():  # otherwise not downloaded yet
-            with foreign_errors(f"{path} cannot be read"), safe_open(path, framework="pt") as file:
+            with wrap_errors(f"{path} cannot be read"), safe_open(path, framework="pt") as file:
                 found.add((file.metadata() or {}).get("k_order"))
     recorded = sorted(order for order in found if order is not None)
     if len(recorded) > 1:

@@ -9,7 +9,7 @@ import torch
 from erniequant.checkpoint.adapters import require_no_adapter
 from erniequant.checkpoint.config import CONFIG_FILE, read_json
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
-from erniequant.errors import ErnieQuantError, foreign_errors
+from erniequant.errors import ErnieQuantError, wrap_errors
 from erniequant.models.header_check import QuantizedExperts, sound_if_quantized
 
 
@@ -45,13 +45,13 @@ def _from_pretrained(
     auto: Any = getattr(transformers, family.auto_class)
     # transformers does not know the original's name of the architecture, nor take every null.
     as_stored = settings == read_json(folder / CONFIG_FILE)
-    with foreign_errors(f"{folder / CONFIG_FILE} is not valid"):
+    with wrap_errors(f"{folder / CONFIG_FILE} is not valid"):
         known = (
             {}
             if as_stored
             else {"config": transformers.AutoConfig.for_model(**copy.deepcopy(settings))}
         )
-    with foreign_errors(f"transformers cannot load {folder}"):
+    with wrap_errors(f"transformers cannot load {folder}"):
         model, info = auto.from_pretrained(
             folder, dtype=dtype, output_loading_info=True,
             trust_remote_code=False, local_files_only=True, use_safetensors=True, **known,
@@ -62,5 +62,5 @@ def _from_pretrained(
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise ErnieQuantError(f"{folder}: tensor {min(names)} {what}{more}")
-    with foreign_errors(f"the model of {folder} cannot be moved to {device}"):
+    with wrap_errors(f"the model of {folder} cannot be moved to {device}"):
         return model.to(device)

@@ -9,7 +9,7 @@ from erniequant.checkpoint.layout import OutputTensor, PlannedShard, plan_shards
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.encoding.matrix import MatrixQuantizer, Rotation, TrellisQuantizer
-from erniequant.formats.base import OutputFormat, Place
+from erniequant.formats.base import OutputFormat, TensorSlot
 from erniequant.formats.native.specs import Specs, packed_prefix
 from erniequant.formats.plan import Plan
 from erniequant.models.architecture import ExpertGroup
@@ -58,11 +58,11 @@ class NativeOutput(OutputFormat):
             signs = pack_signs(quantizer.rotation.signs)
             shards.write(f"{prefix}{name}_signs", signs.expand(1, parts, -1))
 
-    def places(self, layer: int, expert: int, projection: str) -> dict[str, Place]:
+    def places(self, layer: int, expert: int, projection: str) -> dict[str, TensorSlot]:
         group = self._sizes.group_of(expert)
         prefix = packed_prefix(group.layer_key(layer)) + projection
         return {
-            suffix: Place(
+            suffix: TensorSlot(
                 f"{prefix}_{suffix}",
                 expert - group.first,
                 self._shapes[f"{prefix}_{suffix}"][1:],

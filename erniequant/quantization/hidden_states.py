@@ -27,7 +27,7 @@ Step = Callable[[Rows, slice, ModelInput], None]
 """Moves one window on: hidden states, its place in them, and what it is."""
 
 
-class Streams:
+class HiddenStates:
     """Hidden states of all windows in the quantised and in the original model, float32 ``[T, H]``
     each; without windows, of no tokens."""
 
