@@ -9,7 +9,7 @@ first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from erniequant.errors import ErnieQuantError
+from erniequant.errors import ErnieQuantError, ErnieQuantWarning
 from erniequant.integrations.registration import register_when_loaded as _register_when_loaded
 from erniequant.version import __version__
 
@@ -34,6 +34,7 @@ _MODULES = ("evaluate", "ccq")
 
 __all__ = [
     "ErnieQuantError",
+    "ErnieQuantWarning",
     "__version__",
     "ccq",
     "evaluate",

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 import erniequant
-from tests.micro import CALIBRATION, add_tokenizer, write_micro_ernie, write_text
+from testing.micro_model import add_tokenizer, write_micro_ernie
+from tests.micro import CALIBRATION, write_text
 from tests.micro_vl import write_micro_vl, write_records
 
 RECORD = Path(__file__).with_name("recorded_bytes.json")

@@ -198,13 +198,13 @@ def test_available_memory_is_that_of_the_machine_within_its_group(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(memory, "Path", lambda name: tmp_path / name.lstrip("/"))
+    monkeypatch.setattr(system, "Path", lambda name: tmp_path / name.lstrip("/"))
     assert available_memory() == expected
 
 
 def test_a_system_without_such_files_counts_all_its_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "Path", lambda name: tmp_path / name.lstrip("/"))
+    monkeypatch.setattr(system, "Path", lambda name: tmp_path / name.lstrip("/"))
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert available_memory() == total
