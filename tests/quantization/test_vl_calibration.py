@@ -1,34 +1,18 @@
 """What images in the calibration are worth to the experts for images, on the embedded trained
 model; docs/vision_language.md has the figures."""
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 import erniequant
 import erniequant_data
+from benchmarks.vision_language import page
 from erniequant.data.inputs import ModelInput
 from erniequant.evaluate import image_perplexity
 from erniequant.evaluate.images import evaluation_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    sys.path.insert(0, str(DOCS))
-    spec = importlib.util.spec_from_file_location("vl_docs", DOCS / "update_vision_language.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["vl_docs"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +40,10 @@ def inputs(models: dict[str, Any]) -> list[ModelInput]:
 
 
 def test_weighted_errors_fall_in_nearly_every_matrix(
-    script: ModuleType, models: dict[str, Any], inputs: list[ModelInput]
+    models: dict[str, Any], inputs: list[ModelInput]
 ) -> None:
     with_images, on_text = (
-        script.matrix_errors(models["original"], models[name], inputs)
-        for name in ("images", "text")
+        page.matrix_errors(models["original"], models[name], inputs) for name in ("images", "text")
     )
     # Two matrices of eight experts in three layers; on held-out images.
     assert len(with_images) == 48
