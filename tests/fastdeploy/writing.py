@@ -25,6 +25,7 @@ from erniequant.formats.fastdeploy.writer import (
 )
 from erniequant.formats.results import WrittenShards
 from erniequant.models.config_check import tensor_misfits
+from erniequant.paths import expanded
 
 
 def write_fastdeploy(
@@ -52,6 +53,7 @@ def write_fastdeploy(
         ValueError: ``experts`` gives something else than the format has.
     """
     choose_k_order(None, k_order)
+    folder = expanded(folder)
     architecture = text_moe(source.config)
     model = fastdeploy_model(architecture, w4_end_layer, tensor_parallel)
     for line in tensor_misfits(architecture, source.headers):

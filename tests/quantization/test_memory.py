@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from erniequant import system
 from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.models.registry import architecture_of
-from erniequant.quantization import memory
 from erniequant.quantization.memory import (
     BASE_BYTES,
     MemoryInputs,
