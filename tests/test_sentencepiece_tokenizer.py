@@ -23,7 +23,7 @@ from tests.micro_original import (
 TEXTS = [
     "The quick brown fox", " leading and trailing  ", "a\nb\n\n\tc\r\n", "12345 and 007",
     "敏捷的狐狸 jumps 过了", "nothing unknown: é ß 😀 𠀀 \u00a0 ½ ａ", "", " ", "      ",
-    "▁", "the▁▁the", "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>ImagePatches 1: what is it?",
+    "▁", "the▁▁the", "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>Picture 1: what is it?",
     "<|begin_of_sentence|>User: hi\nAssistant: <|end_of_sentence|>", "<|IMAGE_STAR", "<0x41>",
     "-----", "........", "ththththe", "xq", "<think> further",
 ]  # fmt: skip

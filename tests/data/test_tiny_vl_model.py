@@ -227,8 +227,8 @@ def test_chat_template_places_images(tokenizer: Any) -> None:
     ]
     image = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
-        f"<s>User: ImagePatches 1:{image}这是什么？\nAssistant: A cat.</s>\n"
-        f"User: ImagePatches 2:{image}And this?\nAssistant: "
+        f"<s>User: Picture 1:{image}这是什么？\nAssistant: A cat.</s>\n"
+        f"User: Picture 2:{image}And this?\nAssistant: "
     )
     plain = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "你好"}]
     assert tokenizer.apply_chat_template(plain, tokenize=False) == "<s>Be short.\nUser: 你好\n"
