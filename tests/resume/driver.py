@@ -7,6 +7,7 @@ threads of its own at the time of the fork, or the children could hang.
 """
 
 import errno
+import importlib
 import json
 import os
 import resource
@@ -26,11 +27,22 @@ from erniequant.models.registry import architecture_of
 from erniequant.quantization.memory import MemoryInputs, largest_layer, plan_memory
 from erniequant.quantization.pipeline import quantize
 
+NEEDED = (
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.ernie4_5_moe.modeling_ernie4_5_moe",
+    "erniequant.formats.native.format",
+    "erniequant.formats.native.output",
+)
+"""What the library imports when it first needs it, which would be in every child."""
+
 COUNTED = ("pwrite", "fsync", "fdatasync", "replace", "posix_fallocate")
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    for name in NEEDED:
+        importlib.import_module(name)
     # Compiled once here, not in every child.
     tile = np.zeros((1, 32), np.float32)
     encoder(get_code("cc2", 10)).encode(tile, tile + 1)
