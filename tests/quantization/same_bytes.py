@@ -1,8 +1,9 @@
 """What five small quantisations write, as sha256 of every shard: ours at 4, 3 and 2 bits, a
 vision-language model, and WINT2.
 
-Run as a program, it adds what this processor writes to recorded_bytes.json, beside this file.
-Sums of floats depend on the processor, so each kind has a record of its own.
+Run as a program, it adds what is written here to recorded_bytes.json, beside this file. Sums of
+floats depend on the processor, and random models on the libraries that make them, so each
+combination has a record of its own.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import platform
 import re
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,21 @@ from testing.micro_model import add_tokenizer, write_micro_ernie
 from tests.micro import CALIBRATION, write_text
 from tests.micro_vl import write_micro_vl, write_records
 
+_LIBRARIES = ("torch", "transformers", "numpy", "numba")
 RECORD = Path(__file__).with_name("recorded_bytes.json")
 # FastDeploy packs 128 inputs at a time, more than the micro model has.
 _FOR_FASTDEPLOY = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128,
                    "moe_num_experts": 4}  # fmt: skip
 
 
-def processor() -> str:
-    """The kind of processor: its model, and the instructions that torch uses."""
+def surroundings() -> str:
+    """What bytes depend on beside our code: the processor, the instructions that torch uses, and
+    versions of libraries."""
     cpu = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.is_file() else []
-    return f"{(names or [platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
+    cpu = f"{(names or [platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
+    versions = (f"{name} {version(name).partition('+')[0]}" for name in _LIBRARIES)
+    return ", ".join([cpu, *versions])
 
 
 def written(folder: Path) -> dict[str, dict[str, str]]:
@@ -63,5 +69,5 @@ def written(folder: Path) -> dict[str, dict[str, str]]:
 if __name__ == "__main__":
     known = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     with tempfile.TemporaryDirectory() as made:
-        known[processor()] = written(Path(made))
+        known[surroundings()] = written(Path(made))
     RECORD.write_text(json.dumps(known, indent=1) + "\n")

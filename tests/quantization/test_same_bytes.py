@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from tests.quantization.same_bytes import RECORD, processor, written
+from tests.quantization.same_bytes import RECORD, surroundings, written
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_shards_are_those_on_record(tmp_path: Path) -> None:
-    """`python -m tests.quantization.same_bytes` adds a processor that is not on record. There, runs
-    and shards are compared; a repetition of all would say nothing about a change."""
+    """`python -m tests.quantization.same_bytes` adds surroundings that are not on record. There,
+    runs and shards are compared; a repetition of all would say nothing about a change."""
     recorded = json.loads(RECORD.read_text())
     found = written(tmp_path)
-    expected = recorded.get(processor())
+    expected = recorded.get(surroundings())
     if expected is not None:
         assert found == expected
     some = next(iter(recorded.values()))
