@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erniequant.codes import labels
-from erniequant.codes.spec import ConvolutionalCode, LabelFunction
+from erniequant.codes.labels import Label, LabelFunction
+from erniequant.codes.spec import ConvolutionalCode
 
 Products = NDArray[np.uint32]
 Labels = NDArray[np.float32]
@@ -33,9 +34,8 @@ class Candidate:
     def code(self, bits: int, length: int, multiplier: int) -> ConvolutionalCode:
         """The candidate as a code; one that is not hashed looks the register itself up."""
         factor = multiplier if self.hashed else 1
-        return ConvolutionalCode(
-            self.name, bits, self.weights_per_step, length, factor, self.label, self.name
-        )
+        label = Label(self.name, self.weights_per_step, self.label)
+        return ConvolutionalCode(self.name, bits, length, factor, label)
 
 
 def _to_bfloat16(value: Labels) -> Labels:

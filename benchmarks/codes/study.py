@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks.codes.candidates import CANDIDATES
-from erniequant.codes.registry import CODE_NAMES, code_for_bits, get_code
+from erniequant.codes.registry import CODE_NAMES, CODE_OF_BITS, CODES, code_for_bits, get_code
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.codes.viterbi import encoder
-from erniequant.encoding.matrix import SCALE_IN_RMS
 
 TILE = 256
 REGISTER_LENGTHS = tuple(range(8, 17))
@@ -37,7 +36,7 @@ def measure(code: ConvolutionalCode, sequences: int, seed: int, tile: int = TILE
     """Encode Gaussian sequences at the standard scale and refit one scale for all of them."""
     data = np.random.default_rng(seed).standard_normal((sequences, tile), dtype=np.float32)
     search = encoder(code)
-    scale = np.float32(search.tables.std() * SCALE_IN_RMS[code.bits])
+    scale = np.float32(search.tables.std() * CODES[CODE_OF_BITS[code.bits]].target_std)
     weights = np.ones_like(data)
     search.encode(data[:1] * scale, weights[:1])
     started = time.perf_counter()
@@ -95,7 +94,7 @@ def weighted_rows(length: int = 12, sequences: int = 400) -> Iterator[str]:
     yield "|---|---|---|---|"
     code = get_code("cc2", length)
     search = encoder(code)
-    scale = np.float32(search.tables.std() * SCALE_IN_RMS[2])
+    scale = np.float32(search.tables.std() * CODES[code.name].target_std)
     rng = np.random.default_rng(22)
     data = rng.standard_normal((sequences, TILE), dtype=np.float32)
     even: float | None = None

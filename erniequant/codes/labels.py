@@ -5,8 +5,31 @@ two bfloat16 numbers of magnitude 1/8 to 2 with random sign. No step rounds, so 
 and kernels agree bit for bit; the halves are FP8 (E4M3) values as well.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
+
+LabelFunction = Callable[[NDArray[np.uint32]], NDArray[np.float32]]
+"""uint32 products [...] -> float32 labels [..., weights_per_step], each exactly a bfloat16
+value."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """A label function under the name by which files and kernels choose it.
+
+    Attributes:
+        name: unique; kernels dispatch on it.
+        weights_per_step: weights that one register gives.
+        function: the labels of products.
+    """
+
+    name: str
+    weights_per_step: int
+    function: LabelFunction
+
 
 # Per 16-bit half: sign, the two low exponent bits and three mantissa bits come from the product.
 # Three mantissa bits cost nothing in error (docs/codes.md) and make the sum of two halves exact in
@@ -56,5 +79,5 @@ def _minus(product: NDArray[np.uint32], zero: int) -> NDArray[np.float32]:
     return product[..., None].astype(np.float32) - np.float32(zero)
 
 
-LABELS = {"pair": pair, "half_sum": half_sum}
-"""Labels that a native file may name; the linear ones belong to CCQ's codes (`ccq.py`)."""
+PAIR = Label("pair", 2, pair)
+HALF_SUM = Label("half_sum", 1, half_sum)

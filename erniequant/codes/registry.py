@@ -1,12 +1,98 @@
-"""The codes that a file may name, and the multiplier that belongs to each register length.
+"""The codes that a file may name, one row each, and the code of each width and effort.
 
-Everything here is part of the on-disk format: a published constant never changes, a new one gets a
-new name. docs/codes.md shows how the labels and multipliers were chosen.
+Rows are part of the on-disk format: a published constant never changes, a new one gets a new name.
+docs/codes.md shows how labels, multipliers and scales were chosen.
 """
 
-from erniequant.codes import labels
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from erniequant.codes.labels import HALF_SUM, PAIR, Label
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.errors import ErnieQuantError
+
+
+@dataclass(frozen=True)
+class CodeRow:
+    """All that the library knows of one code.
+
+    Attributes:
+        bits: per weight.
+        label: how a register becomes weights; kernels choose their decoder by its name.
+        multipliers: odd 32-bit factors by register length. Those below have the least error of 480
+            (L <= 12) to 30 (L = 16) random ones on Gaussian data.
+        target_std: standard deviation of the scaled targets over that of the labels, best on
+            N(0, 1).
+        encode_rate: weights per second and core that the encoder finds at register length 12, on an
+            AVX-512 server core; each register bit more halves it.
+    """
+
+    bits: int
+    label: Label
+    multipliers: Mapping[int, int]
+    target_std: float
+    encode_rate: float
+
+
+_RATED_LENGTH = 12
+
+CODES = {
+    "cc2": CodeRow(
+        bits=2,
+        label=PAIR,
+        multipliers={
+            8: 0x45C16C71,
+            9: 0x7CA3694B,
+            10: 0x9C7E8FCB,
+            11: 0x82C4715F,
+            12: 0x8F39E161,
+            13: 0xEB945FB5,
+            14: 0x899E2839,
+            15: 0xA69A8B89,
+            16: 0x93E6BC43,
+        },
+        target_std=0.96,
+        encode_rate=1.7e6,
+    ),
+    "cc3": CodeRow(
+        bits=3,
+        label=HALF_SUM,
+        multipliers={
+            8: 0xEDA09CD3,
+            9: 0x5A1C28CB,
+            10: 0xE1E836FF,
+            11: 0x78404F7D,
+            12: 0xDAC43A8F,
+            13: 0x4D58D98B,
+            14: 0x83FB20B7,
+            15: 0x737B4E41,
+            16: 0xDA8CDBFF,
+        },
+        target_std=0.92,
+        encode_rate=0.9e6,
+    ),
+    "cc4": CodeRow(
+        bits=4,
+        label=HALF_SUM,
+        multipliers={
+            8: 0xB5FA5C69,
+            9: 0x5A1C28CB,
+            10: 0xAE3FF167,
+            11: 0x9A5F88FD,
+            12: 0xC4BCB17B,
+            13: 0xCEE04E0F,
+            14: 0xCF5FD7B9,
+            15: 0x824EF67F,
+            16: 0x59B4E6DB,
+        },
+        target_std=0.88,
+        encode_rate=1.2e6,
+    ),
+}
+"""Every code, by name."""
+
+CODE_OF_BITS = {2: "cc2", 3: "cc3", 4: "cc4"}
+"""The code that a nominal width is quantised with."""
 
 # Register length by bits. Standard stays above 300,000 weights a second on two cores with room to
 # spare; at 3 and 4 bits one more bit lowers the error by 3 and 4 %, at 2 bits by less than 1 %.
@@ -19,54 +105,9 @@ _REGISTER_LENGTHS = {
 EFFORTS = tuple(_REGISTER_LENGTHS)
 """How hard the encoder searches, least first."""
 
-# Odd multipliers with the least error of 480 (L <= 12) to 30 (L = 16) random ones on Gaussian data.
-_MULTIPLIERS = {
-    "cc2": {
-        8: 0x45C16C71,
-        9: 0x7CA3694B,
-        10: 0x9C7E8FCB,
-        11: 0x82C4715F,
-        12: 0x8F39E161,
-        13: 0xEB945FB5,
-        14: 0x899E2839,
-        15: 0xA69A8B89,
-        16: 0x93E6BC43,
-    },
-    "cc3": {
-        8: 0xEDA09CD3,
-        9: 0x5A1C28CB,
-        10: 0xE1E836FF,
-        11: 0x78404F7D,
-        12: 0xDAC43A8F,
-        13: 0x4D58D98B,
-        14: 0x83FB20B7,
-        15: 0x737B4E41,
-        16: 0xDA8CDBFF,
-    },
-    "cc4": {
-        8: 0xB5FA5C69,
-        9: 0x5A1C28CB,
-        10: 0xAE3FF167,
-        11: 0x9A5F88FD,
-        12: 0xC4BCB17B,
-        13: 0xCEE04E0F,
-        14: 0xCF5FD7B9,
-        15: 0x824EF67F,
-        16: 0x59B4E6DB,
-    },
-}
+CODE_NAMES = tuple(CODES)
 
-# name -> (bits, weights per step, label name)
-_MEMBERS = {"cc2": (2, 2, "pair"), "cc3": (3, 1, "half_sum"), "cc4": (4, 1, "half_sum")}
-
-# Weights per second and core that the encoder finds at register length 12, on an AVX-512 server
-# core; each register bit more halves the rate.
-_ENCODE_RATES = {"cc2": 1_700_000, "cc3": 900_000, "cc4": 1_200_000}
-_RATED_LENGTH = 12
-
-CODE_NAMES = tuple(_MEMBERS)
-
-REGISTERED = tuple((name, length) for name in _MEMBERS for length in _MULTIPLIERS[name])
+REGISTERED = tuple((name, length) for name, row in CODES.items() for length in row.multipliers)
 """Name and register length of every code that a file may name."""
 
 
@@ -81,31 +122,28 @@ def get_code(name: str, register_length: int) -> ConvolutionalCode:
     Raises:
         ErnieQuantError: no such code, or no multiplier is defined for that register length.
     """
-    if name not in _MEMBERS:
-        raise ErnieQuantError(f"unknown code {name!r}; this version knows {', '.join(CODE_NAMES)}")
-    bits, weights_per_step, label = _MEMBERS[name]
-    multipliers = _MULTIPLIERS[name]
-    if register_length not in multipliers:
-        known = ", ".join(str(n) for n in multipliers)
+    if name not in CODES:
+        raise ErnieQuantError(f"unknown code {name!r}; this version knows {', '.join(CODES)}")
+    row = CODES[name]
+    if register_length not in row.multipliers:
+        known = ", ".join(map(str, row.multipliers))
         raise ErnieQuantError(
             f"code {name} has no register length {register_length!r}; this version knows {known}"
         )
-    return ConvolutionalCode(
-        name,
-        bits,
-        weights_per_step,
-        register_length,
-        multipliers[register_length],
-        labels.LABELS[label],
-        label,
-    )
-
-
-def encode_rate(code: ConvolutionalCode) -> float:
-    """Weights per second and core that the encoder of a code finds, roughly."""
-    return float(_ENCODE_RATES[code.name]) * 2.0 ** (_RATED_LENGTH - code.register_length)
+    multiplier = row.multipliers[register_length]
+    return ConvolutionalCode(name, row.bits, register_length, multiplier, row.label)
 
 
 def code_for_bits(bits: int, register_length: int) -> ConvolutionalCode:
     """The native code of a nominal width of 2, 3 or 4 bits."""
-    return get_code(f"cc{bits}", register_length)
+    return get_code(CODE_OF_BITS[bits], register_length)
+
+
+def encode_rate(code: ConvolutionalCode) -> float:
+    """Weights per second and core that the encoder of a code finds, roughly."""
+    return CODES[code.name].encode_rate * 2.0 ** (_RATED_LENGTH - code.register_length)
+
+
+def target_std(code: ConvolutionalCode) -> float:
+    """Standard deviation of the scaled targets over that of the labels, see `CodeRow`."""
+    return CODES[code.name].target_std

@@ -7,15 +7,12 @@ register emits ``weights_per_step`` weights. Members of the family: CCQ (arXiv 2
 codes are tail-biting, CCQ's keep every few weights in a word that begins with a full register.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-LabelFunction = Callable[[NDArray[np.uint32]], NDArray[np.float32]]
-"""uint32 products [...] -> float32 labels [..., weights_per_step], each exactly a bfloat16
-value."""
+from erniequant.codes.labels import Label
 
 WORD_BITS = 32
 
@@ -33,12 +30,15 @@ class ConvolutionalCode:
 
     name: str
     bits: int
-    weights_per_step: int
     register_length: int
     multiplier: int
-    label: LabelFunction
-    label_name: str
+    label: Label
     runs: tuple[int, ...] = ()
+
+    @property
+    def weights_per_step(self) -> int:
+        """Weights that one step emits."""
+        return self.label.weights_per_step
 
     @property
     def step_bits(self) -> int:
@@ -71,4 +71,4 @@ class ConvolutionalCode:
     def table(self) -> NDArray[np.float32]:
         """Labels of every register value: float32 ``[2**register_length, weights_per_step]``."""
         register = np.arange(self.states, dtype=np.uint32)
-        return self.label(register * np.uint32(self.multiplier))
+        return self.label.function(register * np.uint32(self.multiplier))

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from erniequant.codes.registry import target_std
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.codes.viterbi import Encoder, encoder
 from erniequant.encoding.hessian import ROW_BLOCK, factorise
@@ -15,10 +16,6 @@ from erniequant.encoding.ldlq import EncodedMatrix, encode_matrix
 from erniequant.packing.decoding import decode_weight, encode_scale
 from erniequant.packing.rotation import pack_signs, rotate, unrotate
 from erniequant.packing.schema import MatrixSpec
-
-SCALE_IN_RMS = {2: 0.96, 3: 0.92, 4: 0.88}
-"""Standard deviation of the scaled targets over that of the labels, best on N(0, 1); see
-docs/codes.md."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +162,7 @@ def initial_scale(rows: torch.Tensor, code: ConvolutionalCode, search: Encoder) 
     label_std = float(search.tables.std())
     rms = rows.square().mean(0).sqrt()
     floor = max(float(rms.max()), 1e-30) * 1e-6
-    return rms.clamp_min(floor) / (SCALE_IN_RMS[code.bits] * label_std)
+    return rms.clamp_min(floor) / (target_std(code) * label_std)
 
 
 IMPORTANCE_RANGE = 1e3

@@ -1,17 +1,22 @@
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 """Decode helpers for Triton kernels: words of the bit stream, products of registers, labels.
 
-A kernel handles *groups* of stream bits: one 32-bit word where the step divides 32, three bytes for
-3-bit steps; eight steps either way. Every step of all groups of a tile is decoded at once with
-constant shifts, so a weight stays in the lane that loaded its word.
+A kernel handles *groups* of eight steps: one 32-bit word of 4-bit steps, three bytes of 3-bit and
+two of 2-bit steps. Every step of all groups of a tile is decoded at once with constant shifts, so a
+weight stays in the lane that loaded its word.
+
+The step says how words are cut into registers, the label how a register becomes weights; kernels
+are told both, and nothing else depends on the width. A new label is a case of `weights_per_step`,
+`label_weights` and, unless its product holds two bfloat16 halves as well, of `operand`.
 
 What makes it cheap (counts: `erniequant bench static`):
 
-* Groups are loaded in runs of neighbours, two words or three with four 3-byte groups: all but the
-  first find the bits before them in their neighbour, and shifts of the run are constants.
-* Registers that lie 16 bits apart (15 for 3-bit steps) are cut out together. With ``v = low +
-  (high << 16)`` and the multiplier ``m``, ``low * m = v * m - high * (m << 16)`` modulo 2^32: a
-  multiplication in place of a shift and a mask, on the pipe that is idle.
+* Groups are loaded in runs of neighbours, whole words (two of one word, four of three or two
+  bytes): all but the first find the bits before them in their neighbour, and shifts of the run are
+  constants.
+* Registers of a group that lie 16 bits apart (15 for 3-bit steps) are cut out together. With ``v =
+  low + (high << 16)`` and the multiplier ``m``, ``low * m = v * m - high * (m << 16)`` modulo 2^32:
+  a multiplication in place of a shift and a mask, on the pipe that is idle.
 * The masked product is an operand of the matrix instruction as it stands, see `operand`.
 """
 
@@ -36,8 +41,17 @@ def run_length(step_bits):
 
 @triton.constexpr_function
 def steps_apart(step_bits):
-    """Steps between two registers that are cut out together: 16 stream bits, or 15."""
-    return 4 if step_bits == 4 else 5
+    """Steps between two registers that are cut out together: 16 stream bits, or 15.
+
+    A group of 2-bit steps is no longer than that: its registers are cut out one by one.
+    """
+    return 16 // step_bits
+
+
+@triton.constexpr_function
+def weights_per_step(label):
+    """Weights that a label makes of one product."""
+    return {"pair": 2, "half_sum": 1}[label]
 
 
 def group_weights(code: ConvolutionalCode) -> int:
@@ -45,11 +59,11 @@ def group_weights(code: ConvolutionalCode) -> int:
     return STEPS * code.weights_per_step
 
 
-def code_constants(code: ConvolutionalCode) -> dict[str, int]:
+def code_constants(code: ConvolutionalCode) -> dict[str, int | str]:
     """The constexpr arguments by which every kernel is told the code."""
     return {
         "STEP_BITS": code.step_bits,
-        "WEIGHTS_PER_STEP": code.weights_per_step,
+        "LABEL": code.label.name,
         "LENGTH": code.register_length,
         "MULTIPLIER": code.multiplier,
     }
@@ -107,6 +121,12 @@ def load_groups(
         both = tl.load(start + first[:, None, None] + two[None, None, :])
         even, odd = tl.split(both.to(tl.uint32, bitcast=True))
         return (even, odd), (before, even)
+    elif STEP_BITS == 2:
+        a = tl.load(words + first[:, None]).to(tl.uint32, bitcast=True)
+        b = tl.load(words + (first + 1)[:, None]).to(tl.uint32, bitcast=True)
+        # Four groups of two bytes end 16, 32, 48 and 64 bits into the run.
+        newest = (_funnel(before, a, 16), a, _funnel(a, b, 16), b)
+        return newest, (before >> 16, before, a >> 16, a)
     else:  # Triton 3.6 compiles what follows a branch that returns, so this is one
         a = tl.load(words + first[:, None]).to(tl.uint32, bitcast=True)
         b = tl.load(words + (first + 1)[:, None]).to(tl.uint32, bitcast=True)
@@ -155,15 +175,14 @@ def step_at(turn, step_bits):
     that spills.
     """
     apart = steps_apart(step_bits)
+    if apart >= STEPS:
+        return turn
     return turn // 2 + turn % 2 * apart if turn // 2 + apart < STEPS else turn - 3
 
 
 @triton.jit
 def halves(products, keep_bits):
-    """The two bfloat16 numbers in a product, low half first; label ``pair`` emits them as they are.
-
-    Label ``half_sum`` emits their sum: `half_sum`, or a matrix product with each input twice.
-    """
+    """The two bfloat16 numbers in a product, low half first."""
     masked = (products & keep_bits) ^ TOGGLE_BITS
     low = (masked & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     high = (masked >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -171,11 +190,15 @@ def halves(products, keep_bits):
 
 
 @triton.jit
-def half_sum(products, keep_bits):
-    """Label ``half_sum``: products to bfloat16 weights."""
+def label_weights(products, keep_bits, LABEL: tl.constexpr):
+    """The bfloat16 weights that a label makes of products, a tuple in the order of outputs."""
     low, high = halves(products, keep_bits)
-    # Exact. Written in float32 because the interpreter would add the bit patterns.
-    return (low.to(tl.float32) + high.to(tl.float32)).to(tl.bfloat16)
+    if LABEL == "pair":
+        return (low, high)
+    else:
+        tl.static_assert(LABEL == "half_sum")
+        # Exact. Written in float32 because the interpreter would add the bit patterns.
+        return ((low.to(tl.float32) + high.to(tl.float32)).to(tl.bfloat16),)
 
 
 @triton.jit
@@ -184,8 +207,8 @@ def operand(products, keep_bits, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
 
     The result is bfloat16 ``[ROWS, 2 * BLOCK_K]``: both halves of each product side by side, as
     they lie in its register, so nothing is moved to build the operand. The other operand does the
-    rest: with each input twice the product sums the halves, with zeros in between it takes one
-    (`erniequant_kernels.rotation` writes the inputs so).
+    rest of the label: with each input twice the product sums the halves (``half_sum``), with zeros
+    in between it takes one (``pair``); `erniequant_kernels.rotation` writes the inputs so.
 
     Groups of a run lie eight rows apart (`operand_group`), because lane ``l`` of the matrix
     instruction holds rows ``l // 4`` and ``l // 4 + 8``: it loads whole runs.

@@ -32,14 +32,15 @@ def expand_kernel(
     OUTPUTS: tl.constexpr,
     TILE_WORDS: tl.constexpr,
     STEP_BITS: tl.constexpr,
-    WEIGHTS_PER_STEP: tl.constexpr,
+    LABEL: tl.constexpr,
     LENGTH: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     RUNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Program (k, n, e): RUNS runs of groups and BLOCK_K inputs of one expert."""
-    PER_GROUP: tl.constexpr = 8 * WEIGHTS_PER_STEP
+    PER_STEP: tl.constexpr = decode.weights_per_step(LABEL)
+    PER_GROUP: tl.constexpr = 8 * PER_STEP
     RUN: tl.constexpr = decode.run_length(STEP_BITS)
     RUN_COUNT: tl.constexpr = OUTPUTS // PER_GROUP // RUN
     expert = tl.program_id(2).to(tl.int64)
@@ -58,14 +59,11 @@ def expand_kernel(
     for i in tl.static_range(RUN):
         for step in tl.static_range(8):
             products = decode.product(before[i], newest[i], step, STEP_BITS, LENGTH, MULTIPLIER)
-            output = (RUN * run + i) * PER_GROUP + step * WEIGHTS_PER_STEP
+            output = (RUN * run + i) * PER_GROUP + step * PER_STEP
             place = out_ptr + output[:, None] * INPUTS + row[None, :]
-            if WEIGHTS_PER_STEP == 2:
-                low, high = decode.halves(products, keep)
-                tl.store(place, low, mask=inside)
-                tl.store(place + INPUTS, high, mask=inside)
-            else:
-                tl.store(place, decode.half_sum(products, keep), mask=inside)
+            weights = decode.label_weights(products, keep, LABEL)
+            for j in tl.static_range(PER_STEP):
+                tl.store(place + j * INPUTS, weights[j], mask=inside)
 
 
 def expand(

@@ -74,7 +74,7 @@ def packed_gemm_kernel(
     OUTPUTS: tl.constexpr,
     TILE_WORDS: tl.constexpr,
     STEP_BITS: tl.constexpr,
-    WEIGHTS_PER_STEP: tl.constexpr,
+    LABEL: tl.constexpr,
     LENGTH: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -84,14 +84,15 @@ def packed_gemm_kernel(
 ):
     """Program (row tile and group block, split): GROUPS groups of outputs for one row tile.
 
-    ``x`` is bf16 ``[rows, WEIGHTS_PER_STEP, 2 * INPUTS]``, ``out`` float32 ``[SPLITS, assignments,
+    ``x`` is bf16 ``[rows, weights per step, 2 * INPUTS]``, ``out`` float32 ``[SPLITS, assignments,
     OUTPUTS]``.
     """
-    PER_GROUP: tl.constexpr = 8 * WEIGHTS_PER_STEP
+    PER_STEP: tl.constexpr = decode.weights_per_step(LABEL)
+    PER_GROUP: tl.constexpr = 8 * PER_STEP
     GROUP_COUNT: tl.constexpr = OUTPUTS // PER_GROUP
     BLOCKS: tl.constexpr = (GROUP_COUNT + GROUPS - 1) // GROUPS
     RUN: tl.constexpr = decode.run_length(STEP_BITS)
-    COLUMNS: tl.constexpr = WEIGHTS_PER_STEP * BLOCK_M
+    COLUMNS: tl.constexpr = PER_STEP * BLOCK_M
     TURNS: tl.constexpr = INPUTS // BLOCK_K // SPLITS
     row_tile = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
@@ -106,7 +107,7 @@ def packed_gemm_kernel(
     inside = position < tl.load(tile_end_ptr + row_tile)
     # Columns beyond the tile compute some token again and are not stored.
     assignment = tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64)
-    x_row = assignment // TOP_K * WEIGHTS_PER_STEP + column // BLOCK_M
+    x_row = assignment // TOP_K * PER_STEP + column // BLOCK_M
     x_ptrs = (x_ptr + x_row * (2 * INPUTS))[None, :]
 
     packed_ptr += expert * (GROUP_COUNT * STEP_BITS // 4 * INPUTS)
@@ -146,7 +147,7 @@ def packed_gemm_kernel(
     output = group[:, None] * PER_GROUP + (column // BLOCK_M)[None, :]
     place = out_ptr + out_row[None, :] * OUTPUTS + output
     for i in tl.static_range(8):
-        shift = decode.step_at(i, STEP_BITS) * WEIGHTS_PER_STEP
+        shift = decode.step_at(i, STEP_BITS) * PER_STEP
         tl.store(place + shift, sums[i], mask=mask)
 
 

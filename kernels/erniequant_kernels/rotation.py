@@ -34,9 +34,12 @@ class Form(IntEnum):
     """``[rows, 2, 2 * K]``: first before a zero, then after one; takes the low or high half."""
 
 
+_FORM_OF_LABEL = {"pair": Form.EITHER, "half_sum": Form.TWICE}
+
+
 def form_of(code: ConvolutionalCode) -> Form:
-    """What the packed product of a code wants."""
-    return Form.EITHER if code.weights_per_step == 2 else Form.TWICE
+    """What the packed product of a code wants: its label decides."""
+    return _FORM_OF_LABEL[code.label.name]
 
 
 def form_shape(rows: int, inputs: int, form: Form) -> tuple[int, ...]:

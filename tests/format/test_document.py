@@ -49,7 +49,7 @@ def reader() -> ModuleType:
 def test_codes() -> None:
     found = {r[0]: (int(r[1]), int(r[2]), r[3]) for r in rows("| code | bits |")}
     codes = [get_code(name, 12) for name in CODE_NAMES]
-    assert found == {c.name: (c.bits, c.weights_per_step, c.label_name) for c in codes}
+    assert found == {c.name: (c.bits, c.weights_per_step, c.label.name) for c in codes}
 
 
 def test_multipliers() -> None:
