@@ -33,8 +33,8 @@ def load(
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
         dtype: of activations and unquantised weights, for example "bfloat16"; None or "auto": as
             stored.
-        keep_decoded: keep experts decoded after first use (see `PackedExperts`). None: on the CPU,
-            when all of them fit in 2 GB.
+        keep_decoded: keep experts decoded after first use (see `DecodingExperts`). None: on the
+            CPU, where they cannot be multiplied packed and all of them fit in 2 GB.
         k_order: of a FastDeploy WINT2 checkpoint whose files do not say: "plain" or "mma64".
         reference: the original of such a checkpoint, to find its K order by.
 
@@ -142,5 +142,6 @@ def _keep_decoded(model: Any, device: torch.device, keep: bool | None) -> None:
     if keep is None:
         weights = sum(m.weights for m in packed)
         keep = device.type == "cpu" and weights * model.dtype.itemsize <= _KEEP_DECODED_BYTES
+        keep = keep and not all(m.multiplies_packed(device, model.dtype) for m in packed)
     for module in packed:
         module.keep_decoded = keep

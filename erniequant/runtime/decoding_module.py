@@ -14,8 +14,8 @@ class DecodingExperts(nn.Module):
     """What experts modules of every format have in common.
 
     Attributes:
-        keep_decoded: keep every expert's weights after first use. Faster, at the memory of the
-            original model; set it back to False to free them.
+        keep_decoded: keep every expert's weights after first use, at the memory of the original
+            model. Faster only where `multiplies_packed` says no; set it back to False to free them.
         num_experts: experts of the layer.
         activation: name of the activation of the gate, as in the model's config.
     """
@@ -30,6 +30,11 @@ class DecodingExperts(nn.Module):
     @abstractmethod
     def weights(self) -> int:
         """Number of weights that are packed."""
+
+    @abstractmethod
+    def multiplies_packed(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether activations of a dtype are multiplied with packed weights there, without decoding
+        them first."""
 
     @abstractmethod
     def decode(self, projection: str, expert: int) -> torch.Tensor:

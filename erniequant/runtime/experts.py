@@ -1,8 +1,8 @@
 """The experts of one layer, kept packed: a drop-in for the experts modules of transformers.
 
-On a GPU they run on packed weights (`erniequant.runtime.ops`). Elsewhere, and for what the kernels
-do not take, an expert's two matrices are decoded to the activation dtype as they are needed.
-Decoded weights equal those of an export: the same logits up to the order of summation.
+They run on packed weights (`erniequant.runtime.ops`). For what the kernels do not take, an expert's
+two matrices are decoded to the activation dtype as they are needed. Decoded weights equal those of
+an export: the same logits up to the order of summation.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from erniequant.packing.layer_keys import GUARD
 from erniequant.packing.products import DIFFERENTIABLE
 from erniequant.packing.schema import SUFFIXES, LayerSpec, layer_params
 from erniequant.runtime.decoding_module import DecodingExperts
-from erniequant.runtime.ops import moe_experts, spec_text
+from erniequant.runtime.ops import CPU_DTYPES, KERNEL_DTYPES, moe_experts, spec_text
 
 
 class PackedExperts(DecodingExperts):
@@ -55,6 +55,11 @@ class PackedExperts(DecodingExperts):
         # Files hold the guard, which has no place here.
         state_dict.pop(prefix + self.guard, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def multiplies_packed(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """As the operator does."""
+        dtypes = {"cuda": KERNEL_DTYPES, "cpu": CPU_DTYPES}.get(device.type, ())
+        return dtype in dtypes and self.activation == "silu"
 
     def decode(self, projection: str, expert: int) -> torch.Tensor:
         """Weights float32 ``[N, K]`` of one expert."""

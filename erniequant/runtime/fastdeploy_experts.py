@@ -59,6 +59,10 @@ class FastDeployExperts(DecodingExperts):
                 parameter.data = stored[name].to(parameter.device)
         return moved
 
+    def multiplies_packed(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Nowhere yet: the kernels decode a few experts at a time."""
+        return False
+
     def decode(self, projection: str, expert: int) -> torch.Tensor:
         """Weights float32 ``[N, K]`` of one expert."""
         name = _NAMES[projection]

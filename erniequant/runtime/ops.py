@@ -1,13 +1,15 @@
-"""The experts of a layer as one operator of torch: kernels on CUDA, plain torch elsewhere.
+"""The experts of a layer as one operator of torch: kernels on CUDA and on the CPU, plain torch
+elsewhere and for what they do not take.
 
-`erniequant::moe_experts` is opaque to `torch.compile` and can be captured in a CUDA graph. Its
-workspace is what `erniequant_kernels.moe.Plan.workspace_bytes` says; weights stay packed, except
-where many tokens per expert make it cheaper to decode a few experts at a time into that workspace.
+`erniequant::moe_experts` is opaque to `torch.compile` and can be captured in a CUDA graph. On a GPU
+its workspace is what `erniequant_kernels.moe.Plan.workspace_bytes` says; weights stay packed,
+except where many tokens per expert make it cheaper to decode a few experts at a time into that
+workspace. On the CPU they always stay packed.
 """
 
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,8 +22,14 @@ from erniequant.packing.products import (
 )
 from erniequant.packing.schema import LayerSpec, MatrixSpec
 
+if TYPE_CHECKING:
+    from erniequant_kernels.matrices import PackedMatrices
+
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-"""Activations that the kernels take; float32 asks for more precision than they have."""
+"""Activations that the kernels on a GPU take; float32 asks for more precision than they have."""
+
+CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Activations that the products on the CPU take."""
 
 
 def _in_plain_torch(
@@ -95,6 +103,23 @@ def _on_cuda(
     return run_kernels(x, expert_index, routing, gate_up, down, parse_spec(spec))
 
 
+@moe_experts.register_kernel("cpu")
+def _on_cpu(
+    x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor,
+    gate_up_packed: torch.Tensor, gate_up_scale: torch.Tensor, gate_up_signs: torch.Tensor,
+    down_packed: torch.Tensor, down_scale: torch.Tensor, down_signs: torch.Tensor,
+    spec: str, activation: str,
+) -> torch.Tensor:  # fmt: skip
+    gate_up = (gate_up_packed, gate_up_scale, gate_up_signs)
+    down = (down_packed, down_scale, down_signs)
+    if x.dtype not in CPU_DTYPES or activation != "silu":
+        return _in_plain_torch(x, expert_index, routing, *gate_up, *down, spec, activation)
+    from erniequant_kernels.cpu.moe import moe_experts_cpu
+
+    both = _matrices(gate_up, down, parse_spec(spec))
+    return moe_experts_cpu(x, expert_index, routing, *both)
+
+
 @torch.library.custom_op("erniequant::moe_experts_backward", mutates_args=())
 def moe_experts_backward(
     grad: torch.Tensor, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor,
@@ -141,19 +166,27 @@ def run_kernels(
     gate_up: tuple[torch.Tensor, ...], down: tuple[torch.Tensor, ...], spec: LayerSpec,
 ) -> torch.Tensor:  # fmt: skip
     """`moe_experts` by Triton kernels; ``gate_up`` and ``down`` are packed, scale and signs."""
-    from erniequant_kernels.moe import PackedMatrices, moe_experts
+    from erniequant_kernels.moe import moe_experts
     from erniequant_kernels.tuning import tuning_for
+
+    # Triton launches on the current device, which in a model over several is often another one.
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        return moe_experts(
+            x.contiguous(), expert_index, routing, *_matrices(gate_up, down, spec),
+            tuning_for(x.device),
+        )  # fmt: skip
+
+
+def _matrices(
+    gate_up: tuple[torch.Tensor, ...], down: tuple[torch.Tensor, ...], spec: LayerSpec
+) -> tuple["PackedMatrices", "PackedMatrices"]:
+    from erniequant_kernels.matrices import PackedMatrices
 
     def matrices(tensors: tuple[torch.Tensor, ...], how: MatrixSpec) -> PackedMatrices:
         packed, scale, signs = tensors
         return PackedMatrices(packed, scale, signs, how.conv(), how.tile, how.rotation_block)
 
-    # Triton launches on the current device, which in a model over several is often another one.
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        return moe_experts(
-            x.contiguous(), expert_index, routing, matrices(gate_up, spec.gate_up_proj),
-            matrices(down, spec.down_proj), tuning_for(x.device),
-        )  # fmt: skip
+    return matrices(gate_up, spec.gate_up_proj), matrices(down, spec.down_proj)
 
 
 def spec_text(spec: LayerSpec) -> str:

@@ -11,49 +11,16 @@ from functools import cache
 
 import torch
 
-from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
 from erniequant_kernels.combine import combine
 from erniequant_kernels.dense_gemm import dense_gemm
 from erniequant_kernels.expand import expand
+from erniequant_kernels.matrices import PackedMatrices
 from erniequant_kernels.packed_gemm import PackedGemmConfig, packed_gemm
 from erniequant_kernels.prepare import prepare
 from erniequant_kernels.rotation import Form, form_of, form_shape, swiglu_rotate
 from erniequant_kernels.routing import RowTiles, most_row_tiles
 from erniequant_kernels.tuning import Tuning
-
-
-@dataclass(frozen=True)
-class PackedMatrices:
-    """One projection of all experts, as stored (docs/format.md).
-
-    Attributes:
-        packed: int32 ``[E, N / tile, K * words]``, contiguous.
-        scale: int16 ``[E, N, 1]``.
-        signs: int32 ``[ceil(K / 32)]``.
-    """
-
-    packed: torch.Tensor
-    scale: torch.Tensor
-    signs: torch.Tensor
-    code: ConvolutionalCode
-    tile: int
-    rotation_block: int
-
-    @property
-    def experts(self) -> int:
-        """Number of experts."""
-        return self.packed.shape[0]
-
-    @property
-    def outputs(self) -> int:
-        """N."""
-        return self.packed.shape[1] * self.tile
-
-    @property
-    def inputs(self) -> int:
-        """K."""
-        return self.packed.shape[2] // self.code.words_per_sequence(self.tile)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from erniequant.packing.rotation import pack_signs, random_signs
 from erniequant.packing.schema import MatrixSpec
 from erniequant_kernels import moe
 from erniequant_kernels.dense_gemm import DenseGemmConfig
-from erniequant_kernels.moe import PackedMatrices, moe_experts, plan
+from erniequant_kernels.matrices import PackedMatrices
+from erniequant_kernels.moe import moe_experts, plan
 from erniequant_kernels.tuning import PackedRow, Tuning, tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

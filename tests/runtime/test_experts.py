@@ -99,7 +99,9 @@ def test_keeping_decoded_weights(experts: PackedExperts) -> None:
     first = experts.weight("down_proj", 0, torch.float32)
     assert experts.weight("down_proj", 0, torch.float32) is not first
     experts.keep_decoded = True
-    assert torch.equal(experts(x, index, weight), plain)
+    # Decoded weights are not multiplied in the order of packed ones.
+    error = (experts(x, index, weight) - plain).abs().max()
+    assert error <= 1e-5 * plain.abs().max()
     kept = experts.weight("down_proj", 0, torch.float32)
     assert experts.weight("down_proj", 0, torch.float32) is kept
     assert experts.weight("down_proj", 0, torch.bfloat16).dtype == torch.bfloat16

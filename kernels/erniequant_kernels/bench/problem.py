@@ -9,7 +9,7 @@ from erniequant.codes import register_length
 from erniequant.packing.decoding import decode_weight, encode_scale
 from erniequant.packing.rotation import block_size, pack_signs, random_signs
 from erniequant.packing.schema import MatrixSpec, tile_size
-from erniequant_kernels.moe import PackedMatrices
+from erniequant_kernels.matrices import PackedMatrices
 
 BFLOAT16_BITS = 16
 SCALE = 2**-5

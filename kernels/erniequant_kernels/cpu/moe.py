@@ -1,0 +1,114 @@
+"""The experts of a layer on packed weights, on the CPU.
+
+Assignments are sorted by expert and cut into blocks of tokens; each block's weights are decoded as
+they are multiplied, whatever the number of tokens, so nothing is ever kept decoded.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from erniequant_kernels.cpu.machine import Machine, machine
+from erniequant_kernels.cpu.product import ProductSpec, most_tokens, product, takes_bfloat16
+from erniequant_kernels.cpu.rotation import RotationSpec, rotation
+from erniequant_kernels.cpu.threads import run_items
+from erniequant_kernels.matrices import PackedMatrices
+
+BLOCK_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+"""Tokens of a block. More sizes would fit an expert's tokens better, and take longer to compile."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of one size of block.
+
+    Attributes:
+        tokens: rows of each block.
+        expert: int32 ``[blocks]``.
+        first: int32 ``[blocks]``, the first row of each.
+    """
+
+    tokens: int
+    expert: torch.Tensor
+    first: torch.Tensor
+
+
+def cut_into_blocks(counts: list[int], most: int) -> list[Blocks]:
+    """Blocks of rows that are sorted by expert, of which ``counts`` has the number for each."""
+    sizes = [size for size in reversed(BLOCK_TOKENS) if size <= most]
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    row = 0
+    for expert, count in enumerate(counts):
+        end = row + count
+        for size in sizes:
+            while end - row >= size:
+                experts, firsts = found.setdefault(size, ([], []))
+                experts.append(expert)
+                firsts.append(row)
+                row += size
+    return [
+        Blocks(size, *(torch.tensor(values, dtype=torch.int32) for values in found[size]))
+        for size in sizes if size in found
+    ]  # fmt: skip
+
+
+def moe_experts_cpu(
+    x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor, gate_up: PackedMatrices,
+    down: PackedMatrices, *, on: Machine | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Weighted sum of ``down(silu(gate(x)) * up(x))`` over the chosen experts of each token.
+
+    Rotated activations are bfloat16 where ``x`` is and the processor multiplies bfloat16, else
+    float32; sums are float32.
+
+    Args:
+        x: ``[T, H]`` bfloat16, float16 or float32.
+        expert_index: integer ``[T, k]``; an index outside ``[0, E)`` contributes nothing.
+        routing: float ``[T, k]``.
+        on: the machine to make code for; this one unless given.
+
+    Returns:
+        ``[T, H]`` in the dtype of ``x``; the same bits for any number of threads.
+    """
+    tokens, top_k = expert_index.shape
+    chosen = expert_index.reshape(-1)
+    inside = (chosen >= 0) & (chosen < gate_up.experts)
+    order = torch.where(inside, chosen, gate_up.experts).argsort(stable=True)
+    counts = torch.bincount(chosen[inside], minlength=gate_up.experts).tolist()
+    order = order[: sum(counts)]
+    out = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+    if not order.numel():
+        return out.to(x.dtype)
+    token = order // top_k
+    halves = _multiply(x.float(), token, gate_up, counts, x.dtype, on or machine())
+    gate, up = halves.chunk(2, dim=-1)
+    inner = functional.silu(gate).mul_(up)
+    rows = torch.arange(order.numel())
+    result = _multiply(inner, rows, down, counts, x.dtype, on or machine())
+    weights = routing.reshape(-1)[order].float()
+    return out.index_add_(0, token, result.mul_(weights[:, None])).to(x.dtype)
+
+
+def _multiply(
+    x: torch.Tensor, rows: torch.Tensor, matrix: PackedMatrices, counts: list[int],
+    dtype: torch.dtype, on: Machine,
+) -> torch.Tensor:  # fmt: skip
+    """Products of rows of ``x``, sorted by expert, float32 ``[rows, N]``."""
+    code, tile, inputs = matrix.code, matrix.tile, matrix.inputs
+    bfloat16 = dtype == torch.bfloat16 and takes_bfloat16(code, tile, inputs, on)
+    rotated = torch.empty(len(rows), inputs, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    x, signs = x.contiguous(), matrix.signs.contiguous()
+    rotate = rotation(RotationSpec(inputs, matrix.rotation_block, bfloat16), on)
+    rotate(len(rows), *(tensor.data_ptr() for tensor in (rows, x, signs, rotated)))
+    out = torch.empty(len(rows), matrix.outputs)
+    scale, packed = matrix.scale.contiguous(), matrix.packed.contiguous()
+    tiles = matrix.outputs // tile
+    for blocks in cut_into_blocks(counts, most_tokens(code, on)):
+        function = product(ProductSpec(code, tile, inputs, blocks.tokens, bfloat16), on)
+        run_items(
+            function, tiles * blocks.expert.numel(), tiles, packed.data_ptr(),
+            packed.stride(0) * packed.element_size(), blocks.expert.data_ptr(),
+            blocks.first.data_ptr(), rotated.data_ptr(), scale.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+    return out

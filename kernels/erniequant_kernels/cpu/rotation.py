@@ -1,0 +1,119 @@
+"""Rotate rows of inputs: signs, then the Hadamard transform of blocks of channels, in registers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from llvmlite import ir
+
+from erniequant.packing.rotation import rotate as rotate_plain
+from erniequant.packing.rotation import unpack_signs
+from erniequant_kernels.cpu.compiler import compile_function
+from erniequant_kernels.cpu.machine import Machine
+from erniequant_kernels.cpu.vector_code import (
+    F32,
+    I16,
+    I32,
+    I64,
+    POINTER,
+    Code,
+    integer,
+    splat,
+    vector,
+)
+
+
+@dataclass(frozen=True)
+class RotationSpec:
+    """One compiled rotation: rows of ``inputs`` float32 channels in blocks of ``block``, written as
+    bfloat16 or float32."""
+
+    inputs: int
+    block: int
+    bfloat16: bool
+
+
+def rotate_reference(
+    x: torch.Tensor, signs: torch.Tensor, block: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """`rotation` in plain torch, equal to the last bit: float32 ``[rows, K]`` to ``dtype``."""
+    return rotate_plain(x, unpack_signs(signs, x.shape[-1]), block).to(dtype)
+
+
+@cache
+def rotation(spec: RotationSpec, machine: Machine) -> Callable[..., None]:
+    """The compiled rotation.
+
+    Its arguments are integers: number of rows, address of ``rows``, int64, the row of ``x`` that
+    each row of the result is made of; addresses of ``x`` float32 ``[any, K]``, of ``signs`` int32
+    ``[ceil(K / 32)]`` and of the result.
+    """
+    return compile_function(rotation_module(spec), "rotation", machine)
+
+
+def rotation_module(spec: RotationSpec) -> ir.Module:
+    """The code of `rotation`."""
+    code = Code("rotation", [I64, *[POINTER] * 4])
+    count, rows, x, signs, out = code.function.args
+    out_bytes = 2 if spec.bfloat16 else 4
+
+    def one_row(row: ir.Value, _: object) -> list[ir.Value]:
+        source = code.load(I64, code.address(rows, code.at.mul(row, integer(8))))
+        source = code.address(x, code.at.mul(source, integer(4 * spec.inputs)))
+        target = code.address(out, code.at.mul(row, integer(out_bytes * spec.inputs)))
+
+        def one_block(channel: ir.Value, _: object) -> list[ir.Value]:
+            values = code.load(
+                vector(F32, spec.block), code.address(source, code.at.mul(channel, integer(4)))
+            )
+            values = _hadamard(code, _signed(code, values, signs, channel), spec.block)
+            place = code.address(target, code.at.mul(channel, integer(out_bytes)))
+            code.store(_rounded(code, values) if spec.bfloat16 else values, place)
+            return []
+
+        code.loop(integer(0), integer(spec.inputs), spec.block, [], one_block)
+        return []
+
+    code.loop(integer(0), count, 1, [], one_row)
+    code.at.ret_void()
+    return code.module
+
+
+def _signed(code: Code, values: ir.Value, signs: ir.Value, channel: ir.Value) -> ir.Value:
+    """Values of the channels from ``channel`` on, negative where the sign's bit is set."""
+    at, lanes = code.at, values.type.count
+    width = min(lanes, 32)
+    word = code.address(signs, at.mul(at.udiv(channel, integer(32)), integer(4)))
+    words = code.load(vector(I32, lanes // width), word)
+    if width < 32:
+        bits = at.trunc(at.urem(channel, integer(32)), I32)
+        shifted = at.lshr(at.extract_element(words, ir.Constant(I32, 0)), bits)
+        negative = at.bitcast(at.trunc(shifted, ir.IntType(width)), vector(ir.IntType(1), width))
+    else:
+        negative = at.bitcast(words, vector(ir.IntType(1), lanes))
+    flipped = at.xor(at.bitcast(values, vector(I32, lanes)), splat(I32, lanes, 1 << 31))
+    return at.select(negative, at.bitcast(flipped, values.type), values)
+
+
+def _hadamard(code: Code, values: ir.Value, block: int) -> ir.Value:
+    """Orthonormal Hadamard transform: neighbours ``half`` apart are added and subtracted."""
+    half = 1
+    while half < block:
+        other = code.shuffle(values, [lane ^ half for lane in range(block)])
+        sign = [-1.0 if lane & half else 1.0 for lane in range(block)]
+        # In the upper half the sum begins with the other: a - b, not b - a.
+        values = code.fused(values, ir.Constant(values.type, sign), other)
+        half *= 2
+    return code.at.fmul(values, splat(F32, block, block**-0.5))
+
+
+def _rounded(code: Code, values: ir.Value) -> ir.Value:
+    """float32 to bfloat16 patterns: to nearest, ties to even; nan stays nan."""
+    at, lanes = code.at, values.type.count
+    pattern = at.bitcast(values, vector(I32, lanes))
+    odd = at.and_(at.lshr(pattern, splat(I32, lanes, 16)), splat(I32, lanes, 1))
+    rounded = at.add(at.add(pattern, splat(I32, lanes, 0x7FFF)), odd)
+    is_nan = at.fcmp_unordered("uno", values, values)
+    kept = at.select(is_nan, splat(I32, lanes, 0x7FC00000), rounded)
+    return at.trunc(at.lshr(kept, splat(I32, lanes, 16)), vector(I16, lanes))
