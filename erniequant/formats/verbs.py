@@ -34,7 +34,7 @@ def load(
         dtype: of activations and unquantised weights, for example "bfloat16"; None or "auto": as
             stored.
         keep_decoded: keep experts decoded after first use (see `DecodingExperts`). None: on the
-            CPU, where they cannot be multiplied packed and all of them fit in 2 GB.
+            CPU, those that cannot be multiplied packed, where they fit in 2 GB.
         k_order: of a FastDeploy WINT2 checkpoint whose files do not say: "plain" or "mma64".
         reference: the original of such a checkpoint, to find its K order by.
 
@@ -140,8 +140,8 @@ def _keep_decoded(model: Any, device: torch.device, keep: bool | None) -> None:
 
     packed = [m for m in model.modules() if isinstance(m, DecodingExperts)]
     if keep is None:
-        weights = sum(m.weights for m in packed)
-        keep = device.type == "cpu" and weights * model.dtype.itemsize <= _KEEP_DECODED_BYTES
-        keep = keep and not all(m.multiplies_packed(device, model.dtype) for m in packed)
+        decoding = [m for m in packed if not m.multiplies_packed(device, model.dtype)]
+        size = sum(m.weights for m in decoding) * model.dtype.itemsize
+        packed = decoding if device.type == "cpu" and size <= _KEEP_DECODED_BYTES else []
     for module in packed:
-        module.keep_decoded = keep
+        module.keep_decoded = keep is None or keep

@@ -1,19 +1,22 @@
 """The experts of one layer in FastDeploy's formats, kept packed: a drop-in for the experts module
 of transformers.
 
-On a GPU, experts in WINT2 run on kernels that decode a few at a time. Elsewhere, and in wint4 or
-float32, an expert's two matrices are decoded in plain torch as they are needed.
+Experts in WINT2 run on packed weights on the CPU, and on a GPU on kernels that decode a few at a
+time. In wint4 or float32 an expert's two matrices are decoded in plain torch as they are needed.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from erniequant.runtime.decoding_module import DecodingExperts
-from erniequant.runtime.ops import KERNEL_DTYPES
+from erniequant.runtime.ops import CPU_DTYPES, KERNEL_DTYPES
+
+if TYPE_CHECKING:
+    from erniequant_kernels.matrices import Wint2Matrices
 
 Decoder = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 """Stored parts of one matrix by suffix to its weights, float32 ``[N, K]``."""
@@ -60,8 +63,8 @@ class FastDeployExperts(DecodingExperts):
         return moved
 
     def multiplies_packed(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Nowhere yet: the kernels decode a few experts at a time."""
-        return False
+        """WINT2 on the CPU; the kernels of a GPU decode a few experts at a time."""
+        return device.type == "cpu" and dtype in CPU_DTYPES and self._fits_kernels
 
     def decode(self, projection: str, expert: int) -> torch.Tensor:
         """Weights float32 ``[N, K]`` of one expert."""
@@ -75,29 +78,50 @@ class FastDeployExperts(DecodingExperts):
     def multiply(
         self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
     ) -> torch.Tensor:
-        """Kernels where they can, without gradient; else decoded weights."""
+        """Packed where it can, without gradient; else decoded weights."""
         trained = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
-        if self._on_kernels(x) and not self._keep_decoded and not trained:
-            return self._run_kernels(x, expert_index, routing)
+        if not self._keep_decoded and not trained:
+            if self._on_kernels(x):
+                return self._run_kernels(x, expert_index, routing)
+            if self.multiplies_packed(x.device, x.dtype):
+                return self._multiply_on_cpu(x, expert_index, routing)
         return self.multiply_decoded(x, expert_index, routing)
 
+    @property
+    def _fits_kernels(self) -> bool:
+        return self.activation == "silu" and self.k_order is not None
+
     def _on_kernels(self, x: torch.Tensor) -> bool:
-        fits = x.dtype in KERNEL_DTYPES and self.activation == "silu"
-        return x.is_cuda and fits and self.k_order is not None
+        return x.is_cuda and x.dtype in KERNEL_DTYPES and self._fits_kernels
+
+    def _matrices(self) -> "tuple[Wint2Matrices, Wint2Matrices]":
+        from erniequant_kernels.matrices import Wint2Matrices
+
+        gate_up, down = (
+            Wint2Matrices.of(self._parts(name), self.k_order or "") for name in _NAMES.values()
+        )
+        return gate_up, down
+
+    # Which experts are chosen is known only when it runs.
+    @torch.compiler.disable
+    def _multiply_on_cpu(
+        self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
+    ) -> torch.Tensor:
+        from erniequant_kernels.cpu.wint2_moe import moe_experts_wint2_cpu
+
+        with torch.no_grad():
+            return moe_experts_wint2_cpu(x, expert_index, routing, *self._matrices())
 
     def _run_kernels(
         self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
     ) -> torch.Tensor:
         from erniequant_kernels.tuning import tuning_for
-        from erniequant_kernels.wint2_moe import Wint2Matrices, moe_experts_wint2
+        from erniequant_kernels.wint2_moe import moe_experts_wint2
 
-        gate_up, down = (
-            Wint2Matrices.of(self._parts(name), self.k_order or "") for name in _NAMES.values()
-        )
         # Triton launches on the current device, which in a model over several is often another one.
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             return moe_experts_wint2(
-                x.contiguous(), expert_index, routing, gate_up, down, tuning_for(x.device)
+                x.contiguous(), expert_index, routing, *self._matrices(), tuning_for(x.device)
             )
 
     def extra_repr(self) -> str:

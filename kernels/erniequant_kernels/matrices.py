@@ -1,5 +1,6 @@
 """What every product with packed weights is given, on any device."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,3 +39,46 @@ class PackedMatrices:
     def inputs(self) -> int:
         """K."""
         return self.packed.shape[2] // self.code.words_per_sequence(self.tile)
+
+
+@dataclass(frozen=True)
+class Wint2Matrices:
+    """One projection of all experts, as `erniequant.ccq.decode_wint2` takes it, contiguous:
+    ``quant_weight`` uint8 ``[E, K / 4, N]`` and so on."""
+
+    quant_weight: torch.Tensor
+    weight_scale: torch.Tensor
+    super_scales: torch.Tensor
+    code_scale: torch.Tensor
+    code_zp: torch.Tensor
+    k_order: str
+
+    @classmethod
+    def of(cls, parts: Mapping[str, torch.Tensor], k_order: str) -> "Wint2Matrices":
+        """From the parts by their names."""
+        return cls(
+            parts["quant_weight"], parts["weight_scale"], parts["super_scales"],
+            parts["code_scale"], parts["code_zp"], k_order,
+        )  # fmt: skip
+
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return self.quant_weight.shape[0]
+
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return self.quant_weight.shape[2]
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return 4 * self.quant_weight.shape[1]
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The tensors in the order in which `erniequant.ccq.decode_wint2` takes them."""
+        return (
+            self.quant_weight, self.weight_scale, self.super_scales, self.code_scale, self.code_zp
+        )  # fmt: skip

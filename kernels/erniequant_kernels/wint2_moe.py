@@ -5,14 +5,13 @@ WINT2 has no rotation and carries its scales in the weights, so signs are positi
 have one channel, and scales are one.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from erniequant_kernels.combine import combine
 from erniequant_kernels.dense_gemm import dense_gemm
+from erniequant_kernels.matrices import Wint2Matrices
 from erniequant_kernels.prepare import prepare
 from erniequant_kernels.rotation import Form, form_shape, swiglu_rotate
 from erniequant_kernels.routing import RowTiles
@@ -21,49 +20,6 @@ from erniequant_kernels.wint2 import expand_wint2
 
 _ONE = 0x3F80
 """1.0 as a bfloat16 pattern."""
-
-
-@dataclass(frozen=True)
-class Wint2Matrices:
-    """One projection of all experts, as `erniequant.ccq.decode_wint2` takes it, contiguous:
-    ``quant_weight`` uint8 ``[E, K / 4, N]`` and so on."""
-
-    quant_weight: torch.Tensor
-    weight_scale: torch.Tensor
-    super_scales: torch.Tensor
-    code_scale: torch.Tensor
-    code_zp: torch.Tensor
-    k_order: str
-
-    @classmethod
-    def of(cls, parts: Mapping[str, torch.Tensor], k_order: str) -> "Wint2Matrices":
-        """From the parts by their names."""
-        return cls(
-            parts["quant_weight"], parts["weight_scale"], parts["super_scales"],
-            parts["code_scale"], parts["code_zp"], k_order,
-        )  # fmt: skip
-
-    @property
-    def experts(self) -> int:
-        """Number of experts."""
-        return self.quant_weight.shape[0]
-
-    @property
-    def outputs(self) -> int:
-        """N."""
-        return self.quant_weight.shape[2]
-
-    @property
-    def inputs(self) -> int:
-        """K."""
-        return 4 * self.quant_weight.shape[1]
-
-    def expand(self, experts: slice, out: torch.Tensor) -> None:
-        """Decode some experts into ``out``, bfloat16 ``[n, N, K]``."""
-        expand_wint2(
-            self.quant_weight[experts], self.weight_scale[experts], self.super_scales[experts],
-            self.code_scale[experts], self.code_zp[experts], out, k_order=self.k_order,
-        )  # fmt: skip
 
 
 def moe_experts_wint2(
@@ -116,7 +72,10 @@ def _multiply(
     for first in range(0, matrix.experts, at_once):
         some = slice(first, min(first + at_once, matrix.experts))
         decoded = weights[: some.stop - first]
-        matrix.expand(some, decoded)
+        expand_wint2(
+            matrix.quant_weight[some], matrix.weight_scale[some], matrix.super_scales[some],
+            matrix.code_scale[some], matrix.code_zp[some], decoded, k_order=matrix.k_order,
+        )  # fmt: skip
         dense_gemm(x, decoded, tiles, top_k, out[0], tuning.dense, first_expert=first)
     return out
 

@@ -8,8 +8,9 @@ import torch
 from erniequant.ccq import decode_wint2
 from erniequant.packing.products import experts_forward
 from erniequant_kernels.dense_gemm import DenseGemmConfig
+from erniequant_kernels.matrices import Wint2Matrices
 from erniequant_kernels.tuning import Tuning
-from erniequant_kernels.wint2_moe import Wint2Matrices, moe_experts_wint2
+from erniequant_kernels.wint2_moe import moe_experts_wint2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, HIDDEN, INNER = 5, 256, 128

@@ -4,6 +4,7 @@ Assignments are sorted by expert and cut into blocks of tokens; each block's wei
 they are multiplied, whatever the number of tokens, so nothing is ever kept decoded.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,50 +54,70 @@ def cut_into_blocks(counts: list[int], most: int) -> list[Blocks]:
     ]  # fmt: skip
 
 
+Multiply = Callable[[torch.Tensor, torch.Tensor, list[int]], torch.Tensor]
+"""Rows of float32 inputs by number, sorted by expert, and how many each expert has, to their
+products, float32 ``[rows, N]``."""
+
+
 def moe_experts_cpu(
     x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor, gate_up: PackedMatrices,
     down: PackedMatrices, *, on: Machine | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Weighted sum of ``down(silu(gate(x)) * up(x))`` over the chosen experts of each token.
+    """`run_experts` with native codes.
 
     Rotated activations are bfloat16 where ``x`` is and the processor multiplies bfloat16, else
-    float32; sums are float32.
+    float32.
+
+    on: the machine to make code for; this one unless given.
+    """
+    chosen = on or machine()
+
+    def multiply(matrix: PackedMatrices) -> Multiply:
+        return lambda x_rows, rows, counts: _multiply(
+            x_rows, rows, matrix, counts, x.dtype == torch.bfloat16, chosen
+        )
+
+    return run_experts(x, expert_index, routing, gate_up.experts, multiply(gate_up), multiply(down))
+
+
+def run_experts(
+    x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor, experts: int,
+    gate_up: Multiply, down: Multiply,
+) -> torch.Tensor:  # fmt: skip
+    """Weighted sum of ``down(silu(gate(x)) * up(x))`` over the chosen experts of each token; sums
+    are float32.
 
     Args:
         x: ``[T, H]`` bfloat16, float16 or float32.
-        expert_index: integer ``[T, k]``; an index outside ``[0, E)`` contributes nothing.
+        expert_index: integer ``[T, k]``; an index outside ``[0, experts)`` contributes nothing.
         routing: float ``[T, k]``.
-        on: the machine to make code for; this one unless given.
 
     Returns:
         ``[T, H]`` in the dtype of ``x``; the same bits for any number of threads.
     """
-    tokens, top_k = expert_index.shape
+    top_k = expert_index.shape[1]
     chosen = expert_index.reshape(-1)
-    inside = (chosen >= 0) & (chosen < gate_up.experts)
-    order = torch.where(inside, chosen, gate_up.experts).argsort(stable=True)
-    counts = torch.bincount(chosen[inside], minlength=gate_up.experts).tolist()
+    inside = (chosen >= 0) & (chosen < experts)
+    order = torch.where(inside, chosen, experts).argsort(stable=True)
+    counts = torch.bincount(chosen[inside], minlength=experts).tolist()
     order = order[: sum(counts)]
     out = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     if not order.numel():
         return out.to(x.dtype)
     token = order // top_k
-    halves = _multiply(x.float(), token, gate_up, counts, x.dtype, on or machine())
-    gate, up = halves.chunk(2, dim=-1)
+    gate, up = gate_up(x.float(), token, counts).chunk(2, dim=-1)
     inner = functional.silu(gate).mul_(up)
-    rows = torch.arange(order.numel())
-    result = _multiply(inner, rows, down, counts, x.dtype, on or machine())
+    result = down(inner, torch.arange(order.numel()), counts)
     weights = routing.reshape(-1)[order].float()
     return out.index_add_(0, token, result.mul_(weights[:, None])).to(x.dtype)
 
 
 def _multiply(
     x: torch.Tensor, rows: torch.Tensor, matrix: PackedMatrices, counts: list[int],
-    dtype: torch.dtype, on: Machine,
+    bfloat16: bool, on: Machine,
 ) -> torch.Tensor:  # fmt: skip
-    """Products of rows of ``x``, sorted by expert, float32 ``[rows, N]``."""
     code, tile, inputs = matrix.code, matrix.tile, matrix.inputs
-    bfloat16 = dtype == torch.bfloat16 and takes_bfloat16(code, tile, inputs, on)
+    bfloat16 = bfloat16 and takes_bfloat16(code, tile, inputs, on)
     rotated = torch.empty(len(rows), inputs, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     x, signs = x.contiguous(), matrix.signs.contiguous()
     rotate = rotation(RotationSpec(inputs, matrix.rotation_block, bfloat16), on)
