@@ -17,7 +17,8 @@ from erniequant.checkpoint.files import disk_error
 
 
 class Rows:
-    """A float32 table ``[rows, columns]``; ``tensor`` is all of it."""
+    """A float32 table ``[rows, columns]``; ``tensor`` is all of it. Pickled, it becomes one in
+    memory."""
 
     def __init__(self, tensor: torch.Tensor, mapping: mmap.mmap | None = None):
         self.tensor = tensor
@@ -27,6 +28,9 @@ class Rows:
         """Let go of the memory of a mapped table; its contents stay in the file."""
         if self._mapping is not None:
             self._mapping.madvise(mmap.MADV_DONTNEED)
+
+    def __reduce__(self) -> tuple[type["Rows"], tuple[torch.Tensor]]:
+        return Rows, (self.tensor,)
 
 
 class RowPool:

@@ -47,7 +47,7 @@ class QuantizedMatrix:
 
 
 class MatrixQuantizer(Protocol):
-    """How the matrices of one projection of a layer are coded, each on its own."""
+    """How the matrices of one projection of a layer are coded, each on its own. Can be pickled."""
 
     @property
     def inputs(self) -> int:

@@ -96,7 +96,8 @@ class MoeInput:
     def routed_to(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of an expert's tokens, ascending, and their routing weights in float32."""
         rows, slot = torch.where(self.expert == expert)
-        return rows, self.weight[rows, slot].float()
+        # Rows are a view of a table that holds the slots too.
+        return rows.clone(), self.weight[rows, slot].float()
 
 
 class Architecture(ABC):

@@ -17,7 +17,8 @@ from erniequant.checkpoint.reader import Checkpoint
 from erniequant.data.inputs import ModelInput
 from erniequant.encoding.hessian import finite_rows
 from erniequant.models.architecture import Architecture, MoeInput
-from erniequant.quantization.layer import Contribution, LayerInput
+from erniequant.quantization.expert_job import Contribution
+from erniequant.quantization.layer import LayerInput
 from erniequant.quantization.token_batches import PATCHES_AT_ONCE
 
 EMBEDDING_ROWS = 4096

@@ -24,6 +24,7 @@ from erniequant.progress import Progress, observed
 from erniequant.quantization.calibration_input import calibration_report, read_windows
 from erniequant.quantization.destination import complete, opened
 from erniequant.quantization.estimate import Estimate
+from erniequant.quantization.executors import ThreadExecutor
 from erniequant.quantization.job import CalibrationRequest, Job, plan_job
 from erniequant.quantization.options import RunOptions
 from erniequant.quantization.report import QuantizationReport
@@ -135,7 +136,7 @@ def quantize_checkpoint(
     ):
         return_freed_memory()
         work.begin(identity)
-        run = Run(job, work, shards, watch)
+        run = Run(job, work, shards, watch, ThreadExecutor(job.memory.experts_at_once))
         _note_processor(work, watch)
         _execute(run, windows)
         report = _report(job, run, windows, how.max_degraded)

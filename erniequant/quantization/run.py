@@ -6,7 +6,6 @@ hidden states, then their line; a shard gets its name when everything in it is t
 """
 
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,22 +15,23 @@ from erniequant.calibration.texts import CalibrationWindows
 from erniequant.checkpoint.files import sha256_of
 from erniequant.checkpoint.scan import CheckedShard, changed_shards, check_shards
 from erniequant.checkpoint.shards import ShardFiles
-from erniequant.encoding.matrix import MatrixQuantizer, QuantizedMatrix
+from erniequant.encoding.matrix import QuantizedMatrix
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.base import stored_parts
-from erniequant.models.architecture import ExpertGroup
+from erniequant.models.architecture import EXPERT_MATRICES, ExpertGroup
 from erniequant.packing.schema import PROJECTIONS
 from erniequant.progress import Progress
-from erniequant.quantization.expert import ExpertWeights
+from erniequant.quantization.executors import Executor
+from erniequant.quantization.expert_job import (
+    ExpertJob,
+    ExpertLayer,
+    ExpertOutcome,
+    PackedExpert,
+    Routed,
+)
 from erniequant.quantization.hidden_states import HiddenStates
 from erniequant.quantization.job import Job
-from erniequant.quantization.layer import (
-    ExpertOutcome,
-    LayerInput,
-    PackedExpert,
-    layer_context,
-    quantize_experts,
-)
+from erniequant.quantization.layer import LayerInput, layer_context
 from erniequant.quantization.report import MatrixReport
 from erniequant.resume.workfolder import WorkFolder
 from erniequant.system import trim_memory
@@ -60,10 +60,12 @@ class Run:
         work: WorkFolder,
         shards: ShardFiles,
         watch: Progress,
+        executor: Executor,
     ) -> None:
         self.checkpoint, self.model, self.output = job.checkpoint, job.model, job.output
         self.memory, self.device, self.threads = job.memory, job.device, job.threads
         self.work, self.journal, self.shards, self.watch = work, work.journal, shards, watch
+        self._executor = executor
         self.journal.require(_FACTS)
         self._pool = RowPool(work.folder if self.memory.tables_on_disk else None)
         self._events = {(e["layer"], e["expert"]): e for e in self.journal.of("expert")}
@@ -177,20 +179,23 @@ class Run:
         context = layer_context(
             inputs, group, quantizers["gate_up_proj"], quantizers["down_proj"], self.device
         )
-        for outcome in quantize_experts(
-            inputs,
-            context,
-            group.numbers,
-            lambda expert: self._weights(index, expert),
-            lambda expert: self._known(index, expert, quantizers),
-            self._pool,
-            self.memory.experts_at_once,
-        ):
+        layer = ExpertLayer(self.checkpoint, inputs, context, self._pool)
+        jobs = (self._expert_job(index, expert, inputs) for expert in group.numbers)
+        for outcome in self._executor.run(layer, jobs):
             streams.add(outcome.quantized, outcome.original)
             trim_memory()
             if (index, outcome.expert) not in self._events:
                 self._record(index, outcome)
             self.watch.advance(1, f"layer {key} expert {outcome.expert - group.first}")
+
+    def _expert_job(self, layer: int, expert: int, inputs: LayerInput) -> ExpertJob:
+        return ExpertJob(
+            expert,
+            {m: self.model.expert_matrix_name(layer, expert, m) for m in EXPERT_MATRICES},
+            Routed(*inputs.quantized.routed_to(expert)),
+            Routed(*inputs.original.routed_to(expert)),
+            self._packed(layer, expert),
+        )
 
     def _record(self, layer: int, outcome: ExpertOutcome) -> None:
         """Put an expert on the disk, then into the journal."""
@@ -218,9 +223,7 @@ class Run:
         )
         self._events[layer, outcome.expert] = self.journal.events[-1]
 
-    def _known(
-        self, layer: int, expert: int, quantizers: Mapping[str, MatrixQuantizer]
-    ) -> PackedExpert | None:
+    def _packed(self, layer: int, expert: int) -> PackedExpert | None:
         """An expert that was finished before a restart, read back; None if it was not.
 
         Raises:
@@ -231,14 +234,11 @@ class Run:
             return None
         stored = self._stored(event)
         matrices = []
-        for name, quantizer in quantizers.items():
+        for name in PROJECTIONS:
             parts = stored_parts(self.output.places(layer, expert, name), stored)
             told = self._report(event, name)
-            matrices.append(
-                QuantizedMatrix(
-                    parts, quantizer.decode(parts), told.error, told.damping, told.fallback
-                )
-            )
+            matrix = QuantizedMatrix(parts, torch.empty(0), told.error, told.damping, told.fallback)
+            matrices.append(matrix)
         return PackedExpert(*matrices)
 
     def _stored(self, event: dict[str, Any]) -> dict[str, bytes]:
@@ -298,13 +298,6 @@ class Run:
         for shard in self.shards.shards:
             if shard.file not in recorded and all(t.name in done for t in shard.tensors):
                 self.journal.append("shard", file=shard.file, sha256=self.shards.finish(shard))
-
-    def _weights(self, layer: int, expert: int) -> ExpertWeights:
-        def load(matrix: str) -> torch.Tensor:
-            name = self.model.expert_matrix_name(layer, expert, matrix)
-            return self.checkpoint.tensor(name).float()
-
-        return ExpertWeights(load)
 
     def _disk_bytes(self) -> int:
         folders = {self.work.folder, self.shards.folder}

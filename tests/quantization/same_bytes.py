@@ -39,13 +39,13 @@ def surroundings() -> str:
     return ", ".join([cpu, *versions])
 
 
-def written(folder: Path) -> dict[str, dict[str, str]]:
-    """Quantise into ``folder``; sha256 of the shards of each run, by its name and theirs."""
+def runs(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Small quantisations by name: the source, made in ``folder``, and the options."""
     text = write_text(folder / "text.txt")
     source = add_tokenizer(write_micro_ernie(folder / "text"))
     wide = add_tokenizer(write_micro_ernie(folder / "wide", **_FOR_FASTDEPLOY))
     images = write_records(folder / "records")
-    runs: dict[str, tuple[Path, dict[str, Any]]] = {
+    found: dict[str, tuple[Path, dict[str, Any]]] = {
         **{f"{bits} bits": (source, {"bits": bits, "calib": str(text)}) for bits in (4, 3, 2)},
         "vision-language": (
             write_micro_vl(folder / "vl"), {"bits": 2, "calib": str(images), "effort": "fast"}
@@ -55,14 +55,27 @@ def written(folder: Path) -> dict[str, dict[str, str]]:
             {"bits": 2, "calib": str(text), "format": "fastdeploy-wint2", "w4_layers": 1},
         ),
     }  # fmt: skip
+    return {
+        name: (model, {"device": "cpu", **CALIBRATION, **options})
+        for name, (model, options) in found.items()
+    }
+
+
+def shards_of(result: Path) -> dict[str, str]:
+    """sha256 of every shard of a checkpoint, by file name."""
+    return {
+        shard.name: hashlib.sha256(shard.read_bytes()).hexdigest()
+        for shard in sorted(result.glob("*.safetensors"))
+    }
+
+
+def written(folder: Path) -> dict[str, dict[str, str]]:
+    """Quantise into ``folder``; sha256 of the shards of each run, by its name and theirs."""
     found = {}
-    for name, (model, options) in runs.items():
+    for name, (model, options) in runs(folder).items():
         result = folder / f"{name} result"
-        erniequant.quantize(model, result, device="cpu", **{**CALIBRATION, **options})
-        found[name] = {
-            shard.name: hashlib.sha256(shard.read_bytes()).hexdigest()
-            for shard in sorted(result.glob("*.safetensors"))
-        }
+        erniequant.quantize(model, result, **options)
+        found[name] = shards_of(result)
     return found
 
 
