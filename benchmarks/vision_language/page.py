@@ -138,12 +138,12 @@ def tables(
     """Both tables by their names."""
     text = heldout_text()
     plain = perplexity(original, tokenizer, text, context=CONTEXT, tokens=TEXT_TOKENS)
-    pictured = image_perplexity(original, tokenizer, inputs)
+    given_images = image_perplexity(original, tokenizer, inputs)
     lines = [
         "| model | calibrated on | bits/weight, experts | text perplexity | ratio to bf16 "
         "| perplexity given images | ratio to bf16 | KL given images |\n"
         "|---|---|---|---|---|---|---|---|",
-        f"| bf16 | | 16.00 | {plain.perplexity:.2f} | 1 | {pictured.perplexity:.4f} | 1 | 0 |",
+        f"| bf16 | | 16.00 | {plain.perplexity:.2f} | 1 | {given_images.perplexity:.4f} | 1 | 0 |",
     ]
     results: dict[tuple[int, bool], ImageTextResult] = {}
     for made in models:
@@ -154,16 +154,16 @@ def tables(
         results[made.bits, made.images] = of_images
         assert of_images.reference is not None
         lines.append(
-            f"| {made.bits} bits | {'text and images' if made.images else 'text alone'} "
+            f"| {made.bits} bits | {'text and images' if made.images else 'text only'} "
             f"| {made.bits_per_weight:.2f} | {of_text.perplexity:.2f} | {ratio(of_text)} "
             f"| {of_images.perplexity:.4f} | {ratio(of_images)} "
             f"| {of_images.reference.kl_mean:.5f} |"
         )
     lines.append(
-        f"\n{plain.tokens} held-out tokens of text in windows of {CONTEXT}; {pictured.tokens} "
-        f"tokens of captions of {pictured.images} held-out images in {pictured.records} records; "
-        "ratios paired with bf16 on the same tokens, ± one standard error clustered by window or "
-        "record."
+        f"\n{plain.tokens} held-out text tokens in windows of {CONTEXT}; {given_images.tokens} "
+        f"caption tokens of {given_images.images} held-out images in {given_images.records} "
+        "records; ratios paired with bf16 on the same tokens, ± one standard error clustered by "
+        "window or record."
     )
     yield "perplexity", "\n".join(lines)
     yield "paired", "\n".join(_paired_lines(original, tokenizer, models, inputs))

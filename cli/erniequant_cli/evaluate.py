@@ -89,9 +89,9 @@ def perplexity(
         progress=make_progress(quiet),
     )
     records = _records(subject, images, by_default=text is None and dataset is None)
-    pictured = None
+    given_images = None
     if records is not None:
-        pictured = image_perplexity(
+        given_images = image_perplexity(
             subject,
             tokenizer,
             records,
@@ -102,10 +102,10 @@ def perplexity(
 
     def draw() -> None:
         print_perplexity(result)
-        if pictured is not None:
-            print_image_perplexity(pictured)
+        if given_images is not None:
+            print_image_perplexity(given_images)
 
-    everything = found if pictured is None else found | {"images": pictured.to_dict()}
+    everything = found if given_images is None else found | {"images": given_images.to_dict()}
     deliver(everything, json, quiet, draw)
 
 

@@ -53,7 +53,7 @@ class CalibrationWindows:
     @property
     def images(self) -> int:
         """Images in all windows."""
-        return sum(len(window.pictures) for window in self.windows)
+        return sum(len(window.images) for window in self.windows)
 
 
 def calibration_windows(

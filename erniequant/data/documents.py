@@ -148,8 +148,8 @@ def _spoken(chat: Chat) -> list[str | Chat]:
 
 def _speaks(message: Mapping[str, Any]) -> bool:
     content = message["content"]
-    pictured = isinstance(content, list) and any(part["type"] == "image" for part in content)
-    return pictured or bool(message.get("tool_calls")) or bool(text_of(content).strip())
+    has_image = isinstance(content, list) and any(part["type"] == "image" for part in content)
+    return has_image or bool(message.get("tool_calls")) or bool(text_of(content).strip())
 
 
 _NEITHER = 'has neither "text" nor "messages" with role and content'

@@ -18,7 +18,7 @@ import torch
 from erniequant.data.chats import IMAGE_TYPES, chat_of, parts_of
 from erniequant.data.documents import Chat, chat_of_record
 from erniequant.data.images import ImageReader
-from erniequant.data.inputs import ModelInput, with_pictures
+from erniequant.data.inputs import ModelInput, input_with_images
 from erniequant.data.templates import apply_template, for_template, require_template
 from erniequant.errors import ErnieQuantError, wrap_errors
 from erniequant.models.images import ImageSettings
@@ -53,8 +53,8 @@ class ImageTextReader:
     """
 
     tokenizer: Any
-    images: ImageSettings
-    pictures: ImageReader
+    settings: ImageSettings
+    image_reader: ImageReader
     chat_template: str = "apply"
     length: int | None = None
 
@@ -96,14 +96,14 @@ class ImageTextReader:
                 f"{where} has {len(sources)} images, too many for {self.length} tokens"
             )
         try:
-            pictures = tuple(self.pictures.read(source, share) for source in sources)
+            images = tuple(self.image_reader.read(source, share) for source in sources)
             expanded: list[int] = []
-            waiting = iter(pictures)
+            waiting = iter(images)
             for token in ids:
-                is_image = token == self.images.token
-                count = next(waiting).tokens(self.images.merge) if is_image else 1
+                is_image = token == self.settings.token
+                count = next(waiting).tokens(self.settings.merge) if is_image else 1
                 expanded += [token] * count
-            return with_pictures(torch.tensor(expanded[: self.length]), pictures, self.images)
+            return input_with_images(torch.tensor(expanded[: self.length]), images, self.settings)
         except ErnieQuantError as error:
             raise ErnieQuantError(f"{where}: {error}") from error
 
@@ -120,7 +120,7 @@ class ImageTextReader:
             if isinstance(part, str):
                 ids += self._tokens(part, where)
             else:
-                ids += [self.images.start_token, self.images.token, self.images.end_token]
+                ids += [self.settings.start_token, self.settings.token, self.settings.end_token]
         return ids
 
     def _chat(
@@ -149,9 +149,9 @@ class ImageTextReader:
             self.tokenizer, turns, where, tools=chat.tools, add_generation_prompt=prompt
         )
         ids = self._tokens(text, where)
-        if ids.count(self.images.token) != len(sources):
+        if ids.count(self.settings.token) != len(sources):
             raise ErnieQuantError(
-                f"{where}: the chat template writes {ids.count(self.images.token)} image tokens "
+                f"{where}: the chat template writes {ids.count(self.settings.token)} image tokens "
                 f"for {len(sources)} images; use --chat-template none"
             )
         return ids, sources

@@ -48,13 +48,13 @@ class ImageReader:
                 images=upright, size=self._pixels(max_tokens), return_tensors="pt"
             )
         patches, grid = made["pixel_values"], made["image_grid_thw"][0].tolist()
-        picture = ImagePatches(patches.float(), (grid[0], grid[1], grid[2]))
-        if max_tokens is not None and picture.tokens(self._images.merge) > max_tokens:
+        image = ImagePatches(patches.float(), (grid[0], grid[1], grid[2]))
+        if max_tokens is not None and image.tokens(self._images.merge) > max_tokens:
             raise ErnieQuantError(
                 f"the image {name} is {upright.width} x {upright.height} pixels, which do not fit "
                 f"{max_tokens} tokens; crop it"
             )
-        return picture
+        return image
 
     def _made_processor(self) -> Any:
         if self._processor is None:

@@ -87,7 +87,7 @@ def image_perplexity(
         nll=float(scores.nll.mean()),
         tokens=len(scores.nll),
         records=len(inputs),
-        images=sum(len(entry.pictures) for entry in inputs),
+        images=sum(len(entry.images) for entry in inputs),
         vision_tokens=sum(int(e.vision.sum()) for e in inputs if e.vision is not None),
         inputs_sha256=hash_inputs(inputs),
         reference=scores.compare(),

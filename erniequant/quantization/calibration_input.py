@@ -65,8 +65,8 @@ def prepare(
     config = replace(config, source=kind)
     if kind == BATCHES:
         windows = batched_windows(data, model.images, model.sizes.vocabulary, config.samples)
-        pictured = sum(bool(window.pictures) for window in windows.windows)
-        return Calibration(config, data, kind, windows, pictured)
+        with_images = sum(bool(window.images) for window in windows.windows)
+        return Calibration(config, data, kind, windows, with_images)
     if model.images is None:
         return Calibration(config, data, kind)
     if kind == FILES or not data.sized:
@@ -126,8 +126,10 @@ def _reader(
 ) -> ImageTextReader | None:
     if model.images is None:
         return None
-    pictures = ImageReader(model.images, checkpoint.folder)
-    return ImageTextReader(tokenizer, model.images, pictures, config.chat_template, config.length)
+    image_reader = ImageReader(model.images, checkpoint.folder)
+    return ImageTextReader(
+        tokenizer, model.images, image_reader, config.chat_template, config.length
+    )
 
 
 def amounts(calibration: Calibration, model: Architecture) -> tuple[int, int, int]:
@@ -137,9 +139,9 @@ def amounts(calibration: Calibration, model: Architecture) -> tuple[int, int, in
     """
     windows, config = calibration.windows, calibration.config
     if windows is not None:
-        pictures = [picture for window in windows.windows for picture in window.pictures]
+        images = [image for window in windows.windows for image in window.images]
         longest = max(map(len, windows.windows))
-        return windows.tokens, longest, sum(len(picture.patches) for picture in pictures)
+        return windows.tokens, longest, sum(len(image.patches) for image in images)
     known = config.samples if calibration.images is None else calibration.images
     known = known if model.images else 0
     of_image = config.length // 2 * (model.images.merge**2 if model.images else 0)

@@ -86,12 +86,12 @@ class HiddenStates:
         def embed(group: list[int]) -> None:
             torch.set_num_threads(1)
             windows = [self._windows[i] for i in group]
-            pictures = [picture for window in windows for picture in window.pictures]
+            images = [image for window in windows for image in window.images]
             with torch.no_grad():
                 embedded = self._architecture.embed_images(
                     self._checkpoint,
-                    torch.cat([picture.patches for picture in pictures]),
-                    torch.tensor([picture.grid for picture in pictures]),
+                    torch.cat([image.patches for image in images]),
+                    torch.tensor([image.grid for image in images]),
                     self._device,
                 )
             start = 0
@@ -191,7 +191,7 @@ def _by_patches(windows: Sequence[ModelInput]) -> list[list[int]]:
     groups: list[list[int]] = []
     size = 0
     for number, window in enumerate(windows):
-        patches = sum(len(picture.patches) for picture in window.pictures)
+        patches = sum(len(image.patches) for image in window.images)
         if not patches:
             continue
         if not groups or size + patches > PATCHES_AT_ONCE:

@@ -44,8 +44,8 @@ def by_hand(model: Any, tokenizer: Any, path: Path) -> tuple[list[list[float]], 
         with torch.no_grad():
             logits = model(
                 input_ids=entry.ids[None],
-                pixel_values=torch.cat([p.patches for p in entry.pictures]),
-                image_grid_thw=torch.tensor([p.grid for p in entry.pictures]),
+                pixel_values=torch.cat([p.patches for p in entry.images]),
+                image_grid_thw=torch.tensor([p.grid for p in entry.images]),
                 mm_token_type_ids=torch.tensor([[int(i == IMAGE) for i in ids]]),
                 moe_mm_token_type_ids=torch.tensor([types]),
             ).logits[0]
@@ -107,10 +107,10 @@ def test_images_and_their_experts_matter(loaded: tuple[Any, Any], micro_records:
     inputs = evaluation_inputs(model, tokenizer, micro_records)
     right = image_perplexity(model, tokenizer, inputs)
     assert right == image_perplexity(model, tokenizer, micro_records)
-    pictures = [entry.pictures for entry in inputs]
+    images = [entry.images for entry in inputs]
     # Records of one kind repeat every twelve, with images of the same shapes.
     swapped = [
-        ModelInput(e.ids, e.placeholder, e.vision, e.positions, pictures[(i + 9) % 18])
+        ModelInput(e.ids, e.placeholder, e.vision, e.positions, images[(i + 9) % 18])
         for i, e in enumerate(inputs)
     ]
     wrong = image_perplexity(model, tokenizer, swapped)

@@ -151,7 +151,7 @@ def test_tokens_per_expert_are_those_that_a_forward_pass_routes(
     assert found == {key: count.tolist() for key, count in counts.items()}
     calibration = report.calibration
     assert calibration is not None
-    assert calibration.images == sum(len(entry.pictures) for entry in inputs) == 24
+    assert calibration.images == sum(len(entry.images) for entry in inputs) == 24
     assert calibration.vision_tokens == sum(int(entry.vision.sum()) for entry in inputs)
     assert sum(found[1, "vision_moe"]) == 2 * calibration.vision_tokens
 

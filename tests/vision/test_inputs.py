@@ -37,10 +37,10 @@ def test_a_padded_batch_is_taken_apart() -> None:
     first, second = from_batch(batch(), IMAGES, "batch 0")
     assert first.ids.tolist() == [5, 97, 96, 96, 98, 6, 97, 96, 98, 7]
     assert second.ids.tolist() == [97, 96, 96, 96, 98, 8, 9, 10, 11]
-    assert [len(entry.pictures) for entry in (first, second)] == [2, 1]
+    assert [len(entry.images) for entry in (first, second)] == [2, 1]
     # Patches go to the images in order: 8, 4, then 12 rows.
-    assert first.pictures[1].patches[:, 0].tolist() == [WIDTH * i for i in range(8, 12)]
-    assert second.pictures[0].patches[:, 0].tolist() == [WIDTH * i for i in range(12, 24)]
+    assert first.images[1].patches[:, 0].tolist() == [WIDTH * i for i in range(8, 12)]
+    assert second.images[0].patches[:, 0].tolist() == [WIDTH * i for i in range(12, 24)]
     assert second.vision.tolist() == [True] * 5 + [False] * 4
     assert second.placeholder.tolist() == [False] + [True] * 3 + [False] * 5
     # One row of tokens three rows high and one wide: text goes on behind the three.
@@ -125,12 +125,12 @@ def test_an_image_too_many_or_none_at_all() -> None:
 
 def test_the_hash_sees_pixels_and_shape() -> None:
     entry = from_batch(batch(), IMAGES, "batch 0")[1]
-    picture = entry.pictures[0]
-    moved = picture.patches.clone()
+    image = entry.images[0]
+    moved = image.patches.clone()
     moved[11, 11] += 1
     others = [
-        ModelInput(entry.ids, pictures=(type(picture)(moved, picture.grid),)),
-        ModelInput(entry.ids, pictures=(type(picture)(picture.patches, (1, 2, 6)),)),
+        ModelInput(entry.ids, images=(type(image)(moved, image.grid),)),
+        ModelInput(entry.ids, images=(type(image)(image.patches, (1, 2, 6)),)),
         ModelInput(entry.ids),
     ]
     assert len({hash_inputs([e]) for e in [entry, *others]}) == 4
