@@ -90,7 +90,7 @@ def calibration_windows(
         elif isinstance(document, ImageDocument):
             if reader is None:
                 raise ErnieQuantError(
-                    f"{document.where} has images, but the model takes text alone"
+                    f"{document.where} has images, but the model is text-only"
                 )
             if len(with_images) < config.samples * SURPLUS:
                 with_images.append(document)

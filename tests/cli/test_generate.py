@@ -112,4 +112,4 @@ def test_an_image_for_a_model_of_text_is_one_line(run, speakers, tmp_path):
     image = write_image(tmp_path / "a.png", 56, 56)
     for kind in ("text", "dense"):
         result = run("generate", speakers[kind], "hi", "--image", image)
-        assert result.exit_code == 1 and "takes text alone" in result.stderr
+        assert result.exit_code == 1 and "is text-only" in result.stderr

@@ -128,7 +128,7 @@ def test_what_cannot_be_scored(
     with pytest.raises(ErnieQuantError, match="cannot read"):
         image_perplexity(model, tokenizer, tmp_path / "none.jsonl")
     text, letters = erniequant.load(micro_source, device="cpu")
-    with pytest.raises(ErnieQuantError, match="the model takes text alone"):
+    with pytest.raises(ErnieQuantError, match="the model is text-only"):
         image_perplexity(text, letters, micro_records)
 
 
@@ -163,7 +163,7 @@ def test_images_for_a_model_of_text_are_refused(
                  str(micro_text), "--images", str(micro_records)]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
-    assert "the model takes text alone" in result.output
+    assert "the model is text-only" in result.output
 
 
 def test_generation_sees_the_image(
@@ -194,7 +194,7 @@ def test_generation_sees_the_image(
             batch[name] = torch.cat([batch[name], more], dim=1)
     assert found.text == tokenizer.decode(expected, skip_special_tokens=True)
     text, letters = erniequant.load(micro_source, device="cpu")
-    with pytest.raises(ErnieQuantError, match="the model takes text alone"):
+    with pytest.raises(ErnieQuantError, match="the model is text-only"):
         generate(text, letters, "what?", images=images)
 
 

@@ -85,7 +85,7 @@ def bad_number(given: dict[str, Any]) -> None:
     ("edit", "message"),
     [
         (drop("moe_mm_token_type_ids"), "no moe_mm_token_type_ids, without which a model sends"),
-        (unmark_start, "moe_mm_token_type_ids do not mark the tokens of images"),
+        (unmark_start, "moe_mm_token_type_ids do not mark the image tokens"),
         (change("moe_mm_token_type_ids", torch.zeros(2, 12)), "moe_mm_token_type_ids has shape"),
         (drop("pixel_values"), "needs both pixel_values and image_grid_thw"),
         (drop("input_ids"), "batch 3 has no input_ids"),
@@ -116,10 +116,10 @@ def test_an_image_too_many_or_none_at_all() -> None:
     more["pixel_values"] = torch.zeros(28, WIDTH)
     with pytest.raises(ErnieQuantError, match="has 4 images, but its text has 3"):
         from_batch(more, IMAGES, "batch 0")
-    with pytest.raises(ErnieQuantError, match="the model takes text alone"):
+    with pytest.raises(ErnieQuantError, match="the model is text-only"):
         from_batch(batch(), None, "batch 0")
     text = {"input_ids": torch.tensor([[3, 96]]), "moe_mm_token_type_ids": torch.tensor([[0, 1]])}
-    with pytest.raises(ErnieQuantError, match="tokens of images but no pixel_values"):
+    with pytest.raises(ErnieQuantError, match="image tokens but no pixel_values"):
         from_batch(text, IMAGES, "batch 0")
 
 
