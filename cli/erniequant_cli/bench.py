@@ -1,4 +1,4 @@
-"""`erniequant bench`: what the kernels cost, in machine code anywhere, in time on a GPU."""
+"""`erniequant bench`: the cost of the kernels, in machine code anywhere, in time on a GPU."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -25,16 +25,16 @@ def static(
         str, typer.Option(metavar="80,90", help="Compute capabilities to compile for.")
     ] = "80,90",
     check: Annotated[
-        bool, typer.Option("--check", help="Fail on spills or on more than the recorded budget.")
+        bool, typer.Option("--check", help="Fail on spills, or on costs above the recorded budget.")
     ] = False,
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Compile every kernel and count its machine code; needs no GPU, takes a minute.
 
-    Shapes are those of ERNIE-4.5-21B-A3B, tile sizes those of the shipped tables.
-    Cost: issue slots of a lane per decoded weight in the main loop, the largest of
-    all instructions, twice the logic and shifts, and twice the multiplications.
+    Shapes are those of ERNIE-4.5-21B-A3B, tile sizes those of the shipped tables. Cost is a lane's
+    issue slots per decoded weight in the main loop: the largest of all instructions, twice the
+    logic and shifts, and twice the multiplications.
 
     [bold]Examples[/bold]
 
@@ -67,24 +67,29 @@ def static(
 
 def kernels(
     shape: Annotated[
-        str, typer.Option(metavar="21b|300b|vl|tiny", help="Layers to measure, comma-separated.")
+        str,
+        typer.Option(
+            metavar="21b|300b|vl|tiny", help="Shapes of the layers to measure, comma-separated."
+        ),
     ] = "21b",
     tokens: Annotated[
-        str, typer.Option(metavar="N,…", help="Tokens of a batch.")
+        str, typer.Option(metavar="N,…", help="Batch sizes in tokens.")
     ] = "1,4,16,64,256,1024",
     bits: Annotated[str, typer.Option(metavar="2,3,4", help="Bits per weight.")] = "2,3,4",
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.svg", callback=writable, help="Also draw it (matplotlib)."),
+        typer.Option(
+            metavar="FILE.svg", callback=writable, help="Also draw the result (needs matplotlib)."
+        ),
     ] = None,
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Time a layer's experts on the GPU, packed and in bfloat16, and say which is faster.
 
-    Rivals: torch's grouped product, the implementations of transformers, our own kernels on
-    bfloat16 weights. Medians of single calls with a cold cache, in CUDA graphs where possible.
-    Random weights, tokens spread evenly over experts. Every result is checked.
+    The rivals are torch's grouped product, transformers' implementations and our own kernels on
+    bfloat16 weights. Times are medians of single calls with a cold cache, in CUDA graphs where
+    possible. Weights are random, and tokens spread evenly over experts. Every result is checked.
 
     [bold]Examples[/bold]
 

@@ -1,4 +1,4 @@
-"""How results look on a terminal. Nothing here computes."""
+"""Tables of results for a terminal. Nothing here computes."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FALLBACKS_SHOWN = 5
 WORST_SHOWN = 5
 LONGEST_FACT = 80
-# Where nobody watches, a table is for grep: no name is broken.
+# Without a terminal, a table is for grep: no name is broken.
 FILE_WIDTH = 160
 NARROWEST = 40
 
@@ -69,7 +69,7 @@ def print_perplexity(result: "PerplexityResult") -> None:
 
 
 def print_image_perplexity(result: "ImageTextResult") -> None:
-    """The same for text of images."""
+    """The same for text given images."""
     table = _Table.grid(padding=(0, 2))
     table.add_row(
         "perplexity given images",
@@ -78,7 +78,7 @@ def print_image_perplexity(result: "ImageTextResult") -> None:
     table.add_row(
         "tokens scored",
         f"{result.tokens} in {result.records} records with {result.images} images "
-        f"({result.vision_tokens} tokens for experts for images)",
+        f"({result.vision_tokens} tokens for vision experts)",
     )
     table.add_row("inputs", f"sha256 {result.inputs_sha256[:16]}…")
     _add_distance(table, result.reference)
@@ -148,14 +148,14 @@ def print_inspection(found: "ModelSummary") -> None:
         for fact, content in facts.items():
             label = fact if facts is not value else f"{name}, {fact}"
             table.add_row(label, " ".join(str(content).split())[:LONGEST_FACT])
-    # Names are longer than many a terminal is wide; they fold.
+    # Many names are longer than a terminal is wide; they fold.
     _print(tensors, least=NARROWEST)
     say("")
     _print(table)
 
 
 def print_verification(found: "VerifyReport") -> None:
-    """Everything that is wrong, or that nothing is; with a reference the worst matrices."""
+    """Every problem, or a summary without any; with a reference also the worst matrices."""
     for problem in found.problems:
         say(f"wrong: {problem}")
     if found.mean_error is not None:
@@ -246,8 +246,8 @@ class _Table(Table):
 def _print(table: Table, least: int | None = None) -> None:
     """Print a table as plain text: it holds names and numbers, not markup.
 
-    least: width on a terminal that is narrower, which then breaks the lines; by default as much as
-    it takes to cut no number.
+    least: smallest width; a narrower terminal breaks the lines. By default it is just wide enough
+    to cut no number.
     """
     width = None if sys.stdout.isatty() else FILE_WIDTH
     console = Console(width=width, highlight=False, markup=False, emoji=False)
