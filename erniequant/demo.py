@@ -31,12 +31,12 @@ from erniequant.quantization.pipeline import quantize
 BITS = (4, 3, 2)
 RTN_GROUP = 64
 WINT2_W4_LAYERS = (0, 1)
-"""Of three layers with experts, how many have 4 bits in the rows of FastDeploy's format."""
+"""Numbers of 4-bit layers, of three with experts, in the rows of FastDeploy's format."""
 # Figures move by less than their standard error beyond this; a row takes seconds on two cores.
 EVALUATION_TOKENS = 32_768
 CONTEXT = 512
 CALIBRATION_SAMPLES = 64
-# Of the progress bar: one evaluation takes about as long as quantising this many experts.
+# Units of the progress bar: one evaluation takes about as long as quantising this many experts.
 EVALUATION_UNITS = 10
 
 
@@ -105,8 +105,8 @@ def run_demo(
 ) -> DemoReport:
     """Quantise the embedded model at each of `bits`, measure, write `report.json` and `report.md`.
 
-    out: folder for the reports, made if need be; with keep_models the quantised models stay in it.
-    tokens: how much of the held-out text to use. calib_samples: windows of calibration text.
+    out: folder for the reports, created if missing; with keep_models the quantised models stay in
+    it. tokens: how much of the held-out text to use. calib_samples: windows of calibration text.
     all_formats: also FastDeploy's WINT2, alone and with first layers of 4 bits.
 
     Raises ErnieQuantError where `out` is no folder.
@@ -298,8 +298,8 @@ def _note_on_wint2(report: DemoReport) -> str:
     if not any(row.method.startswith("WINT2") for row in report.rows):
         return ""
     return (
-        " WINT2: FastDeploy's format, where everything but experts is in wint8; + wint4: experts "
-        "of the first layer with 4 bits."
+        " WINT2: FastDeploy's format, with everything but the experts in wint8; + wint4: 4-bit "
+        "experts in the first layer."
     )
 
 

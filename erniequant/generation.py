@@ -15,7 +15,7 @@ from erniequant.data.inputs import ModelInput
 from erniequant.errors import ErnieQuantError, ErnieQuantWarning, wrap_errors
 
 _COLDEST = 1e-6
-"""Temperatures below are 0: logits divided by them are beyond float32, and no probabilities."""
+"""Lower temperatures count as 0: logits divided by them overflow float32."""
 
 
 @dataclass(frozen=True)

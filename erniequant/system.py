@@ -1,4 +1,4 @@
-"""What the machine has: devices by name, memory that is free or was taken, and giving it back."""
+"""The machine: devices by name, memory that is free or was taken, and giving it back."""
 
 import contextlib
 import ctypes
@@ -50,7 +50,7 @@ _MAPPED_BYTES = 8 << 20
 
 
 def trim_memory() -> None:
-    """Give what has been freed so far back to the system, where its C library can."""
+    """Give memory freed so far back to the system, where its C library can."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -31,7 +31,7 @@ class Candidate:
     hashed: bool = True
 
     def code(self, bits: int, length: int, multiplier: int) -> ConvolutionalCode:
-        """The candidate as a code; one that is not hashed looks the register itself up."""
+        """The candidate as a code; without a hash, the register itself is looked up."""
         factor = multiplier if self.hashed else 1
         return ConvolutionalCode(
             self.name, bits, self.weights_per_step, length, factor, self.label, self.name

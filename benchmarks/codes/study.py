@@ -1,8 +1,8 @@
 """Measure codes on Gaussian data; makes the tables of docs/codes.md.
 
 ``python -m benchmarks.codes.study table`` measures the registered codes, ``labels`` compares label
-functions, ``weighted`` shows what weights of the outputs buy, ``search`` repeats the search that
-chose the multipliers of the registry.
+functions, ``weighted`` shows the gain from weights of the outputs, ``search`` repeats the search
+that chose the multipliers of the registry.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def measure(code: ConvolutionalCode, sequences: int, seed: int, tile: int = TILE
 
 
 def sequences_for(register_length: int) -> int:
-    """Sequences that keep a measurement to seconds: fewer for long registers."""
+    """Number of sequences that keeps a measurement to seconds: fewer for long registers."""
     return max(2000 >> max(register_length - 10, 0), 48)
 
 
@@ -113,8 +113,8 @@ def weighted_rows(length: int = 12, sequences: int = 400) -> Iterator[str]:
 def search_multiplier(
     bits: int, length: int, candidates: int, seed: int
 ) -> tuple[int, Measurement]:
-    """Try random odd multipliers on little data, the best on more and fresh data; the winner and
-    its error."""
+    """Try random odd multipliers on little data, and the best of them on more, fresh data; returns
+    the winner and its error."""
     code = code_for_bits(bits, length)
     rng = np.random.default_rng(seed)
     field = [int(m) | 1 for m in rng.integers(2**30, 2**32, candidates)]

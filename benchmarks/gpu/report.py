@@ -1,4 +1,4 @@
-"""What only a GPU can show, in one JSON: kernel tests on the card, the benchmark, an encoder rate.
+"""Measure on a GPU, into one JSON: kernel tests on the card, the benchmark, an encoder rate.
 
 ``make gpu`` runs this from the repository root and writes ``gpu-report.json``, in ten minutes or
 less: batches that do not fit in that time are left out and named. Exits with 1 when a test or a

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def write(path: Path, size: int) -> None:
-    """A file whose texts have some ``size`` bytes."""
+    """A file whose texts have about ``size`` bytes."""
     # A paragraph is a record.
     texts = [text for text in calibration_text().split("\n\n") if text.strip()]
     each = sum(len(text.encode()) + 2 for text in texts)
@@ -60,7 +60,7 @@ def write(path: Path, size: int) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        # Texts that come again would be stored once.
+        # Repeated texts would be stored once.
         table = pyarrow.Table.from_pylist(records)
         pyarrow.parquet.write_table(table, path, use_dictionary=False, compression=None)
         return

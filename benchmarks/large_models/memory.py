@@ -33,7 +33,7 @@ SAMPLE_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Case:
-    """One run to be measured; ``tokens`` of calibration in windows of ``window``."""
+    """One run to be measured, with ``tokens`` calibration tokens in windows of ``window``."""
 
     shape: str
     layers: int
@@ -142,9 +142,9 @@ def measure(source: Path, out: Path, case: Case) -> dict[str, Any]:
 
 
 def bound(source: Path, case: Case) -> int:
-    """What the run may take: 1.5 layers of experts and 2 GB; with the least budget four experts,
-    32 bytes for every entry of the largest Hessian, the largest layer without experts, 1 GB. All
-    weights in bfloat16. Of the activations, which are on disk in the latter, none count."""
+    """The bound of a run: 1.5 layers of experts and 2 GB; with the least budget, four experts, 32
+    bytes for every entry of the largest Hessian, the largest layer without experts, and 1 GB. All
+    weights are in bfloat16. Activations do not count; with the least budget they are on disk."""
     checkpoint = open_checkpoint(source)
     model = architecture_of(checkpoint.config)
     expert = 2 * 3 * model.sizes.hidden * model.sizes.groups[0].inner

@@ -1,4 +1,4 @@
-"""Quantise the embedded tiny vision-language model, with images and without, and fill the tables
+"""Quantise the embedded tiny vision-language model with images and text-only, and fill the tables
 of docs/vision_language.md.
 
 Run from the repository root: ``python -m benchmarks.vision_language.page``; takes some minutes
@@ -66,7 +66,7 @@ def scenes(folder: Path, count: int) -> Path:
 
 
 def make(source: Path, work: Path, bits: int, calib: str, images: bool, samples: int) -> Made:
-    """Quantise, with images or on text alone."""
+    """Quantise with images or text-only."""
     folder = work / f"{bits}-{'images' if images else 'text'}"
     report = erniequant.quantize(
         source, folder, bits=bits, calib=calib, calib_samples=samples, calib_length=CONTEXT
@@ -77,8 +77,8 @@ def make(source: Path, work: Path, bits: int, calib: str, images: bool, samples:
 
 @torch.no_grad()
 def matrix_errors(original: Any, quantized: Any, inputs: list[ModelInput]) -> dict[str, float]:
-    """``tr(E H E^T) / tr(W H W^T)`` of every matrix of the experts for images, for what the
-    original model sends them of held-out images; those without tokens are left out."""
+    """``tr(E H E^T) / tr(W H W^T)`` of every matrix of the vision experts, on the inputs that
+    held-out images give them in the original model; experts without tokens are left out."""
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
     handles = []
     for path, module in original.named_modules():
@@ -173,8 +173,8 @@ def _paired_lines(
     original: Any, tokenizer: Any, models: list[Made], inputs: list[ModelInput]
 ) -> Iterator[str]:
     yield (
-        "| bits | weighted error of vision experts, with images | on text alone | lower with "
-        "images | t | perplexity given images, text alone to with images |\n"
+        "| bits | weighted error of vision experts, with images | text only | lower with "
+        "images | t | perplexity given images, text only over with images |\n"
         "|---|---|---|---|---|---|"
     )
     by_key = {(made.bits, made.images): made.model for made in models}

@@ -56,13 +56,13 @@ VARIANTS = {
     "best of 12": Settings(books=BOOKS[:12]),
     f"best of {len(BOOKS)} (the encoder)": Settings(),
 }
-"""Encoders by what they are called in docs/ccq.md."""
+"""Encoders by their names in docs/ccq.md."""
 
 
-# The search: strides first, since offsets hardly matter to what a stride is worth.
+# The search: strides first, since offsets hardly change how good a stride is.
 
 _FRACTIONS = ((64, 4096, 16), (4096, 8192, 8), (8192, 16385, 4))
-"""Strides from, up to and per unit: as fine as float32 holds 256 steps."""
+"""First stride, last stride, and strides per unit: as fine as float32 holds 256 steps."""
 
 
 @numba.njit(boundscheck=False, fastmath={"contract", "reassoc", "nnan", "ninf"})
@@ -126,8 +126,8 @@ def good_books(keep: int, seed: int = 5) -> list[Book]:
 
 
 def search_books(keep: int, seed: int = 3) -> list[Book]:
-    """The books that, added one by one, lower most the error of channels that take their best; the
-    present ones are candidates as well."""
+    """Books chosen one by one, each the one that most lowers the error of channels that take their
+    best; the present books are candidates as well."""
     candidates = tuple(dict.fromkeys((*good_books(200), *BOOKS)))
     inputs, outputs = 1024, 96
     torch.manual_seed(seed)

@@ -25,7 +25,7 @@ from erniequant.paths import expanded
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 WORK_FOLDER = ".erniequant-work"
-"""Where `erniequant.resume` keeps an unfinished run, inside its destination."""
+"""Folder inside the destination where `erniequant.resume` keeps an unfinished run."""
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pdparams")
 _LENGTH_BYTES = 8
 # The safetensors library refuses longer headers; a damaged length would ask for gigabytes.
@@ -58,7 +58,7 @@ _OTHER_BITS = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a shard's header says about a tensor; ``dtype`` is None for a type torch lacks.
+    """A tensor's entry in a shard's header; ``dtype`` is None for a type torch lacks.
 
     ``offset`` is where its ``n_bytes`` begin in the file.
     """
@@ -248,8 +248,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 def _remote_headers(
     hub: HubRepository, index: Path, single: bool
 ) -> dict[str, dict[str, TensorHeader]]:
-    """Headers of shards that are not here yet, whose offsets are not known; asks nobody if all
-    are."""
+    """Headers of shards that are not here yet, without their offsets; sends no request if all are
+    here."""
     if index.is_file():
         listed = read_json(index).get("weight_map")
         names = set(listed.values()) if isinstance(listed, dict) else set()
@@ -283,7 +283,7 @@ def read_sharded(
                 f"{index} names {shard!r} for {name}, which is no safetensors file of its folder"
             )
     if (folder / SINGLE_FILE).is_file() and SINGLE_FILE not in weight_map.values():
-        # Which of the two is read differs between libraries.
+        # Libraries differ in which of the two they read.
         raise ErnieQuantError(
             f"{folder} has both {INDEX_FILE} and {SINGLE_FILE}, of different weights; remove one"
         )

@@ -36,7 +36,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def is_plain_file_name(name: Any) -> bool:
-    """Whether a value found in a file can only name something in that file's own folder."""
+    """True if a value found in a file can only name something in that file's own folder."""
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")

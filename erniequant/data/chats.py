@@ -2,7 +2,7 @@
 
 Here a message has ``role``, ``content`` (a text, or a list of parts ``{"type": "text", "text": …}``
 and ``{"type": "image", "image": …}``), and whatever else its template may use: ``tool_calls``,
-``name``, ``tool_call_id``. Known are OpenAI's form with parts and calls of tools, ShareGPT's with
+``name``, ``tool_call_id``. Known forms are OpenAI's, with parts and tool calls, ShareGPT's, with
 ``from`` and ``value``, and pairs of a question and an answer.
 """
 
@@ -35,7 +35,7 @@ _ANSWERED = ("assistant", "gpt", "bot", "output", "answer")
 
 
 def chat_of(record: Any) -> Any:
-    """What a record holds under the name of a chat; None without any."""
+    """The value of a record's chat field; None without one."""
     if not isinstance(record, Mapping):
         return None
     found = [record[name] for name in FIELDS if record.get(name) is not None]
@@ -46,7 +46,7 @@ def messages_of(record: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """The messages of a record with a chat, in our form.
 
     Raises:
-        ErnieQuantError: they have none that is known.
+        ErnieQuantError: their form is unknown.
     """
     messages = normal_messages(chat_of(record), where)
     system = record.get("system")
@@ -59,7 +59,7 @@ def normal_messages(chat: Any, where: str) -> list[dict[str, Any]]:
     """Messages in our form; tables hold them as JSON text.
 
     Raises:
-        ErnieQuantError: they have no form that is known.
+        ErnieQuantError: their form is unknown.
     """
     if isinstance(chat, str):
         chat = _parsed(chat)
@@ -107,7 +107,7 @@ def text_of(content: str | list[dict[str, Any]]) -> str:
 
 
 def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its calls of tools as JSON in its text, for templates that know no tools."""
+    """The message with its tool calls as JSON in its text, for templates that know no tools."""
     if "tool_calls" not in message:
         return message
     calls = [call.get("function", call) for call in message["tool_calls"]]
@@ -197,7 +197,7 @@ def _calls(message: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
 
 
 def _called(text: str) -> list[dict[str, Any]]:
-    """Calls of tools that are written as the text of a message."""
+    """Tool calls written as the text of a message."""
     value = _parsed(text)
     calls = value if isinstance(value, list) else [value]
     if not all(isinstance(call, Mapping) and "name" in call for call in calls):
@@ -217,7 +217,7 @@ def _pair(turn: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _parsed(text: str) -> Any:
-    """The value of JSON text; None for others."""
+    """The value of JSON text; None for any other value."""
     try:
         return parse_json(text.encode("utf-8", "replace"))
     except ValueError:

@@ -26,11 +26,11 @@ from erniequant.paths import expanded
 
 MARKER = "<image>"
 MIN_TOKENS = 4
-"""Of an image; with fewer nothing is seen of it."""
+"""Fewest tokens of an image; with fewer, nothing in it can be made out."""
 
 
 def has_images(record: Any) -> bool:
-    """Whether a record names an image at all."""
+    """True if a record names an image."""
     if not isinstance(record, Mapping):
         return False
     if record.get("image") is not None or record.get("images"):
@@ -46,7 +46,7 @@ def has_images(record: Any) -> bool:
 
 @dataclass(frozen=True)
 class ImageTextReader:
-    """Turns records with images into what a model is given.
+    """Turns records with images into model inputs.
 
     chat_template: "apply" renders chats with the tokenizer's template, "none" joins their texts.
     length: most tokens of a record, of which images get at most half; text beyond it is cut.
@@ -162,8 +162,8 @@ class ImageTextReader:
 
 
 def with_images(chat: Chat, record: Mapping[str, Any], where: str) -> Chat:
-    """The chat with the images that stand beside it in the record put into its messages: where
-    `MARKER` is, where a part of an image names none, or else before the user's first words.
+    """The chat with the images that the record lists beside it put into its messages: at `MARKER`,
+    at image parts that name no image, or else before the user's first words.
 
     Raises:
         ErnieQuantError: there are more or fewer places than images.

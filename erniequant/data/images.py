@@ -15,7 +15,7 @@ from erniequant.models.images import ImageSettings
 # The newer file of transformers holds the settings of several processors.
 _FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
 _KEPT = ("image_mean", "image_std", "rescale_factor")
-# Pixels of the released processors, where a checkpoint brings no settings.
+# Pixel limits of the released processors, for checkpoints without settings.
 _MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 6177
 
 
@@ -29,7 +29,7 @@ class ImageReader:
         self._processor: Any = None
 
     def read(self, source: Path | Any, max_tokens: int | None = None) -> ImagePatches:
-        """An image from a file, or one of pillow's; shrunk until it takes ``max_tokens`` tokens.
+        """An image from a file or from pillow, shrunk to at most ``max_tokens`` tokens.
 
         Raises:
             ErnieQuantError: it is no image that pillow can read, or too long and thin.

@@ -1,8 +1,8 @@
-"""What a model is given: one sequence of tokens, with its images where it takes any.
+"""Input of a model: one sequence of tokens, with its images if it has any.
 
-A vision-language model sends every token to one of two sets of experts. Which one is said by
-``moe_mm_token_type_ids``, and a model that is not given them sends images to the experts for text,
-without a word. Here they are part of the input.
+A vision-language model sends every token to one of two sets of experts. ``moe_mm_token_type_ids``
+choose the set; without them a model silently sends images to the text experts. Here they are part
+of the input.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class ModelInput:
         return self.ids.numel()
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """What transformers' model takes, as a batch of one, type ids of both kinds included."""
+        """Arguments of transformers' model for a batch of one, with both kinds of type ids."""
         ids = self.ids[None]
         found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.placeholder is None or self.vision is None:
@@ -97,8 +97,8 @@ def image_positions(
 ) -> torch.Tensor:
     """Positions int64 ``[3, T]`` of text with images in it.
 
-    A token of text is one further in all three directions. Those of an image start where the text
-    left off and count time, rows and columns of tokens; the text after it goes on behind the longer
+    A text token is one further in all three directions. Image tokens start where the text left off
+    and count time, rows and columns of tokens; the text after an image goes on behind its longer
     side.
     """
     parts, next_position, start = [], 0, 0
@@ -180,7 +180,7 @@ def sequences_of(member: Any, settings: ImageSettings | None, where: str) -> lis
 
     Args:
         member: a batch; integers ``[T]`` or ``[B, T]`` as a tensor, an array or lists, of which the
-            rows may differ in length; or a list of one such tensor, as loaders of data make it.
+            rows may differ in length; or a list of one such tensor, as data loaders make it.
 
     Raises:
         ErnieQuantError: as `from_batch`.
@@ -210,8 +210,8 @@ def sequences_of(member: Any, settings: ImageSettings | None, where: str) -> lis
 
 
 def hash_inputs(inputs: Iterable[ModelInput]) -> str:
-    """SHA-256 of what models are given: `hash_token_ids` of text alone, with images of their
-    patches as well."""
+    """SHA-256 of model inputs: `hash_token_ids` for text; with images, their patches are hashed
+    too."""
     known = list(inputs)
     ids = hash_token_ids(torch.cat([entry.ids for entry in known]))
     images = [image for entry in known for image in entry.images]

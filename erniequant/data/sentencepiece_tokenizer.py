@@ -1,5 +1,5 @@
 """The tokenizer of Baidu's own vision-language checkpoints, which comes as a sentencepiece model
-with Python code: made from the model alone, without that code.
+with Python code: made from the model only, without that code.
 
 Ids are those of the sentencepiece library. transformers' conversions are not used: they leave out
 the model's normalisation, take every control piece that a text spells for the piece, and differ
@@ -217,7 +217,7 @@ def _text(token: Any) -> str | None:
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The chat template, with tokens for what Baidu's code would put in their place."""
+    """The chat template with the tokens that Baidu's code would put in."""
     template = settings.get("chat_template")
     path = folder / TEMPLATE_FILE
     if path.is_file():

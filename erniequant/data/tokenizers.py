@@ -23,9 +23,9 @@ _FAST_FILE = "tokenizer.json"
 _TOKENIZER_FILES = (_FAST_FILE, "tokenizer.model", SETTINGS_FILE)
 # transformers' own leftover of the machine that saved the file; nothing opens it.
 _NEVER_OPENED = "special_tokens_map_file"
-# Of the code that comes with Baidu's vision-language checkpoints; transformers knows no such class.
+# A class of the code in Baidu's vision-language checkpoints; transformers has none of that name.
 _CLASS_OF_ITS_OWN = "Ernie4_5_VLTokenizer"
-# Of the code of Baidu's first text checkpoints; transformers makes the same ids from the
+# A class of the code in Baidu's first text checkpoints; transformers makes the same ids from the
 # sentencepiece model.
 _SAME_AS_ITS_MODEL = "Ernie4_5_Tokenizer"
 # Makes what tokenizer.json, or a conversion of tokenizer.model, describes.
@@ -33,12 +33,12 @@ _GENERAL_CLASS = "PreTrainedTokenizerFast"
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint comes with a tokenizer at all."""
+    """True if a checkpoint comes with a tokenizer."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def is_of_own_code(folder: Path) -> bool:
-    """Whether transformers would need code of the checkpoint for a tokenizer that we can make."""
+    """True if transformers would need code of the checkpoint for a tokenizer that we can make."""
     present = {name for name in _TOKENIZER_FILES if (folder / name).is_file()}
     if present != {"tokenizer.model", SETTINGS_FILE}:
         return False

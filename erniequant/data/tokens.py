@@ -1,5 +1,5 @@
-"""Texts of any length to token ids, a piece at a time: a tokenizer keeps some 150 bytes for every
-token of one call.
+"""Token ids of texts of any length, a piece at a time: a tokenizer keeps about 150 bytes per token
+of a call.
 
 Pieces end where lines end, and each is tokenised behind the end of the one before, so that the ids
 are those of the whole text for every tokenizer that does not look further back.
@@ -16,7 +16,7 @@ from torch import Tensor
 from erniequant.errors import ErnieQuantError, wrap_errors
 
 PIECE = 1 << 18
-"""Characters that are tokenised at once, at least, where there are twice as many."""
+"""Characters tokenised at once, at least, if there are twice as many."""
 
 BEHIND = 64
 """Characters before a piece that its tokenizer is shown."""
@@ -30,7 +30,7 @@ def token_ids(tokenizer: Any, texts: Iterable[str], at_most: int | None = None) 
     token.
 
     Args:
-        at_most: reading stops at so many tokens.
+        at_most: reading stops at this many tokens.
 
     Raises:
         ErnieQuantError: the tokenizer cannot read them.
@@ -73,8 +73,8 @@ def _cut(text: str, least: int, most: int) -> int:
 
 
 def _behind(tokenizer: Any, before: str, text: str) -> Tensor:
-    """Token ids of a text as they are behind another. Tokenizers that put a space before the first
-    word would put one into the middle otherwise."""
+    """Token ids of a text that follows another. Otherwise, tokenizers that put a space before the
+    first word would put one into the middle."""
     if before:
         known, both = _ids(tokenizer, before), _ids(tokenizer, before + text)
         if torch.equal(both[: len(known)], known):

@@ -32,7 +32,7 @@ class Rotation:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedMatrix:
-    """One coded matrix and what became of it.
+    """One coded matrix and its error.
 
     ``parts`` are its tensors as they are stored, by suffix; ``effective`` float32 ``[N, K]`` are
     the weights that they stand for. ``error`` is ``tr(E H E^T) / tr(W H W^T)``.
@@ -45,12 +45,13 @@ class QuantizedMatrix:
     fallback: str | None
 
     def stored(self) -> "QuantizedMatrix":
-        """Without the float32 weights: what has to be kept until the layer is written."""
+        """The same without the float32 weights: the part that is kept until the layer is
+        written."""
         return replace(self, effective=torch.empty(0))
 
 
 class MatrixQuantizer(Protocol):
-    """How the matrices of one projection of a layer are coded, each on its own."""
+    """Coder of the matrices of one projection of a layer, each on its own."""
 
     @property
     def inputs(self) -> int:

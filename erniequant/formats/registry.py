@@ -24,8 +24,8 @@ def get_format(name: str) -> Format:
 
 
 def format_of(source: str | Path) -> Format:
-    """The format of a local folder or of a model on Hugging Face; of the latter, always the native
-    one, which has plain checkpoints too.
+    """The format of a local folder or of a model on Hugging Face; for the latter always the native
+    one, which covers plain checkpoints too.
 
     Raises:
         ErnieQuantError: its config.json cannot be read.
@@ -41,10 +41,10 @@ def format_of(source: str | Path) -> Format:
 
 
 def check_options(options: QuantizeOptions) -> Format:
-    """The format that is asked for, which has all the options.
+    """The requested format, once it is known to have all the options.
 
     Raises:
-        ErnieQuantError: it does not have one of them.
+        ErnieQuantError: it lacks one of them.
     """
     found = get_format(options.format)
     for name in options.own:

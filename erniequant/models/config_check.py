@@ -1,4 +1,4 @@
-"""Does a config.json belong to the tensors beside it? Asked in plain arithmetic, before
+"""Check in plain arithmetic that a config.json belongs to the tensors beside it, before
 transformers builds a module for every layer that the file claims.
 
 A wrong number would otherwise cost memory without bound, or give a model that runs and is wrong:

@@ -32,7 +32,7 @@ _PACKED_NAME = re.compile(rf"\.({'|'.join(PROJECTIONS)})_({'|'.join(SUFFIXES)})$
 
 
 def is_dense(config: dict[str, Any]) -> bool:
-    """Whether a config.json describes a dense model, whose MLPs take the place of experts."""
+    """True if a config.json describes a dense model, whose MLPs take the place of experts."""
     family = family_of(config)
     return family is not None and family.is_dense()
 
@@ -146,7 +146,7 @@ def _family(config: dict[str, Any]) -> type[Architecture]:
 
 
 def _set_number(family: type[Architecture], key: str) -> int:
-    """Which of a layer's sets of experts a key means."""
+    """The set of a layer's experts that a key means."""
     slot = slot_of(key)
     return family.slots.index(slot) if slot in family.slots else 0
 

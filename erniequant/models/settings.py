@@ -1,5 +1,5 @@
-"""Values of a config.json that no checkpoint needs and that do harm: numbers without bound, code or
-weights from elsewhere. Looked at before transformers sees them."""
+"""Harmful values of a config.json that no checkpoint needs: numbers without bound, code or weights
+from elsewhere. Refused before transformers sees them."""
 
 import math
 from collections.abc import Iterator
@@ -97,7 +97,7 @@ def require_possible(config: Any) -> None:
 
 
 def require_possible_vision(config: Any) -> None:
-    """Look at what a transformers config of a vision-language model has beside its decoder.
+    """Look at a transformers config of a vision-language model beyond its decoder.
 
     Raises:
         ErnieQuantError: it makes no model.

@@ -33,7 +33,7 @@ TensorInfo = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass(frozen=True)
 class MatrixSpec:
-    """How all matrices of one projection of one layer are coded."""
+    """The coding of all matrices of one projection of one layer."""
 
     code: str
     register_length: int

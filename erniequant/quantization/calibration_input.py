@@ -1,4 +1,4 @@
-"""What a run is calibrated on: read, checked against the model, and announced."""
+"""The calibration data of a run: read, checked against the model, and announced."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,17 +20,17 @@ from erniequant.progress import Progress
 from erniequant.quantization.report import CalibrationReport
 
 UNSEEN_IMAGES = (
-    "experts for images are quantised for what experts for text see, and count as degraded "
+    "vision experts are quantised for the inputs of the text experts, and count as degraded "
     "(exit code 3)"
 )
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is known about the calibration data before the plan is made.
+    """The calibration data, as far as it is known before the plan is made.
 
     Attributes:
-        data: Python's objects, of one ``kind``; None where ``config.source`` names the data.
+        data: Python objects, of one ``kind``; None where ``config.source`` names the data.
         windows: of batches, which need no tokenizer.
         images: most records or batches with images; None where only reading all would tell.
     """
@@ -45,10 +45,10 @@ class Calibration:
 def prepare(
     calib: Any, config: CalibrationConfig, model: Architecture, dry_run: bool
 ) -> Calibration:
-    """Look at what is given. A dry run takes nothing out of an iterator.
+    """Look at the data that is given. A dry run takes nothing out of an iterator.
 
     Raises:
-        ErnieQuantError: it is nothing to calibrate on, or not for this model.
+        ErnieQuantError: it cannot be calibrated on, or not with this model.
     """
     source = given(
         calib, "calib", "leave it out to calibrate on the built-in text, or give no_calib=True"
@@ -78,7 +78,7 @@ def prepare(
 def read_windows(
     checkpoint: Checkpoint, model: Architecture, calibration: Calibration, watch: Progress
 ) -> CalibrationWindows:
-    """What to calibrate on, announced.
+    """The windows to calibrate on, announced.
 
     Raises:
         ErnieQuantError: it cannot be read, or is not for this model.
@@ -95,7 +95,7 @@ def read_windows(
         watch.message(f"skipped {windows.empty} empty {rows} of {config.source}")
     if model.images is not None:
         watch.message(
-            f"{windows.images} images in it, {windows.vision_tokens} tokens for experts for images"
+            f"{windows.images} images in it, {windows.vision_tokens} tokens for vision experts"
             if windows.images
             else f"no images in it: {UNSEEN_IMAGES}"
         )
@@ -133,9 +133,9 @@ def _reader(
 
 
 def amounts(calibration: Calibration, model: Architecture) -> tuple[int, int, int]:
-    """The most tokens, the longest window and the most patches of images that there can be.
+    """The most tokens, the longest window and the most image patches that there can be.
 
-    Where nobody knows how many records have images, as many as windows of text.
+    If the number of records with images is unknown, it is taken to be that of text windows.
     """
     windows, config = calibration.windows, calibration.config
     if windows is not None:
@@ -149,14 +149,14 @@ def amounts(calibration: Calibration, model: Architecture) -> tuple[int, int, in
 
 
 def image_note(calibration: Calibration) -> str:
-    """What experts for images will be calibrated on."""
+    """A line on what the vision experts will be calibrated on."""
     images, source = calibration.images, calibration.config.source
     if images is None:
-        return f"experts for images are calibrated on the images of {source}, if it has any"
+        return f"vision experts are calibrated on the images of {source}, if it has any"
     if not images:
         return f"no images in {source}: {UNSEEN_IMAGES}"
     what = "sequences" if calibration.windows is not None else "records"
-    return f"experts for images are calibrated on {images} {what} with images of {source}"
+    return f"vision experts are calibrated on {images} {what} with images of {source}"
 
 
 def calibration_report(

@@ -24,12 +24,12 @@ EMBEDDING_ROWS = 4096
 """Rows of the embedding read at once."""
 
 Step = Callable[[Rows, slice, ModelInput], None]
-"""Moves one window on: hidden states, its place in them, and what it is."""
+"""Moves one window on, given all hidden states, the window's rows among them, and the window."""
 
 
 class HiddenStates:
     """Hidden states of all windows in the quantised and in the original model, float32 ``[T, H]``
-    each; without windows, of no tokens."""
+    each; empty without windows."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class HiddenStates:
                     self._original.release()
 
     def _embed_images(self) -> None:
-        """Put the embeddings of images in the place of their tokens, a few windows at a time."""
+        """Put image embeddings in the place of image tokens, a few windows at a time."""
 
         def embed(group: list[int]) -> None:
             torch.set_num_threads(1)
@@ -203,7 +203,7 @@ def _by_patches(windows: Sequence[ModelInput]) -> list[list[int]]:
 
 
 class _InputTables:
-    """What a layer's experts see of all windows, filled window by window."""
+    """The inputs of a layer's experts for all windows, filled window by window."""
 
     def __init__(self, tokens: int, architecture: Architecture, pool: RowPool):
         sizes = architecture.sizes

@@ -36,7 +36,7 @@ from erniequant.system import resolve_device
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """What to calibrate on, as it is given to `erniequant.quantize`."""
+    """The calibration request, as it is given to `erniequant.quantize`."""
 
     data: Any
     config: CalibrationConfig
@@ -48,7 +48,7 @@ class Job:
 
     Attributes:
         calibration: None without calibration.
-        left_behind: names of what is in the source's folder and not in the result.
+        left_behind: names of files that are in the source's folder and not in the result.
         text: the plan for people.
     """
 
@@ -131,7 +131,8 @@ def _fit(
     max_memory: str | int | None,
     device: torch.device,
 ) -> MemoryPlan:
-    """How the run goes within its memory; an explicit bound that is too small is refused."""
+    """The plan that keeps the run within its memory; an explicit bound that is too small is
+    refused."""
     asked = parse_size(str(max_memory)) if max_memory is not None else None
     budget = default_budget() if asked is None else asked
     found = plan_memory(model, needs, threads, budget, device.type == "cpu")

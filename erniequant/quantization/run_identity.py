@@ -1,5 +1,5 @@
-"""What a continued run has to have in common with its beginning, so that the result is the one
-that an uninterrupted run would have given."""
+"""The facts in which a continued run must agree with its beginning, so that the result is that of
+an uninterrupted run."""
 
 import hashlib
 import json
@@ -56,12 +56,13 @@ def run_identity(
 
 
 def processor() -> str:
-    """What kind of processor computes; another one rounds differently."""
+    """The kind of processor; another one rounds differently."""
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _plan_digest(plan: Plan) -> str:
-    """Of what is written: codes and every tensor. The options alone do not say it for ever."""
+    """Digest of the codes and of every tensor to be written: later versions may make others from
+    the same options."""
     tensors = [[t.name, t.stored_dtype, *t.shape] for t in plan.packed]
     return _digest([json.dumps([dict(plan.settings), tensors, plan.copied]).encode()])
 

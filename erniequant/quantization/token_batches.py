@@ -11,8 +11,8 @@ CHUNK = 1024
 """Tokens in memory at once. At the largest model's size that is 33 MB for each table."""
 
 PATCHES_AT_ONCE = 4096
-"""Patches of images that pass through the vision tower together: its weights are read once for all
-of them, and the widest of their activations has 84 MB in the largest tower."""
+"""Image patches that pass through the vision tower together: its weights are read once for all of
+them, and the widest of their activations has 84 MB in the largest tower."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Tokens(Protocol):
 class TableTokens:
     """Tokens by their rows in the tables of a layer.
 
-    ``read`` gives the evidence of some rows (int64 ``[n]``) with their weights.
+    ``read`` returns the batch of some rows (int64 ``[n]``) with their weights.
     """
 
     read: Callable[[torch.Tensor, torch.Tensor], TokenBatch]

@@ -22,7 +22,7 @@ class Journal:
     """The journal of one run.
 
     Attributes:
-        identity: what a continuation has to agree in, by name.
+        identity: the facts in which a continuation must agree, by name.
         events: everything recorded, oldest first; ``event`` says what, ``t`` when, in seconds
             from the beginning of its session.
     """

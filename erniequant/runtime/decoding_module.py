@@ -11,7 +11,7 @@ from erniequant.packing.products import DIFFERENTIABLE, DecodedProduct, experts_
 
 
 class DecodingExperts(nn.Module):
-    """What experts modules of every format have in common.
+    """The common base of every format's experts modules.
 
     Attributes:
         keep_decoded: keep every expert's weights after first use. Faster, at the memory of the
@@ -58,7 +58,7 @@ class DecodingExperts(nn.Module):
 
     @property
     def keep_decoded(self) -> bool:
-        """Whether decoded weights are kept."""
+        """True if decoded weights are kept."""
         return self._keep_decoded
 
     @keep_decoded.setter
@@ -80,7 +80,7 @@ class DecodingExperts(nn.Module):
         key = (projection, expert, dtype)
         found = self._decoded.get(key)
         if found is None:
-            # What is kept serves training too, in whatever mode the first caller was.
+            # Kept weights serve training too, whatever mode the first caller was in.
             with torch.inference_mode(False), torch.no_grad():
                 found = self.decode(projection, expert).to(dtype)
             if self._keep_decoded:

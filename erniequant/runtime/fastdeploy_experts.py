@@ -22,7 +22,7 @@ _NAMES = {"gate_up_proj": "up_gate_proj", "down_proj": "down_proj"}
 
 
 class FastDeployExperts(DecodingExperts):
-    """All experts of a layer; parameters ``{up_gate_proj,down_proj}_{suffix}`` are ``[E, ...]`` of
+    """All experts of a layer; parameters ``{up_gate_proj,down_proj}_{suffix}`` ``[E, ...]`` stack
     what a checkpoint stores for each.
     """
 
@@ -71,7 +71,7 @@ class FastDeployExperts(DecodingExperts):
     def multiply(
         self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
     ) -> torch.Tensor:
-        """Kernels where they can, without gradient; else decoded weights."""
+        """Runs on kernels where they apply, without gradient; else on decoded weights."""
         trained = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
         if self._on_kernels(x) and not self._keep_decoded and not trained:
             return self._run_kernels(x, expert_index, routing)

@@ -1,8 +1,8 @@
 """The experts of a layer as one operator of torch: kernels on CUDA, plain torch elsewhere.
 
-`erniequant::moe_experts` is opaque to `torch.compile` and can be captured in a CUDA graph. Its
-workspace is what `erniequant_kernels.moe.Plan.workspace_bytes` says; weights stay packed, except
-where many tokens per expert make it cheaper to decode a few experts at a time into that workspace.
+`erniequant::moe_experts` is opaque to `torch.compile` and can be captured in a CUDA graph. The size
+of its workspace is `erniequant_kernels.moe.Plan.workspace_bytes`; weights stay packed, except where
+many tokens per expert make it cheaper to decode a few experts at a time into that workspace.
 """
 
 from contextlib import nullcontext

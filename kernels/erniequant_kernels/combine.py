@@ -42,7 +42,7 @@ def combine_kernel(
     for slot in tl.static_range(TOP_K):
         assignment = token * TOP_K + slot
         expert = tl.load(expert_index_ptr + assignment).to(tl.int64)
-        # What belongs to no expert may be anything in memory: masked, not multiplied by zero.
+        # Values of no expert may be anything in memory: masked, not multiplied by zero.
         valid = output < tl.where((expert >= 0) & (expert < EXPERTS), OUTPUTS, 0)
         weight = tl.load(routing_ptr + assignment).to(tl.float32)
         y = tl.zeros((BLOCK_N,), dtype=tl.float32)

@@ -98,7 +98,7 @@ def row_tiles_kernel(
     start = 0
     while start < assignments:
         chosen = tl.load(index_ptr + start + lane, mask=start + lane < assignments, other=-1)
-        # What belongs to no expert, and the padding of the last scan, counts as one beyond.
+        # Assignments to no expert, and the padding of the last scan, count as one beyond.
         nobody = (chosen < 0) | (chosen >= EXPERTS)
         counts += tl.histogram(tl.where(nobody, EXPERTS, chosen).to(tl.int32), BINS)
         start += SCAN

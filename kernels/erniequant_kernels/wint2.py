@@ -50,7 +50,7 @@ def label(word, SHIFT: tl.constexpr):
 
 @triton.jit
 def natural_rows(MMA64: tl.constexpr):
-    """Which row of its group each of the 64 stored positions holds."""
+    """The row of its group that each of the 64 stored positions holds."""
     p = tl.arange(0, GROUP)
     if MMA64:
         return (p // 2 % 8) * 8 + (p // 16) * 2 + p % 2

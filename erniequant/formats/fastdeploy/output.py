@@ -39,10 +39,10 @@ from erniequant.formats.plan import Plan, PlanWording, QuantizeOptions, make_pla
 from erniequant.models.architecture import Architecture, ExpertGroup
 
 WINT4_SHARE = 4 / 51
-"""Of the layers with experts, how many have 4 bits unless told otherwise: as in Baidu's 300B, where
-these are layers 3 to 6 of 3 to 53."""
+"""Default share of 4-bit layers among those with experts: as in Baidu's 300B, where these are
+layers 3 to 6 of 3 to 53."""
 
-# Their projections by the names that the rest of the library has for them.
+# FastDeploy's projections by their names in the rest of the library.
 _LEAVE_OUT = "; leave out --format"
 _PROJECTIONS = {"gate_up_proj": "up_gate_proj", "down_proj": "down_proj"}
 

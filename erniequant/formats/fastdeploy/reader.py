@@ -1,4 +1,4 @@
-"""Read a checkpoint of FastDeploy as if it were the original: its names, shapes and orientation.
+"""Read a FastDeploy checkpoint as if it were the original: its names, shapes and orientation.
 
 Matrices are decoded one at a time as they are asked for; those of rank folders are joined. Headers
 are checked when it is opened, so a wrong file is named before anything is decoded.
@@ -44,15 +44,15 @@ _COUNTS = ("num_hidden_layers", *Ernie45Moe.expert_count_keys)
 
 
 class FastDeployCheckpoint:
-    """A checkpoint of FastDeploy under the original's names; a `TensorSource`.
+    """A FastDeploy checkpoint under the original's names; a `TensorSource`.
 
     Attributes:
         folder: where it is.
         config: config.json that the original would have.
-        model: its sizes and how its experts are coded.
+        model: its sizes and the coding of its experts.
         settings: see `FastDeploySettings`.
         ranks: the files of each rank.
-        k_order: of its WINT2 codes; None if unknown, and then experts cannot be decoded.
+        k_order: K order of its WINT2 codes; None if unknown, and then experts cannot be decoded.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class FastDeployCheckpoint:
         return part.outputs[part.sources.index(name)], part.inputs
 
     def is_decoded(self, name: str) -> bool:
-        """Whether a tensor is stored quantised. Raises ErnieQuantError as `tensor`."""
+        """True if a tensor is stored quantised. Raises ErnieQuantError as `tensor`."""
         return isinstance(self._part(name), Matrix)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -139,11 +139,11 @@ class FastDeployCheckpoint:
 
 
 def open_fastdeploy(source: str | Path, k_order: str | None = None) -> FastDeployCheckpoint:
-    """Open a checkpoint of FastDeploy, reading headers only.
+    """Open a FastDeploy checkpoint, reading headers only.
 
     Args:
         source: folder, or Hugging Face id of one without rank folders.
-        k_order: of its WINT2 codes, "plain" or "mma64"; None: as its files say.
+        k_order: K order of its WINT2 codes, "plain" or "mma64"; None: as its files record.
 
     Raises:
         ErnieQuantError: no such checkpoint, a tensor is missing, left over or of another shape or
@@ -156,8 +156,8 @@ def open_fastdeploy(source: str | Path, k_order: str | None = None) -> FastDeplo
 
 
 def check_folder(source: str | Path) -> tuple[str, ...]:
-    """Everything in a checkpoint that is not as we write it and FastDeploy asks for it, one line
-    each: see `schema.check_keys`.
+    """Every deviation of a checkpoint from what we write and FastDeploy asks for, one line each:
+    see `schema.check_keys`.
 
     Raises:
         ErnieQuantError: it cannot be opened at all.

@@ -25,7 +25,7 @@ NO_WINT4 = -1
 
 @dataclass(frozen=True)
 class FastDeployModel:
-    """Sizes of a text MoE, undivided, and how its experts are coded.
+    """Sizes of a text MoE, undivided, and the coding of its experts.
 
     ``inner``, ``shared_inner`` and ``dense_inner`` are the inner sizes of a routed expert, of all
     shared experts of a layer together (0: none), and of the MLP of layers below ``first_moe``.
@@ -54,7 +54,7 @@ class FastDeployModel:
         return range(self.first_moe, self.layers)
 
     def expert_format(self, layer: int) -> str:
-        """How the experts of a layer are coded: "wint4" or "wint2"."""
+        """The coding of a layer's experts: "wint4" or "wint2"."""
         return "wint4" if layer <= self.w4_end_layer else "wint2"
 
 
@@ -88,7 +88,7 @@ def fastdeploy_model(
     """Sizes of a model for FastDeploy.
 
     Args:
-        architecture: what its config.json describes.
+        architecture: the architecture that its config.json describes.
         w4_end_layer: last layer whose experts are wint4; anything below the first MoE layer: none.
         tensor_parallel: number of ranks that the checkpoint is cut for.
 

@@ -43,7 +43,7 @@ def _from_pretrained(
     family = require_family(config)
     settings = family.in_terms_of_transformers(config)
     auto: Any = getattr(transformers, family.auto_class)
-    # transformers does not know the original's name of the architecture, nor take every null.
+    # transformers neither knows the original's name of the architecture nor accepts every null.
     as_stored = settings == read_json(folder / CONFIG_FILE)
     with wrap_errors(f"{folder / CONFIG_FILE} is not valid"):
         known = (

@@ -1,4 +1,4 @@
-"""What is measured: a layer of experts of a published model, a batch of tokens, a routing."""
+"""The problem to measure: a layer of experts of a published model, a batch of tokens, a routing."""
 
 import math
 from dataclasses import dataclass
@@ -107,7 +107,7 @@ def _tile(shape: Shape) -> int:
 
 
 def bytes_read(shape: Shape, batch: Batch, bits: int) -> int:
-    """What no method can avoid: active experts' weights and scales, inputs, outputs."""
+    """Bytes that no method can avoid: active experts' weights and scales, inputs, outputs."""
     expert = shape.weights_per_expert * bits // 8
     if bits != BFLOAT16_BITS:
         expert += 2 * (2 * shape.inner + shape.hidden)

@@ -1,4 +1,4 @@
-"""Code books of the WINT2 encoder: what the affine map from a byte to a word may be used for.
+"""Code books of the WINT2 encoder: uses of the affine map from a byte to a word.
 
 WINT2 stores two numbers per output channel and makes the word of a byte as ``byte * code_scale +
 code_zp``. The published recipe spreads the 256 words evenly over the 32768 that there are, which
@@ -75,8 +75,8 @@ def book_labels(books: tuple[Book, ...] = BOOKS) -> NDArray[np.float32]:
 
 
 def is_exact(book: Book) -> bool:
-    """Whether no byte's word depends on how its arithmetic rounds: float32 step by step, a fused
-    multiply-add and exact arithmetic agree, and no word is negative."""
+    """True if no byte's word depends on rounding: float32 step by step, a fused multiply-add and
+    exact arithmetic agree, and no word is negative."""
     stride, offset = Fraction(book[0]), Fraction(book[1])
     everything = torch.arange(256, dtype=torch.uint8)[:, None]
     scale, zero = torch.tensor([[book[0]], [book[1]]], dtype=torch.float32)

@@ -24,7 +24,7 @@ of the losses that the dry run saw in the groups to come, a measure of how much 
 
 @dataclass(eq=False)
 class Candidates:
-    """Pairs of an output and a code book, and what they have come to.
+    """Pairs of an output and a code book, and their codes and errors so far.
 
     ``output`` and ``book`` int64 ``[n]``; ``codes`` uint8 ``[n, K / 4]``, ``nibbles`` uint8
     ``[n, K / 64]``, ``error`` float32 ``[n, K]`` and ``loss`` float64 ``[n]``, all in encoding
@@ -63,8 +63,7 @@ class Candidates:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is the same for all outputs of a matrix: code books, the factor and what follows from
-    it."""
+    """Data that all outputs of a matrix share: code books, the factor and what follows from it."""
 
     books: tuple[Book, ...]
     factor: BlockFactor
@@ -74,7 +73,8 @@ class Plan:
     @staticmethod
     def of(factor: BlockFactor, books: tuple[Book, ...]) -> "Plan":
         """The plan that follows from a factor."""
-        # The root of what a row counts: with all of it, a massive row alone would choose the scale.
+        # The root of a row's weight: with the full weight, a massive row alone would choose the
+        # scale.
         counts = factor.local.diagonal(dim1=1, dim2=2).flatten().sqrt().float()
         return Plan(books, factor, roots(factor.local), counts)
 
@@ -85,8 +85,8 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class DryRun:
-    """What groups come to while each may have any scale: ``scales`` and ``losses`` float32
-    ``[n, K / 64]``, in encoding order."""
+    """Outcome of the groups while each may take any scale, ``scales`` and ``losses`` float32 ``[n,
+    K / 64]`` in encoding order."""
 
     scales: torch.Tensor
     losses: torch.Tensor
@@ -112,11 +112,11 @@ def race(
     """Encode outputs with every code book; the best candidate of each output.
 
     Args:
-        plan: of the matrix.
+        plan: the matrix's plan.
         weight: float32 ``[n, K]`` in encoding order.
         unit: float32 ``[n]``, the scale of nibble 1.
-        losses: of `DryRun`.
-        tries: how many nibbles a group tries.
+        losses: from `DryRun`.
+        tries: number of nibbles that a group tries.
     """
     outputs, inputs = weight.shape
     found = _all_pairs(outputs, len(plan.books), inputs)

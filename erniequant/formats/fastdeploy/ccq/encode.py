@@ -43,7 +43,7 @@ Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
 
 @dataclass(frozen=True)
 class Settings:
-    """What the encoder may do; the defaults are what it should, others are for comparison."""
+    """Settings of the encoder; values other than the defaults are for comparison."""
 
     books: tuple[Book, ...] = BOOKS
     dry_tries: int = DRY_TRIES
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class EncodedWint2:
-    """A WINT2 matrix and what became of it.
+    """A WINT2 matrix and its error.
 
     Attributes:
         quant_weight: uint8 ``[K / 4, N]``.
@@ -65,7 +65,7 @@ class EncodedWint2:
         error: ``tr(E H E^T) / tr(W H W^T)``, with the identity where the Hessian is not finite or
             has no energy; 0 for a zero matrix.
         damping: of the Hessian, as a fraction of the mean energy of ordinary inputs.
-        fallback: why there was no feedback, or None.
+        fallback: the reason why there was no feedback, or None.
     """
 
     quant_weight: torch.Tensor
