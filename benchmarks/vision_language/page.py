@@ -174,7 +174,7 @@ def _paired_lines(
 ) -> Iterator[str]:
     yield (
         "| bits | weighted error of vision experts, with images | text only | lower with "
-        "images | t | perplexity given images, text only over with images |\n"
+        "images | t | perplexity given images, text only ÷ with images |\n"
         "|---|---|---|---|---|---|"
     )
     by_key = {(made.bits, made.images): made.model for made in models}
