@@ -204,8 +204,8 @@ def _quantised_row(
     )
     seconds = time.perf_counter() - started
     model, _ = load(folder, device="cpu")
-    found = bench.measure(model, f"{bits} bits")
-    return _row("erniequant", bits, found, bench.size.row(tensor_bytes(folder)), seconds)
+    measured = bench.measure(model, f"{bits} bits")
+    return _row("erniequant", bits, measured, bench.size.row(tensor_bytes(folder)), seconds)
 
 
 def _wint2_row(
@@ -241,9 +241,9 @@ def _rounded_row(bench: _Bench, original: nn.Module, bits: int) -> DemoRow:
     started = time.perf_counter()
     model, expert_bits = round_experts(original, bits)
     seconds = time.perf_counter() - started
-    found = bench.measure(model, f"round-to-nearest at {bits} bits")
+    measured = bench.measure(model, f"round-to-nearest at {bits} bits")
     total_bytes = bench.size.other_bytes + expert_bits * bench.size.expert_weights / 8
-    return _row("RTN", bits, found, bench.size.row(total_bytes), seconds)
+    return _row("RTN", bits, measured, bench.size.row(total_bytes), seconds)
 
 
 def round_experts(model: nn.Module, bits: int) -> tuple[nn.Module, float]:
@@ -262,10 +262,10 @@ def round_experts(model: nn.Module, bits: int) -> tuple[nn.Module, float]:
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The fused routed experts, [E, 2I, H] and [E, H, I] per layer, by name."""
     suffixes = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-    found = {name: p for name, p in model.named_parameters() if name.endswith(suffixes)}
-    if not found:
+    parameters = {name: p for name, p in model.named_parameters() if name.endswith(suffixes)}
+    if not parameters:
         raise ErnieQuantError("the embedded model has no routed experts: install erniequant again")
-    return found
+    return parameters
 
 
 def tensor_bytes(folder: Path) -> int:
@@ -366,16 +366,16 @@ def _measure_size(model: nn.Module, total_bytes: int) -> _Size:
 
 
 def _row(
-    method: str, bits: int, found: PerplexityResult, size: dict[str, float], seconds: float
+    method: str, bits: int, measured: PerplexityResult, size: dict[str, float], seconds: float
 ) -> DemoRow:
-    distance = found.reference
+    distance = measured.reference
     assert distance is not None
     return DemoRow(
         method=method,
         bits=bits,
         **size,
-        perplexity=found.perplexity,
-        perplexity_stderr=found.stderr,
+        perplexity=measured.perplexity,
+        perplexity_stderr=measured.stderr,
         ratio=distance.ratio,
         ratio_stderr=distance.ratio_stderr,
         kl_mean=distance.kl_mean,

@@ -84,12 +84,12 @@ def generate(
             pad_token_id=_padding(tokenizer),
             **sampling,
         )
-    known = batch["input_ids"].shape[1]
-    new = output[0, known:]
+    prompt_length = batch["input_ids"].shape[1]
+    new = output[0, prompt_length:]
     return Generation(
         prompt=prompt,
         text=tokenizer.decode(new, skip_special_tokens=True),
-        prompt_tokens=known,
+        prompt_tokens=prompt_length,
         tokens=len(new),
         seconds=time.perf_counter() - started,
     )
@@ -131,15 +131,15 @@ def _warn_beyond_positions(model: Any, entry: ModelInput, max_tokens: int) -> No
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     # An image has more tokens than positions: its rows and columns share them.
-    known = len(entry) if entry.positions is None else int(entry.positions.max()) + 1
-    if positions is None or known + max_tokens <= positions:
+    taken = len(entry) if entry.positions is None else int(entry.positions.max()) + 1
+    if positions is None or taken + max_tokens <= positions:
         return
-    if known >= positions:
-        text = f"the prompt alone takes {known} of the model's {positions} positions"
+    if taken >= positions:
+        text = f"the prompt alone takes {taken} of the model's {positions} positions"
     else:
         text = (
-            f"{known} positions of the prompt and {max_tokens} of --max-tokens are more than the "
-            f"{positions} of the model, so ask for at most {positions - known} tokens"
+            f"{taken} positions of the prompt and {max_tokens} of --max-tokens are more than the "
+            f"{positions} of the model, so ask for at most {positions - taken} tokens"
         )
     warnings.warn(f"{text}; text beyond them is unreliable", ErnieQuantWarning, stacklevel=3)
 

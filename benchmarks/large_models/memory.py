@@ -67,9 +67,9 @@ def main() -> None:
             write_source(source, size)
         for budget in arguments.budget:
             case = Case(**asdict(size), tokens=arguments.tokens, budget=budget)
-            found = measure(source, arguments.work / f"out-{arguments.shape}-{budget}", case)
-            print(json.dumps({k: v for k, v in found.items() if k != "samples"}, indent=2))
-            record(case, found)
+            figures = measure(source, arguments.work / f"out-{arguments.shape}-{budget}", case)
+            print(json.dumps({k: v for k, v in figures.items() if k != "samples"}, indent=2))
+            record(case, figures)
     entries = json.loads(RESULTS.read_text())
     plot(entries, PLOT)
     fill(PAGE, "memory", table(entries))
@@ -154,12 +154,12 @@ def bound(source: Path, case: Case) -> int:
     return int(4 * expert + 32 * hessian + largest_layer(checkpoint, model) + 1e9)
 
 
-def record(case: Case, found: dict[str, Any]) -> None:
+def record(case: Case, figures: dict[str, Any]) -> None:
     """Replace the case's entry in the results."""
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     key = asdict(case)
-    entries = [e for e in known if (e["shape"], e["budget"]) != (case.shape, case.budget)]
-    RESULTS.write_text(json.dumps([*entries, key | found], indent=1) + "\n")
+    entries = [e for e in recorded if (e["shape"], e["budget"]) != (case.shape, case.budget)]
+    RESULTS.write_text(json.dumps([*entries, key | figures], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -74,9 +74,9 @@ def tiny_rows() -> Iterator[str]:
     for name, (bits, error) in METHODS.items():
         cells = []
         for part in ("gate_up", "down"):
-            found = [error(x.weight, x.hessian) for x in layers if x.name.endswith(part)]
-            mean = sum(found) / len(found)
-            cells.append(f"{mean:.4f} | {min(found):.4f} – {max(found):.4f}")
+            errors = [error(x.weight, x.hessian) for x in layers if x.name.endswith(part)]
+            mean = sum(errors) / len(errors)
+            cells.append(f"{mean:.4f} | {min(errors):.4f} – {max(errors):.4f}")
         yield f"| {name} | {bits} | {' | '.join(cells)} |"
 
 

@@ -215,9 +215,9 @@ def named_places(
         where = draw_images.CORNERS[plan.cell][0] if len(plan.things) == 1 else ""
         for thing in plan.things:
             name = f" {thing.size} {thing.colour} {thing.shape} {where}".rstrip()
-            place = start + int(thing.y * down) * across + int(thing.x * across)
+            index = start + int(thing.y * down) * across + int(thing.x * across)
             for token in rng.choices(tokenizer(name)["input_ids"], k=HINTS):
-                yield place, token
+                yield index, token
 
 
 def caption_loss(model: Any, batch: dict[str, Tensor]) -> Any:

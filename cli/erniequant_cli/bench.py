@@ -48,17 +48,17 @@ def static(
     archs = _numbers(arch)
     unknown = sorted(set(archs) - set(ARCHITECTURES))
     if unknown:
-        known = ", ".join(map(str, ARCHITECTURES))
-        raise typer.BadParameter(f"no tile sizes for sm_{unknown[0]}; choose from {known}")
-    found: list[dict[str, Any]] = []
+        choices = ", ".join(map(str, ARCHITECTURES))
+        raise typer.BadParameter(f"no tile sizes for sm_{unknown[0]}; choose from {choices}")
+    costs: list[dict[str, Any]] = []
     for record in counting.records(archs):
         if not quiet:
             from erniequant_cli.tables import print_kernel_cost
 
-            show(print_kernel_cost, record, not found)
-        found.append(record)
-    write_json(json, {"records": found})
-    problems = counting.check(found, counting.budget()) if check else []
+            show(print_kernel_cost, record, not costs)
+        costs.append(record)
+    write_json(json, {"records": costs})
+    problems = counting.check(costs, counting.budget()) if check else []
     for problem in problems:
         complain(problem)
     if problems:
@@ -111,8 +111,8 @@ def kernels(
 
     unknown = [name for name in shapes if name not in SHAPES]
     if unknown:
-        known = ", ".join(SHAPES)
-        raise typer.BadParameter(f"--shape {unknown[0]}: choose from {known}")
+        choices = ", ".join(SHAPES)
+        raise typer.BadParameter(f"--shape {unknown[0]}: choose from {choices}")
     if not torch.cuda.is_available():
         raise ErnieQuantError(
             "bench kernels measures time on an NVIDIA GPU and there is none; "
@@ -131,11 +131,11 @@ def kernels(
         if not quiet:
             show(print_bench_row, row, not rows)
         rows.append(row)
-    found = bench.verdicts(rows)
+    verdicts = bench.verdicts(rows)
     if not quiet:
-        show(print_verdicts, found, str(facts["card"]), bandwidth)
+        show(print_verdicts, verdicts, str(facts["card"]), bandwidth)
     result = {"machine": facts, "copy_gb_per_s": bandwidth / 1e9}
-    result |= {"rows": [row.to_dict() for row in rows], "verdicts": [asdict(v) for v in found]}
+    result |= {"rows": [row.to_dict() for row in rows], "verdicts": [asdict(v) for v in verdicts]}
     write_json(json, result)
     if plot is not None:
         from erniequant_kernels.bench.plot import save_plot

@@ -101,14 +101,14 @@ def perplexity(
             reference=other,
             progress=make_progress(quiet),
         )
-    found = result.to_dict()
+    of_text = result.to_dict()
 
     def draw() -> None:
         print_perplexity(result)
         if given_images is not None:
             print_image_perplexity(given_images)
 
-    everything = found if given_images is None else found | {"images": given_images.to_dict()}
+    everything = of_text if given_images is None else of_text | {"images": given_images.to_dict()}
     deliver(everything, json, quiet, draw)
 
 
@@ -138,17 +138,17 @@ def speed(
     from erniequant_cli.loading import load_model
     from erniequant_cli.tables import print_speed
 
-    found = []
+    results = []
     for source in [model] if reference is None else [model, reference]:
         subject, _ = load_model(source, device, dtype)
-        found.append(
+        results.append(
             measure(subject, prompt_tokens=prompt, new_tokens=new, repetitions=repetitions)
         )
         del subject  # two models may not fit side by side
-    result = found[0].to_dict()
+    result = results[0].to_dict()
     if reference is not None:
-        result["reference"] = found[1].to_dict()
-    deliver(result, json, quiet, lambda: print_speed(found))
+        result["reference"] = results[1].to_dict()
+    deliver(result, json, quiet, lambda: print_speed(results))
 
 
 def _records(model: Any, asked: str | None, by_default: bool) -> str | None:

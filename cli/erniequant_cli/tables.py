@@ -120,30 +120,28 @@ def print_demo(report: "DemoReport", out: Path) -> None:
     say(f"reports in {out}")
 
 
-def print_inspection(found: "ModelSummary") -> None:
+def print_inspection(summary: "ModelSummary") -> None:
     """Every tensor, then the model as a whole."""
     tensors = _Table(box=None)
     for name in ("tensor", "shape", "type", "bytes", "code"):
         tensors.add_column(name, overflow="fold")
-    for tensor in found.tensors:
+    for tensor in summary.tensors:
         shape = "×".join(map(str, tensor.shape))
         row = (tensor.name, shape, tensor.dtype, f"{tensor.n_bytes:,}", tensor.code or "kept")
         tensors.add_row(*row)
     table = _Table.grid(padding=(0, 2))
-    table.add_row("architecture", found.model_type)
-    version = f"{found.format_version}, written by {found.producer}"
-    table.add_row("format", "plain" if found.format_version is None else version)
-    for code, layers in found.codes.items():
+    table.add_row("architecture", summary.model_type)
+    version = f"{summary.format_version}, written by {summary.producer}"
+    table.add_row("format", "plain" if summary.format_version is None else version)
+    for code, layers in summary.codes.items():
         table.add_row("code", f"{code} ({layers} layers)")
-    table.add_row("expert weights", f"{found.expert_weights:,} of {found.total_weights:,}")
-    bits = (
-        f"{found.expert_bits_per_weight:.3f} for experts, {found.total_bits_per_weight:.3f} in all"
-    )
-    table.add_row("bits per weight", bits)
-    table.add_row("size", f"{found.total_bytes / 1e9:.3f} GB in {len(found.tensors)} tensors")
-    for note in found.notes:
+    table.add_row("expert weights", f"{summary.expert_weights:,} of {summary.total_weights:,}")
+    experts, total = summary.expert_bits_per_weight, summary.total_bits_per_weight
+    table.add_row("bits per weight", f"{experts:.3f} for experts, {total:.3f} in all")
+    table.add_row("size", f"{summary.total_bytes / 1e9:.3f} GB in {len(summary.tensors)} tensors")
+    for note in summary.notes:
         table.add_row("note", note)
-    for name, value in found.provenance.items():
+    for name, value in summary.provenance.items():
         facts = value if isinstance(value, dict) else {name: value}
         for fact, content in facts.items():
             label = fact if facts is not value else f"{name}, {fact}"
@@ -154,18 +152,18 @@ def print_inspection(found: "ModelSummary") -> None:
     _print(table)
 
 
-def print_verification(found: "VerifyReport") -> None:
+def print_verification(report: "VerifyReport") -> None:
     """Every problem, or a summary without any; with a reference also the worst matrices."""
-    for problem in found.problems:
+    for problem in report.problems:
         say(f"wrong: {problem}")
-    if found.mean_error is not None:
-        say(f"mean relative squared error of the experts {found.mean_error:.5f}; worst:")
-        for entry in sorted(found.errors, key=lambda e: -e.error)[:WORST_SHOWN]:
+    if report.mean_error is not None:
+        say(f"mean relative squared error of the experts {report.mean_error:.5f}; worst:")
+        for entry in sorted(report.errors, key=lambda e: -e.error)[:WORST_SHOWN]:
             say(f"  {entry.error:.5f}  {entry.name}")
-    intact = sum(state == "ok" for state in found.checksums.values())
+    intact = sum(state == "ok" for state in report.checksums.values())
     say(
-        f"{found.tensors} tensors, {found.decoded_matrices} expert matrices decoded, "
-        f"{intact} of {len(found.checksums)} checksums agree"
+        f"{report.tensors} tensors, {report.decoded_matrices} expert matrices decoded, "
+        f"{intact} of {len(report.checksums)} checksums agree"
     )
 
 

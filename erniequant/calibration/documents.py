@@ -114,10 +114,10 @@ def _of_records(
         if has_images(record):
             yield ImageDocument(record, where, folder)
             continue
-        found = texts_and_chats(record, where)
-        if not found:
+        entries = texts_and_chats(record, where)
+        if not entries:
             yield EmptyRow()
-        for entry in found:
+        for entry in entries:
             if isinstance(entry, str):
                 yield [entry]
             else:

@@ -75,10 +75,10 @@ def quantized_by(settings: Any) -> str | None:
     if not isinstance(settings, dict):
         return None
     for key in QUANTIZED_BY:
-        if (found := settings.get(key)) not in (None, {}):
+        if (declared := settings.get(key)) not in (None, {}):
             # FastDeploy's name for it is the second.
-            names = ("quant_method", "quantization") if isinstance(found, dict) else ()
-            named = [f"{name} {found[name]!r}" for name in names if name in found]
-            return f"{key} with {named[0]}" if named else f"{key} {str(found)[:60]}"
+            names = ("quant_method", "quantization") if isinstance(declared, dict) else ()
+            named = [f"{name} {declared[name]!r}" for name in names if name in declared]
+            return f"{key} with {named[0]}" if named else f"{key} {str(declared)[:60]}"
     parts = ((name, quantized_by(part)) for name, part in settings.items())
     return next((f"{words} in {name}" for name, words in parts if words), None)

@@ -38,13 +38,13 @@ def companion_files(folder: Path) -> list[Path]:
         ErnieQuantError: the folder cannot be read, or one of them is a link to nothing.
     """
     try:
-        found = [path for path in sorted(folder.iterdir()) if _is_companion(path)]
+        companions = [path for path in sorted(folder.iterdir()) if _is_companion(path)]
         templates = folder / TEMPLATES_FOLDER
         if templates.is_dir():
-            found += [path for path in sorted(templates.glob("*.jinja")) if path.is_file()]
+            companions += [path for path in sorted(templates.glob("*.jinja")) if path.is_file()]
     except OSError as error:
         raise ErnieQuantError(f"{folder} cannot be read: {error.strerror}") from error
-    return found
+    return companions
 
 
 def require_whole_companions(folder: Path) -> None:

@@ -49,7 +49,7 @@ class HubRepository:
         """
         from huggingface_hub import get_safetensors_metadata
 
-        found = _ask(self.name, get_safetensors_metadata, self.name, revision=self._revision)
+        repository = _ask(self.name, get_safetensors_metadata, self.name, revision=self._revision)
         return {
             file: {
                 name: {
@@ -59,7 +59,7 @@ class HubRepository:
                 }
                 for name, tensor in metadata.tensors.items()
             }
-            for file, metadata in found.files_metadata.items()
+            for file, metadata in repository.files_metadata.items()
         }
 
     def fetch(self, shard: str) -> Path:

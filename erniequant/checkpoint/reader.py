@@ -114,15 +114,15 @@ class Checkpoint:
         path = self.folder / shard
         if self._hub is not None and shard in self._absent:
             self._hub.fetch(shard)
-            found = read_header(path)
+            headers = read_header(path)
             promised = {n: h for n, h in self.headers.items() if h.shard == shard}
-            if {n: _kind(h) for n, h in found.items()} != {
+            if {n: _kind(h) for n, h in headers.items()} != {
                 n: _kind(h) for n, h in promised.items()
             }:
                 raise ErnieQuantError(
                     f"{path} holds other tensors than its repository listed; try again"
                 )
-            self.headers |= found
+            self.headers |= headers
             self._absent.discard(shard)
         return path
 
@@ -296,8 +296,8 @@ def read_sharded(
                 f"{index} names {shard} (for example for {name}), but there is no such file; "
                 "complete the download or copy"
             )
-        found = read_header(path) if path.is_file() else remote[shard]
-        for name, header in found.items():
+        own_headers = read_header(path) if path.is_file() else remote[shard]
+        for name, header in own_headers.items():
             if weight_map.get(name) != shard:
                 raise ErnieQuantError(f"{shard} holds {name}, but {index} does not say so")
             headers[name] = header
@@ -328,11 +328,11 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     try:
         entries = _entries(text)
         data = _LENGTH_BYTES + length
-        found = {name: _entry(name, entry, path.name, data) for name, entry in entries.items()}
+        headers = {name: _entry(name, entry, path.name, data) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise ErnieQuantError(f"{path} has a damaged header: {error}") from error
     _require_contiguous(path, entries, size - _LENGTH_BYTES - length)
-    return found
+    return headers
 
 
 def _entries(text: bytes) -> dict[str, Any]:

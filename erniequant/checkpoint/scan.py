@@ -87,10 +87,10 @@ def check_shard(checkpoint: Checkpoint, shard: str) -> CheckedShard:
     return CheckedShard(shard, status.st_size, status.st_mtime_ns, digest.hexdigest())
 
 
-def changed_shards(checkpoint: Checkpoint, known: Sequence[CheckedShard]) -> list[str]:
+def changed_shards(checkpoint: Checkpoint, checked: Sequence[CheckedShard]) -> list[str]:
     """Shards that are gone or have changed; equal size and time count as unchanged."""
     changed = []
-    for entry in known:
+    for entry in checked:
         if entry.file in checkpoint.shards and (checkpoint.folder / entry.file).is_file():
             status = checkpoint.path(entry.file).stat()
             if (status.st_size, status.st_mtime_ns) == (entry.size, entry.mtime_ns):

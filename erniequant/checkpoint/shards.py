@@ -96,12 +96,12 @@ class ShardFiles:
         planned, shard = self._tensors[name], self._shard_of[name]
         path = self.folder / shard.file if self.finished(shard) else self.partial(shard)
         width = planned.n_bytes // max(planned.shape[0], 1)
-        found = bytearray(rows * width)
+        buffer = bytearray(rows * width)
         try:
-            read_exactly(path, shard.offsets[name] + row * width, found)
+            read_exactly(path, shard.offsets[name] + row * width, buffer)
         except OSError as error:
             raise disk_error(path, error, "read") from error
-        return bytes(found)
+        return bytes(buffer)
 
     def sync(self, names: Sequence[str]) -> None:
         """Return when everything written to the shards of these tensors is on the disk."""

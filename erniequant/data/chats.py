@@ -38,8 +38,8 @@ def chat_of(record: Any) -> Any:
     """The value of a record's chat field; None without one."""
     if not isinstance(record, Mapping):
         return None
-    found = [record[name] for name in FIELDS if record.get(name) is not None]
-    return found[0] if found else None
+    chats = [record[name] for name in FIELDS if record.get(name) is not None]
+    return chats[0] if chats else None
 
 
 def messages_of(record: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -130,9 +130,9 @@ def _message(
     calls = _calls(message, f"{has} message {number}")
     content = message.get("content", message.get("value"))
     if "role" in message:
-        found = _SHAREGPT_ROLES.get(role, role)
+        normal_role = _SHAREGPT_ROLES.get(role, role)
     else:
-        found = _ROLES.get(role.lower(), role.lower())
+        normal_role = _ROLES.get(role.lower(), role.lower())
         if role in _CALLS and isinstance(content, str):
             called = _called(content)
             calls, content = called or calls, None if called else content
@@ -141,7 +141,7 @@ def _message(
             f'{has.removesuffix(" has")} has neither "text" nor "messages" with role and content: '
             f"message {number} has no content"
         )
-    normal = {"role": found, "content": _content(content, has), **kept}
+    normal = {"role": normal_role, "content": _content(content, has), **kept}
     return {**normal, "tool_calls": calls} if calls else normal
 
 
@@ -207,10 +207,10 @@ def _called(text: str) -> list[dict[str, Any]]:
 
 def _pair(turn: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """A question and its answer, perhaps with the system's words before them."""
-    found = [("system", turn.get("system"))]
+    turns = [("system", turn.get("system"))]
     for role, names in (("user", _ASKED), ("assistant", _ANSWERED)):
-        found.append((role, next((turn[name] for name in names if name in turn), None)))
-    messages = [{"role": role, "content": text} for role, text in found if isinstance(text, str)]
+        turns.append((role, next((turn[name] for name in names if name in turn), None)))
+    messages = [{"role": role, "content": text} for role, text in turns if isinstance(text, str)]
     if not messages:
         raise ErnieQuantError(f"{where} has a message without role; expected role and content")
     return messages

@@ -101,11 +101,11 @@ def _without_classes(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without names of classes that only the code has, also in nested processors."""
     from erniequant.models.registry import FAMILIES
 
-    known = tuple(filter(None, (family.processor_classes for family in FAMILIES.values())))
+    prefixes = tuple(filter(None, (family.processor_classes for family in FAMILIES.values())))
     return {
         key: _without_classes(value) if isinstance(value, dict) else value
         for key, value in settings.items()
-        if not (key in _CLASSES and not str(value).startswith(known))
+        if not (key in _CLASSES and not str(value).startswith(prefixes))
     }
 
 

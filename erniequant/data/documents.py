@@ -88,8 +88,8 @@ def chat_of_record(record: Mapping[str, Any], where: str) -> Chat | None:
 
 def is_record(value: Mapping[str, Any]) -> bool:
     """True if an object has a field that records have."""
-    known = {"text", "image", "images", "chosen", *FIELDS}
-    return bool(known & set(value)) or any(
+    fields = {"text", "image", "images", "chosen", *FIELDS}
+    return bool(fields & set(value)) or any(
         asked in value and any(name in value for name in answers) for asked, answers in _PAIRS
     )
 
@@ -130,16 +130,16 @@ def _of_columns(record: Mapping[str, Any], where: str) -> list[dict[str, Any]] |
 def _history(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The system's words and earlier turns beside an instruction."""
     system, history = record.get("system"), record.get("history")
-    found = []
+    messages = []
     if isinstance(system, str) and system:
-        found.append({"role": "system", "content": system})
+        messages.append({"role": "system", "content": system})
     for turn in history if isinstance(history, list | tuple) else []:
         if isinstance(turn, list | tuple) and len(turn) == 2:
-            found += [
+            messages += [
                 {"role": role, "content": str(text)}
                 for role, text in zip(("user", "assistant"), turn, strict=True)
             ]
-    return found
+    return messages
 
 
 def _spoken(chat: Chat) -> list[str | Chat]:

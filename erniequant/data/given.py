@@ -110,10 +110,10 @@ def members(data: Given, kind: str) -> Iterator[tuple[Any, str]]:
         if member is None and kind in (TEXTS, CHATS, RECORDS):
             yield member, where
             continue
-        found = _kind(member, where)
-        if found != kind:
+        own_kind = _kind(member, where)
+        if own_kind != kind:
             raise ErnieQuantError(
-                f"{where} is {_type_of(member)} ({found}), but the first is of {kind}; give one "
+                f"{where} is {_type_of(member)} ({own_kind}), but the first is of {kind}; give one "
                 "kind at a time"
             )
         yield member, where

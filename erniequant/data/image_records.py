@@ -207,11 +207,11 @@ def _at_markers(part: dict[str, Any]) -> list[dict[str, Any]]:
     """The part, cut where images stand in its text."""
     if part["type"] != "text" or MARKER not in part["text"]:
         return [part]
-    found: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     for number, text in enumerate(part["text"].split(MARKER)):
-        found += [{"type": "image", "image": None}] if number else []
-        found += [{"type": "text", "text": text}] if text else []
-    return found
+        parts += [{"type": "image", "image": None}] if number else []
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
 
 
 def _images_of(record: Mapping[str, Any], where: str) -> list[Any]:

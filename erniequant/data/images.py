@@ -82,8 +82,8 @@ class ImageReader:
 def _settings(folder: Path) -> dict[str, Any]:
     for file, part in _FILES:
         if (folder / file).is_file():
-            found = read_json(folder / file)
-            settings = found if part is None else found.get(part, {})
+            contents = read_json(folder / file)
+            settings = contents if part is None else contents.get(part, {})
             if not isinstance(settings, dict) or not isinstance(settings.get("size", {}), dict):
                 raise ErnieQuantError(f"{folder / file} has no settings of an image processor")
             return settings

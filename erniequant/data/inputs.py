@@ -57,10 +57,10 @@ class ModelInput:
     def batch(self) -> dict[str, torch.Tensor]:
         """Arguments of transformers' model for a batch of one, with both kinds of type ids."""
         ids = self.ids[None]
-        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.placeholder is None or self.vision is None:
-            return found
-        return found | {
+            return arguments
+        return arguments | {
             "pixel_values": torch.cat([image.patches for image in self.images]),
             "image_grid_thw": torch.tensor([image.grid for image in self.images]),
             "mm_token_type_ids": self.placeholder[None].int(),
@@ -155,7 +155,7 @@ def from_batch(
         )
     types = _table(batch, "moe_mm_token_type_ids", where, like=ids)
     images = _images(torch.as_tensor(patches), torch.as_tensor(grids), settings, where)
-    found, used = [], 0
+    inputs, used = [], 0
     for row, keep, kinds in zip(ids, mask.bool(), types.bool(), strict=True):
         count = len(_runs(row[keep] == settings.token))
         try:
@@ -169,10 +169,10 @@ def from_batch(
                 f"{where}: moe_mm_token_type_ids do not mark the image tokens (id "
                 f"{settings.token}, begun by {settings.start_token}, ended by {settings.end_token})"
             )
-        found.append(made)
+        inputs.append(made)
     if used != len(images):
         raise ErnieQuantError(f"{where} has {len(images)} images, but its text has {used}")
-    return found
+    return inputs
 
 
 def sequences_of(member: Any, settings: ImageSettings | None, where: str) -> list[ModelInput]:
@@ -212,9 +212,9 @@ def sequences_of(member: Any, settings: ImageSettings | None, where: str) -> lis
 def hash_inputs(inputs: Iterable[ModelInput]) -> str:
     """SHA-256 of model inputs: `hash_token_ids` for text; with images, their patches are hashed
     too."""
-    known = list(inputs)
-    ids = hash_token_ids(torch.cat([entry.ids for entry in known]))
-    images = [image for entry in known for image in entry.images]
+    entries = list(inputs)
+    ids = hash_token_ids(torch.cat([entry.ids for entry in entries]))
+    images = [image for entry in entries for image in entry.images]
     if not images:
         return ids
     digest = hashlib.sha256(ids.encode())

@@ -106,9 +106,9 @@ class _Values:
     def at_end(self) -> bool:
         """True if only white space follows; skips it."""
         while True:
-            found = _SPACE.match(self._text, self._at)
-            assert found is not None
-            self._at = found.end()
+            gap = _SPACE.match(self._text, self._at)
+            assert gap is not None
+            self._at = gap.end()
             if self._at < len(self._text):
                 return False
             if not self._more(1):

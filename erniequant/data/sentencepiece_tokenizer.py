@@ -68,24 +68,24 @@ def sentencepiece_tokenizer(folder: Path) -> Any:
     """
     settings = read_json(folder / SETTINGS_FILE)
     tokenizer, user_defined = _tokenizer(folder / MODEL_FILE)
-    known = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     added = sorted(_added(folder, settings), key=lambda entry: entry[1])
     for token, number, _ in added:
-        if known.setdefault(token, len(known)) != number:
+        if vocabulary.setdefault(token, len(vocabulary)) != number:
             raise ErnieQuantError(
                 f"{folder} gives token {token!r} the id {number}, but its {MODEL_FILE} leads to "
-                f"{known[token]}; its files do not belong together"
+                f"{vocabulary[token]}; its files do not belong together"
             )
-    roles = {role: token for role, token in _roles(settings).items() if token in known}
+    roles = {role: token for role, token in _roles(settings).items() if token in vocabulary}
     more = settings.get("additional_special_tokens") or []
     if not isinstance(more, list):
         raise ErnieQuantError(f"{folder / SETTINGS_FILE} has additional_special_tokens {more!r}")
     named = {*roles.values(), *map(_text, more), *IMAGE_TOKENS.values()}
     named |= {token for token, _, special in added if special}
-    whole = {token for token in named if token in known} | {token for token, _, _ in added}
+    whole = {token for token in named if token in vocabulary} | {token for token, _, _ in added}
     # By id: what is new gets the next one.
-    order = sorted(whole | user_defined, key=lambda token: known[token])
-    order += [token for token in IMAGE_TOKENS.values() if token not in known]
+    order = sorted(whole | user_defined, key=lambda token: vocabulary[token])
+    order += [token for token in IMAGE_TOKENS.values() if token not in vocabulary]
     tokenizer.add_tokens(
         [
             # sentencepiece looks for user-defined pieces, such as single digits, after normalising.
@@ -192,12 +192,12 @@ def _added(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[str, int, b
     listed = settings.get("added_tokens_decoder") or {}
     if not isinstance(listed, dict):
         raise ErnieQuantError(f"{folder / SETTINGS_FILE} has a damaged added_tokens_decoder")
-    found = {_text(t): (n, isinstance(t, dict) and t.get("special") is True)
+    tokens = {_text(t): (n, isinstance(t, dict) and t.get("special") is True)
              for n, t in listed.items()}  # fmt: skip
     if (folder / ADDED_FILE).is_file():
         for token, number in read_json(folder / ADDED_FILE).items():
-            found.setdefault(token, (str(number), False))
-    for text, (number, special) in found.items():
+            tokens.setdefault(token, (str(number), False))
+    for text, (number, special) in tokens.items():
         if not text or not number.isdecimal():
             raise ErnieQuantError(f"{folder} lists the token {text!r} with id {number!r}; damaged")
         yield text, int(number), special

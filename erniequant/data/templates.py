@@ -74,17 +74,19 @@ def apply_template(
 
 def for_template(messages: Messages, template: str = "") -> Messages:
     """Messages with tool calls in the form that the template knows."""
-    known = [_with_objects(message) for message in messages]
-    return known if "tool_calls" in template else [calls_as_text(message) for message in known]
+    converted = [_with_objects(message) for message in messages]
+    return (
+        converted if "tool_calls" in template else [calls_as_text(message) for message in converted]
+    )
 
 
 def _forms(messages: Messages, template: str) -> Iterator[Messages]:
-    known = for_template(messages, template)
-    yield [{**message, "content": text_of(message["content"])} for message in known]
-    if known != messages and "tool_calls" in template:
+    converted = for_template(messages, template)
+    yield [{**message, "content": text_of(message["content"])} for message in converted]
+    if converted != messages and "tool_calls" in template:
         # Some templates want the arguments of a call as text.
         yield [{**message, "content": text_of(message["content"])} for message in messages]
-    yield [{**message, "content": parts_of(message["content"])} for message in known]
+    yield [{**message, "content": parts_of(message["content"])} for message in converted]
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:

@@ -57,12 +57,12 @@ def settings_without_code(folder: Path) -> dict[str, Any] | None:
         return None
     # Of code as well.
     kept.pop("processor_class", None)
-    found = kept.get("tokenizer_class")
-    if found is None or _is_known(found):
+    own_class = kept.get("tokenizer_class")
+    if own_class is None or _is_known(own_class):
         return kept
-    if not (folder / _FAST_FILE).is_file() and found != _SAME_AS_ITS_MODEL:
+    if not (folder / _FAST_FILE).is_file() and own_class != _SAME_AS_ITS_MODEL:
         raise ErnieQuantError(
-            f"{folder} has a tokenizer of the class {found!r}, which only its own code has "
+            f"{folder} has a tokenizer of the class {own_class!r}, which only its own code has "
             f"(auto_map in {SETTINGS_FILE}); that is not run, and there is no {_FAST_FILE} to do "
             f"without: save the tokenizer as a {_FAST_FILE} that transformers loads"
         )

@@ -35,16 +35,16 @@ def token_ids(tokenizer: Any, texts: Iterable[str], at_most: int | None = None) 
     Raises:
         ErnieQuantError: the tokenizer cannot read them.
     """
-    found = array("q")
+    ids = array("q")
     before = ""
     for piece in pieces(texts, PIECE):
-        found.frombytes(_behind(tokenizer, before, piece).numpy().tobytes())
+        ids.frombytes(_behind(tokenizer, before, piece).numpy().tobytes())
         before = piece[-BEHIND:]
-        if at_most is not None and len(found) >= at_most:
+        if at_most is not None and len(ids) >= at_most:
             break
-    if not found:
+    if not ids:
         return torch.zeros(0, dtype=torch.int64)
-    return torch.frombuffer(found, dtype=torch.int64)[:at_most]
+    return torch.frombuffer(ids, dtype=torch.int64)[:at_most]
 
 
 def pieces(texts: Iterable[str], size: int) -> Iterator[str]:
@@ -66,9 +66,9 @@ def pieces(texts: Iterable[str], size: int) -> Iterator[str]:
 def _cut(text: str, least: int, most: int) -> int:
     """Where a line ends, or else a word, or else ``least``."""
     for pattern in (_LINE_END, _WORD_END):
-        found = pattern.search(text, least, most)
-        if found is not None:
-            return found.end()
+        boundary = pattern.search(text, least, most)
+        if boundary is not None:
+            return boundary.end()
     return least
 
 
@@ -76,9 +76,9 @@ def _behind(tokenizer: Any, before: str, text: str) -> Tensor:
     """Token ids of a text that follows another. Otherwise, tokenizers that put a space before the
     first word would put one into the middle."""
     if before:
-        known, both = _ids(tokenizer, before), _ids(tokenizer, before + text)
-        if torch.equal(both[: len(known)], known):
-            return both[len(known) :]
+        leading, both = _ids(tokenizer, before), _ids(tokenizer, before + text)
+        if torch.equal(both[: len(leading)], leading):
+            return both[len(leading) :]
     return _ids(tokenizer, text)
 
 

@@ -199,7 +199,7 @@ def refit_scale(
         The scale ``[N]`` and the relative error that it leaves, ``tr(E H E^T) / tr(W H W^T)``; 0
         for a zero matrix.
     """
-    found = torch.empty_like(scale)
+    refitted = torch.empty_like(scale)
     loss = energy = 0.0
     # By columns: products with the Hessian are as large as the matrix.
     for start in range(0, rows.shape[1], ROW_BLOCK):
@@ -209,12 +209,12 @@ def refit_scale(
         qq, qw, ww = (_inner(*pair) for pair in ((of_q, q), (of_q, w), (of_w, w)))
         fitted = (qw / qq).float()
         usable = torch.isfinite(fitted) & (fitted > 0)
-        found[part] = torch.where(usable, fitted, scale[part]).bfloat16().float()
+        refitted[part] = torch.where(usable, fitted, scale[part]).bfloat16().float()
         # The quadratic form of w - s q from its parts: a third product would take as long as both.
-        s = found[part].double()
+        s = refitted[part].double()
         loss += float((ww - 2 * s * qw + s * s * qq).sum())
         energy += float(ww.sum())
-    return found, max(loss, 0.0) / energy if energy > 0 else 0.0
+    return refitted, max(loss, 0.0) / energy if energy > 0 else 0.0
 
 
 def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

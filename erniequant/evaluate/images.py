@@ -110,8 +110,8 @@ def evaluation_inputs(
 
             path = heldout_images()
         reader = reader_for(model, tokenizer, length=MAX_TOKENS)
-        found = read_records(path)
-        inputs = [reader.read(r, where, path.parent) for r, where in found if has_images(r)]
+        named_records = read_records(path)
+        inputs = [reader.read(r, where, path.parent) for r, where in named_records if has_images(r)]
     else:
         inputs = _given_inputs(model, tokenizer, source)
     if not any(_scored(entry, tokenizer).numel() for entry in inputs):

@@ -162,8 +162,6 @@ def stored_parts(
 ) -> dict[str, torch.Tensor]:
     """Parts of a matrix by suffix, from the bytes of their tensors by name."""
     return {
-        suffix: torch.frombuffer(bytearray(stored[place.tensor]), dtype=place.dtype).view(
-            place.shape
-        )
-        for suffix, place in places.items()
+        suffix: torch.frombuffer(bytearray(stored[slot.tensor]), dtype=slot.dtype).view(slot.shape)
+        for suffix, slot in places.items()
     }

@@ -132,11 +132,11 @@ def make_plan(
             f"config.json has hidden_act {model.config.hidden_act!r}; only silu can be calibrated"
         )
     expert_names = set(quantized)
-    known = {*expert_names, *model.required(), _HEAD}
+    expected = {*expert_names, *model.required(), _HEAD}
     for line in fused_experts(checkpoint.headers, model, str(checkpoint.folder)):
         raise ErnieQuantError(line)
     for name in checkpoint.names():
-        if name not in known and not _MTP.fullmatch(name):
+        if name not in expected and not _MTP.fullmatch(name):
             raise ErnieQuantError(not_part_of(name, model))
     for line in tensor_misfits(model, checkpoint.headers):
         raise ErnieQuantError(line)

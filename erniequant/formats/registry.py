@@ -19,8 +19,8 @@ def get_format(name: str) -> Format:
     """
     if name not in ROWS:
         raise ErnieQuantError(f"no format {name!r}; use {' or '.join(ROWS)}")
-    found: Format = importlib.import_module(ROWS[name]).FORMAT
-    return found
+    row: Format = importlib.import_module(ROWS[name]).FORMAT
+    return row
 
 
 def format_of(source: str | Path) -> Format:
@@ -46,14 +46,14 @@ def check_options(options: QuantizeOptions) -> Format:
     Raises:
         ErnieQuantError: it lacks one of them.
     """
-    found = get_format(options.format)
+    requested = get_format(options.format)
     for name in options.own:
-        if name not in found.own_options:
+        if name not in requested.own_options:
             owner = next((f for f in map(get_format, ROWS) if name in f.own_options), None)
             if owner is None:
                 raise ErnieQuantError(f"no format has the option {name}")
             names = " and ".join(option.replace("_", "-") for option in owner.own_options)
             are, them = ("are", "them") if len(owner.own_options) > 1 else ("is", "it")
             raise ErnieQuantError(f"{names} {are} of the format {owner.name}; leave {them} out")
-    found.check(options)
-    return found
+    requested.check(options)
+    return requested

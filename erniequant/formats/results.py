@@ -62,15 +62,15 @@ class ModelSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        found = asdict(self)
-        for entry, tensor in zip(found["tensors"], self.tensors, strict=True):
+        result = asdict(self)
+        for entry, tensor in zip(result["tensors"], self.tensors, strict=True):
             entry["quantized"] = tensor.quantized
-        found["bits_per_weight"] = {
+        result["bits_per_weight"] = {
             "experts": self.expert_bits_per_weight,
             "total": self.total_bits_per_weight,
         }
-        found["gigabytes"] = self.total_bytes / 1e9
-        return found
+        result["gigabytes"] = self.total_bytes / 1e9
+        return result
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,10 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     """
     if dtype is None or dtype == "auto":
         return "auto"
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or found not in _DTYPES:
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(torch_dtype, torch.dtype) or torch_dtype not in _DTYPES:
         raise ErnieQuantError(f"no such dtype {dtype!r}; use bfloat16, float16 or float32")
-    return found
+    return torch_dtype
 
 
 def inspect(source: str | Path) -> ModelSummary:

@@ -239,17 +239,17 @@ class Architecture(ABC):
             return self._required
         config = self.config
         embedding = (self.sizes.vocabulary, self.sizes.hidden)
-        found: Shapes = {"model.embed_tokens.weight": embedding}
+        shapes: Shapes = {"model.embed_tokens.weight": embedding}
         for index in range(self.sizes.layers):
             for name, parameter in self._empty_layer(index).state_dict().items():
                 shape = self.disk_shape(name, tuple(parameter.shape))
-                found[self.disk_name(index, name)] = shape
-        found["model.norm.weight"] = (self.sizes.hidden,)
+                shapes[self.disk_name(index, name)] = shape
+        shapes["model.norm.weight"] = (self.sizes.hidden,)
         if not config.tie_word_embeddings:
-            found["lm_head.weight"] = embedding
+            shapes["lm_head.weight"] = embedding
         if self._head_bias():
-            found["lm_head.bias"] = (self.sizes.vocabulary,)
-        self._required = found | self._other_parts()
+            shapes["lm_head.bias"] = (self.sizes.vocabulary,)
+        self._required = shapes | self._other_parts()
         return self._required
 
     def _head_bias(self) -> bool:

@@ -25,8 +25,8 @@ FAMILIES: dict[str, type[Architecture]] = {
 
 def family_of(settings: dict[str, Any]) -> type[Architecture] | None:
     """The family that a config.json names, None if it is not one of `FAMILIES`."""
-    found = settings.get("model_type")
-    return FAMILIES.get(found) if isinstance(found, str) else None
+    name = settings.get("model_type")
+    return FAMILIES.get(name) if isinstance(name, str) else None
 
 
 def require_family(settings: dict[str, Any]) -> type[Architecture]:

@@ -34,14 +34,14 @@ def required_tensors(config: Any, prefix: str) -> Shapes:
         block, resampler = _block(config), _resampler(config)
     vision = config.vision_config
     width = vision.in_channels * vision.patch_size**2
-    found: Shapes = {f"{prefix}patch_embed.proj.weight": (vision.hidden_size, width)}
+    shapes: Shapes = {f"{prefix}patch_embed.proj.weight": (vision.hidden_size, width)}
     for index in range(vision.depth):
         for name, parameter in block.state_dict().items():
-            found[f"{prefix}blocks.{index}.{name}"] = tuple(parameter.shape)
-    found |= {f"{prefix}ln.{name}": (vision.hidden_size,) for name in ("weight", "bias")}
+            shapes[f"{prefix}blocks.{index}.{name}"] = tuple(parameter.shape)
+    shapes |= {f"{prefix}ln.{name}": (vision.hidden_size,) for name in ("weight", "bias")}
     for name, parameter in resampler.state_dict().items():
-        found[_resampler_name(name)] = tuple(parameter.shape)
-    return found
+        shapes[_resampler_name(name)] = tuple(parameter.shape)
+    return shapes
 
 
 def embed_images(

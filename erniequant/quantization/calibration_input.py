@@ -57,8 +57,8 @@ def prepare(
         config = replace(config, source=source)
         if model.images is None:
             return Calibration(config)
-        found = image_records(config)
-        return Calibration(config, images=None if found is None else min(found, config.samples))
+        records = image_records(config)
+        return Calibration(config, images=None if records is None else min(records, config.samples))
     if dry_run and source.once:
         return Calibration(replace(config, source="an iterator"), source, images=None)
     kind, data = kind_of_members(source)
@@ -142,10 +142,10 @@ def amounts(calibration: Calibration, model: Architecture) -> tuple[int, int, in
         images = [image for window in windows.windows for image in window.images]
         longest = max(map(len, windows.windows))
         return windows.tokens, longest, sum(len(image.patches) for image in images)
-    known = config.samples if calibration.images is None else calibration.images
-    known = known if model.images else 0
+    image_windows = config.samples if calibration.images is None else calibration.images
+    image_windows = image_windows if model.images else 0
     of_image = config.length // 2 * (model.images.merge**2 if model.images else 0)
-    return (config.samples + known) * config.length, config.length, known * of_image
+    return (config.samples + image_windows) * config.length, config.length, image_windows * of_image
 
 
 def image_note(calibration: Calibration) -> str:

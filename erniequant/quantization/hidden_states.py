@@ -48,7 +48,7 @@ class HiddenStates:
         self._quantized = pool.empty(self.tokens, hidden)
         self._original = pool.empty(self.tokens, hidden)
         ends = list(accumulate(map(len, self._windows)))
-        self._places = [
+        self._window_rows = [
             slice(end - len(window), end) for end, window in zip(ends, self._windows, strict=True)
         ]
 
@@ -74,9 +74,9 @@ class HiddenStates:
             if rows.numel():
                 table = self._checkpoint.rows(name, start, stop)
                 for part in rows.split(EMBEDDING_ROWS):
-                    found = table[ids[part] - start].float()
-                    self._quantized.tensor[part] = found
-                    self._original.tensor[part] = found
+                    embedded = table[ids[part] - start].float()
+                    self._quantized.tensor[part] = embedded
+                    self._original.tensor[part] = embedded
                     self._quantized.release()
                     self._original.release()
 
@@ -101,7 +101,7 @@ class HiddenStates:
                 part = embedded[start : start + rows.numel()]
                 start += rows.numel()
                 for states in (self._quantized, self._original):
-                    states.tensor[self._places[i]][rows] = part
+                    states.tensor[self._window_rows[i]][rows] = part
                     states.release()
 
         groups = _by_patches(self._windows)
@@ -117,10 +117,10 @@ class HiddenStates:
         model = self._architecture
         layer = model.load_layer(self._checkpoint, index, self._device)
 
-        def step(states: Rows, place: slice, window: ModelInput) -> None:
-            text = states.tensor[place][None].to(self._device)
+        def step(states: Rows, rows: slice, window: ModelInput) -> None:
+            text = states.tensor[rows][None].to(self._device)
             attended = model.attend(layer, text, window.positions)
-            states.tensor[place] = model.dense_mlp(layer, attended)[0].cpu()
+            states.tensor[rows] = model.dense_mlp(layer, attended)[0].cpu()
             states.release()
 
         self._advance(self._quantized, step)
@@ -135,24 +135,24 @@ class HiddenStates:
         finite = torch.ones(self.tokens, dtype=torch.bool)
 
         def step_into(inputs: _InputTables) -> Step:
-            def step(states: Rows, place: slice, window: ModelInput) -> None:
-                text = states.tensor[place][None].to(self._device)
+            def step(states: Rows, rows: slice, window: ModelInput) -> None:
+                text = states.tensor[rows][None].to(self._device)
                 attended = model.attend(layer, text, window.positions)
-                moved, found = model.route(layer, attended, window.vision)
-                states.tensor[place] = moved[0].cpu()
-                inputs.put(place, found)
+                moved, expert_input = model.route(layer, attended, window.vision)
+                states.tensor[rows] = moved[0].cpu()
+                inputs.put(rows, expert_input)
                 states.release()
 
             return step
 
         self._advance(self._quantized, step_into(quantized))
         self._advance(self._original, step_into(original))
-        for place in self._places:
-            lacking = self._original.tensor[place] - self._quantized.tensor[place]
-            drift.tensor[place] = lacking
-            finite[place] = finite_rows(lacking)
-            finite[place] &= finite_rows(quantized.x.tensor[place])
-            finite[place] &= finite_rows(original.x.tensor[place])
+        for rows in self._window_rows:
+            lacking = self._original.tensor[rows] - self._quantized.tensor[rows]
+            drift.tensor[rows] = lacking
+            finite[rows] = finite_rows(lacking)
+            finite[rows] &= finite_rows(quantized.x.tensor[rows])
+            finite[rows] &= finite_rows(original.x.tensor[rows])
             for table in (drift, quantized.x, original.x, self._quantized, self._original):
                 table.release()
         tables = (quantized.x, original.x, drift)
@@ -169,17 +169,17 @@ class HiddenStates:
 
     def _advance(self, states: Rows, step: Step) -> None:
         """Move every window of ``states`` on, in place: all windows twice would be gigabytes."""
-        jobs = list(zip(self._places, self._windows, strict=True))
+        jobs = list(zip(self._window_rows, self._windows, strict=True))
         if self._device.type != "cpu":
-            for place, window in jobs:
-                step(states, place, window)
+            for rows, window in jobs:
+                step(states, rows, window)
             return
 
-        def one(place: slice, window: ModelInput) -> None:
+        def one(rows: slice, window: ModelInput) -> None:
             # Both settings belong to a thread.
             torch.set_num_threads(1)
             with torch.no_grad():
-                step(states, place, window)
+                step(states, rows, window)
 
         with ThreadPoolExecutor(self._threads) as workers:
             for done in [workers.submit(one, *job) for job in jobs]:
@@ -214,8 +214,8 @@ class _InputTables:
             torch.zeros(tokens, sizes.top_k),
         )
 
-    def put(self, place: slice, found: MoeInput) -> None:
-        self.input.x[place] = found.x.float().cpu()
-        self.input.expert[place] = found.expert.cpu()
-        self.input.weight[place] = found.weight.float().cpu()
+    def put(self, rows: slice, expert_input: MoeInput) -> None:
+        self.input.x[rows] = expert_input.x.float().cpu()
+        self.input.expert[rows] = expert_input.expert.cpu()
+        self.input.weight[rows] = expert_input.weight.float().cpu()
         self.x.release()

@@ -135,11 +135,11 @@ def _fit(
     refused."""
     asked = parse_size(str(max_memory)) if max_memory is not None else None
     budget = default_budget() if asked is None else asked
-    found = plan_memory(model, needs, threads, budget, device.type == "cpu")
-    if asked is not None and found.peak_bytes > asked:
+    memory = plan_memory(model, needs, threads, budget, device.type == "cpu")
+    if asked is not None and memory.peak_bytes > asked:
         raise ErnieQuantError(
             f"--max-memory {max_memory} is too little: with one expert at a time and activations "
-            f"on disk the run takes about {found.peak_bytes / 1e9:.1f} GB; give that, or use "
+            f"on disk the run takes about {memory.peak_bytes / 1e9:.1f} GB; give that, or use "
             "shorter windows (--calib-length)"
         )
-    return found
+    return memory

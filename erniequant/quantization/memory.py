@@ -95,10 +95,10 @@ def plan_memory(
     # Without tokens there are no tables to put on disk.
     ways = [(most, False), *((at_once, tokens > 0) for at_once in range(most, 0, -1))]
     for at_once, on_disk in ways:
-        found = _way(parts, at_once, on_disk, threads if on_cpu else 1, on_cpu)
-        if found.peak_bytes <= budget:
-            return found
-    return found
+        plan = _way(parts, at_once, on_disk, threads if on_cpu else 1, on_cpu)
+        if plan.peak_bytes <= budget:
+            return plan
+    return plan
 
 
 def _way(parts: _Parts, at_once: int, on_disk: bool, threads: int, on_cpu: bool) -> MemoryPlan:

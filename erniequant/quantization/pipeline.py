@@ -190,12 +190,13 @@ def _config(job: Job) -> CalibrationConfig | None:
 
 
 def _note_processor(work: WorkFolder, watch: Progress) -> None:
-    known = {event["processor"] for event in work.journal.of("processor")}
-    if processor() not in known:
-        if known:
+    processors = {event["processor"] for event in work.journal.of("processor")}
+    if processor() not in processors:
+        if processors:
+            others = ", ".join(sorted(processors))
             watch.message(
-                f"this run was begun on another kind of processor ({', '.join(sorted(known))}); "
-                "the result is sound, but not bit-identical to that of either"
+                f"this run was begun on another kind of processor ({others}); "
+                "the result is sound, but not bit-identical to a result of either"
             )
         work.journal.append("processor", processor=processor())
 

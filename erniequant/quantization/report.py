@@ -41,8 +41,8 @@ class MatrixReport:
         Raises:
             ErnieQuantError: the line is not of this program.
         """
-        found = event[projection]
-        error, damping, fallback = (found.get(key) for key in ("error", "damping", "fallback"))
+        outcome = event[projection]
+        error, damping, fallback = (outcome.get(key) for key in ("error", "damping", "fallback"))
         if not isinstance(error, float | int) or not isinstance(damping, float | int):
             raise ErnieQuantError(
                 f"{where} has no error of layer {event['layer']} expert {event['expert']}; "

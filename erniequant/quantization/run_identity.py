@@ -31,7 +31,7 @@ def run_identity(
     """Options, versions, and hashes of the source and the calibration text, by the name under which
     a user knows them. The weights themselves are hashed later, shard by shard."""
     headers = [[h.name, h.stored_dtype, *h.shape] for h in checkpoint.headers.values()]
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "--bits": plan.options.bits,
         "--effort": plan.options.effort,
         "--max-tp": plan.options.max_tp,
@@ -45,14 +45,14 @@ def run_identity(
         "the source's other files": _files_digest(checkpoint.folder),
     }
     if windows is not None and calibration is not None:
-        found |= {
+        facts |= {
             "--calib": calibration.source,
             "--calib-samples": calibration.samples,
             "--calib-length": calibration.length,
             "--chat-template": calibration.chat_template,
             "the calibration text": windows.sha256,
         }
-    return found | {f"{name} version": version(name) for name in ("erniequant", *_PACKAGES)}
+    return facts | {f"{name} version": version(name) for name in ("erniequant", *_PACKAGES)}
 
 
 def processor() -> str:

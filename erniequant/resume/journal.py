@@ -122,13 +122,13 @@ class Journal:
 
     def _worked(self) -> list[float]:
         total = last = 0.0
-        found = []
+        times = []
         for entry in self.events:
             if entry["event"] == "session":
                 total += last
             last = entry["t"]
-            found.append(total + last)
-        return found
+            times.append(total + last)
+        return times
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -78,14 +78,14 @@ class DecodingExperts(nn.Module):
     def weight(self, projection: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Weights ``[N, K]`` of one expert, decoded in float32 and rounded to ``dtype``."""
         key = (projection, expert, dtype)
-        found = self._decoded.get(key)
-        if found is None:
+        decoded = self._decoded.get(key)
+        if decoded is None:
             # Kept weights serve training too, whatever mode the first caller was in.
             with torch.inference_mode(False), torch.no_grad():
-                found = self.decode(projection, expert).to(dtype)
+                decoded = self.decode(projection, expert).to(dtype)
             if self._keep_decoded:
-                self._decoded[key] = found
-        return found
+                self._decoded[key] = decoded
+        return decoded
 
     # Decoding goes through numpy, and which experts are chosen is known only when it runs.
     @torch.compiler.disable

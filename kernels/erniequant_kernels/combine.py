@@ -51,8 +51,8 @@ def combine_kernel(
             y += tl.load(partial_ptr + row * OUTPUTS + output, mask=valid, other=0).to(tl.float32)
         scale = from_pattern(tl.load(scale_ptr + expert * OUTPUTS + output, mask=valid, other=0))
         total += tl.where(valid, y * scale * weight, 0.0)
-    place = out_ptr + token * OUTPUTS + output
-    tl.store(place, rounded(total, out_ptr.dtype.element_ty), mask=output < OUTPUTS)
+    pointers = out_ptr + token * OUTPUTS + output
+    tl.store(pointers, rounded(total, out_ptr.dtype.element_ty), mask=output < OUTPUTS)
 
 
 def combine(

@@ -129,8 +129,8 @@ def row_tiles_kernel(
     while start < assignments:
         chosen = tl.load(index_ptr + start + lane, mask=start + lane < assignments, other=-1)
         is_mine = (chosen == mine).to(tl.int32)
-        place = position + tl.cumsum(is_mine, axis=0) - 1
-        tl.store(order_ptr + place, start + lane, mask=is_mine == 1)
+        rank = position + tl.cumsum(is_mine, axis=0) - 1
+        tl.store(order_ptr + rank, start + lane, mask=is_mine == 1)
         position += tl.sum(is_mine, axis=0)
         start += SCAN
 

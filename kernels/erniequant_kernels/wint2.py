@@ -93,9 +93,9 @@ def expand_wint2_kernel(
     odd = tl.join(label(word, 6), label(word, 0))
     labels = tl.reshape(tl.join(even, odd), (BLOCK_N, GROUP))
     weight = rounded(labels * scale[:, None], tl.bfloat16)
-    place = out_ptr + expert * OUTPUTS * INPUTS + safe.to(tl.int64)[:, None] * INPUTS
-    place += (group * GROUP + natural_rows(MMA64))[None, :]
-    tl.store(place, weight, mask=inside[:, None])
+    pointers = out_ptr + expert * OUTPUTS * INPUTS + safe.to(tl.int64)[:, None] * INPUTS
+    pointers += (group * GROUP + natural_rows(MMA64))[None, :]
+    tl.store(pointers, weight, mask=inside[:, None])
 
 
 def expand_wint2(

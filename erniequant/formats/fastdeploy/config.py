@@ -184,7 +184,7 @@ def choose_k_order(recorded: str | None, given: str | None) -> str | None:
 
 
 def _object(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = entries.get(name, {})
-    if not isinstance(found, dict):
-        raise ErnieQuantError(f"config.json has {name} {found!r}; expected an object")
-    return found
+    value = entries.get(name, {})
+    if not isinstance(value, dict):
+        raise ErnieQuantError(f"config.json has {name} {value!r}; expected an object")
+    return value

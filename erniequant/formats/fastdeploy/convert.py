@@ -104,9 +104,9 @@ def encoded_to_rank(
         ValueError: a tensor is missing or of another shape or dtype, or one is too many.
     """
     expected = part.keys(1)
-    found = {name: (tuple(t.shape), t.dtype) for name, t in encoded.items()}
-    if found != expected:
-        raise ValueError(f"{part.prefix}: encoded tensors are {found}, expected {expected}")
+    actual = {name: (tuple(t.shape), t.dtype) for name, t in encoded.items()}
+    if actual != expected:
+        raise ValueError(f"{part.prefix}: encoded tensors are {actual}, expected {expected}")
     if ranks == 1:
         return dict(encoded)
     outputs, inputs = rank_outputs(part, rank, ranks), rank_inputs(part, rank, ranks)

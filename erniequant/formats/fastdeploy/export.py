@@ -88,10 +88,10 @@ def detect_k_order(source: FastDeployCheckpoint, original: Checkpoint) -> str:
     errors = {order: _error(source, part, original, order) for order in K_ORDERS}
     best = min(errors, key=lambda order: errors[order])
     if not errors[best] < _LIKE:
-        found = ", ".join(f"{order} {error:.2f}" for order, error in errors.items())
+        listed = ", ".join(f"{order} {error:.2f}" for order, error in errors.items())
         raise ErnieQuantError(
             f"{part.sources[0]} of {source.folder} matches that of the original in no k_order "
-            f"(relative squared errors: {found}); give the model that it was made from"
+            f"(relative squared errors: {listed}); give the model that it was made from"
         )
     return best
 

@@ -124,14 +124,14 @@ def parts_of(model: FastDeployModel) -> Iterator[Part]:
 
 def rank_keys(model: FastDeployModel) -> dict[str, TensorInfo]:
     """Shape and dtype of every key of one rank, by name; all ranks have the same."""
-    found: dict[str, TensorInfo] = {}
+    keys: dict[str, TensorInfo] = {}
     for part in parts_of(model):
         if isinstance(part, Plain):
-            found[part.key] = (part.rank_shape(model.tensor_parallel), part.dtype)
+            keys[part.key] = (part.rank_shape(model.tensor_parallel), part.dtype)
             continue
         for suffix, info in part.keys(model.tensor_parallel).items():
-            found[f"{part.prefix}.{suffix}"] = info
-    return found
+            keys[f"{part.prefix}.{suffix}"] = info
+    return keys
 
 
 def _layer(model: FastDeployModel, layer: int) -> Iterator[Part]:

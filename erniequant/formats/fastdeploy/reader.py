@@ -206,19 +206,24 @@ def _open_ranks(folder: Path) -> tuple[Checkpoint, ...]:
     if not folder.is_dir():
         return ()
     named = ((_RANK.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
-    found = {int(match[1]): path for match, path in named if match}
-    if not found:
+    rank_folders = {int(match[1]): path for match, path in named if match}
+    if not rank_folders:
         return ()
-    if set(found) != set(range(len(found))) or len(found) < 2:
-        missing = next((n for n in range(max(found)) if n not in found), len(found))
-        raise ErnieQuantError(f"{folder} has {len(found)} rank folders, but no rank{missing}")
+    if set(rank_folders) != set(range(len(rank_folders))) or len(rank_folders) < 2:
+        missing = next(
+            (n for n in range(max(rank_folders)) if n not in rank_folders), len(rank_folders)
+        )
+        raise ErnieQuantError(
+            f"{folder} has {len(rank_folders)} rank folders, but no rank{missing}"
+        )
     if any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
         raise ErnieQuantError(
             f"{folder} has both rank folders and weights of its own; remove one or the other"
         )
     config = read_config(folder)
     return tuple(
-        Checkpoint(found[rank], config, _rank_headers(found[rank])) for rank in sorted(found)
+        Checkpoint(rank_folders[rank], config, _rank_headers(rank_folders[rank]))
+        for rank in sorted(rank_folders)
     )
 
 
@@ -245,13 +250,13 @@ def _recorded_k_order(
     folder: Path, settings: FastDeploySettings, ranks: tuple[Checkpoint, ...]
 ) -> str | None:
     """The K order that config.json and the header of each rank's first file record."""
-    found = {settings.k_order}
+    orders = {settings.k_order}
     for rank in ranks:
         path = rank.folder / rank.shards[0]
         if path.is_file():  # otherwise not downloaded yet
             with wrap_errors(f"{path} cannot be read"), safe_open(path, framework="pt") as file:
-                found.add((file.metadata() or {}).get("k_order"))
-    recorded = sorted(order for order in found if order is not None)
+                orders.add((file.metadata() or {}).get("k_order"))
+    recorded = sorted(order for order in orders if order is not None)
     if len(recorded) > 1:
         raise ErnieQuantError(
             f"{folder} has files of k_order {' and '.join(recorded)}; they do not belong together"

@@ -42,8 +42,8 @@ def check_readable(headers: Mapping[str, TensorHeader], model: FastDeployModel) 
             optional |= {part.key} if part.optional else set()
         elif part.format == "wint8":
             converted.add(f"{part.prefix}.weight_scale")
-    known = {name: header for name, header in headers.items() if not name.startswith(_MTP)}
-    return tuple(_problems(known, rank_keys(model), optional, converted))
+    without_mtp = {name: header for name, header in headers.items() if not name.startswith(_MTP)}
+    return tuple(_problems(without_mtp, rank_keys(model), optional, converted))
 
 
 def _problems(

@@ -94,8 +94,8 @@ def make_experts(shape: Shape, bits: int, device: torch.device) -> Experts:
         dense = torch.empty(shape.experts, outputs, inputs, dtype=torch.bfloat16, device=device)
         for expert in range(shape.experts):
             dense[expert] = decode_weight(packed[expert], scale[expert], signs, how)
-        found = PackedMatrices(packed, scale, signs, code, how.tile, how.rotation_block)
-        return found, dense
+        packed_matrices = PackedMatrices(packed, scale, signs, code, how.tile, how.rotation_block)
+        return packed_matrices, dense
 
     gate_up, gate_up_bf16 = matrices(2 * shape.inner, shape.hidden)
     down, down_bf16 = matrices(shape.hidden, shape.inner)

@@ -130,7 +130,7 @@ def measure(
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """Speed-ups over the fastest bfloat16 method, batch by batch."""
-    found = []
+    compared = []
     for row in rows:
         if row.bits == BFLOAT16_BITS or row.microseconds is None:
             continue
@@ -143,8 +143,8 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         ]
         if rivals:
             time, name = min(rivals)
-            found.append(Verdict(row.shape, row.tokens, row.bits, name, time / row.microseconds))
-    return found
+            compared.append(Verdict(row.shape, row.tokens, row.bits, name, time / row.microseconds))
+    return compared
 
 
 def wrong(rows: Sequence[Row]) -> list[str]:
