@@ -69,7 +69,7 @@ def _byte_sum(product: Products) -> Labels:
 
 
 def random_table(weights_per_step: int, seed: int = 5) -> LabelFunction:
-    """Independent Gaussian labels looked up by register: what a perfect hash would give."""
+    """Independent Gaussian labels looked up by register, as a perfect hash would give them."""
 
     def label(register: Products) -> Labels:
         rng = np.random.default_rng(seed)

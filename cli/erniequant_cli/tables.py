@@ -69,7 +69,7 @@ def print_perplexity(result: "PerplexityResult") -> None:
 
 
 def print_image_perplexity(result: "ImageTextResult") -> None:
-    """The same for text given images."""
+    """Perplexity of text given images, protocol, and the distance to the reference if any."""
     table = _Table.grid(padding=(0, 2))
     table.add_row(
         "perplexity given images",

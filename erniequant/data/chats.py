@@ -19,7 +19,7 @@ FIELDS = ("messages", "conversations", "conversation", "dialogue", "dialog", "ch
 IMAGE_TYPES = ("image", "image_url", "input_image")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
-# Of ShareGPT's ``from``; other names are roles already.
+# Names in ShareGPT's ``from``; other names are roles already.
 _ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
     "bing": "assistant", "bard": "assistant", "model": "assistant", "function_call": "assistant",
@@ -29,7 +29,7 @@ _ROLES = {
 # Whatever writes ``role`` means it, except for these two, which no template knows.
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _CALLS = ("function_call", "tool_call")
-# Of turns that hold a question and its answer.
+# Fields of turns that hold a question and its answer.
 _ASKED = ("human", "user", "input", "question")
 _ANSWERED = ("assistant", "gpt", "bot", "output", "answer")
 

@@ -20,7 +20,7 @@ TEXTS, CHATS, RECORDS, FILES, BATCHES = "texts", "chats", "records", "files", "b
 
 _ADVICE = "give texts, chats, records, token ids, batches, or the path of a file"
 _LONGEST_NAME = 255
-# Of polars, pyarrow and pandas.
+# Methods of polars, pyarrow and pandas.
 _ROWS = {"to_dicts": "to_dicts()", "to_pylist": "to_pylist()", "to_dict": "to_dict('records')"}
 
 
@@ -47,7 +47,7 @@ def given(value: Any, name: str, none: str) -> str | Given:
     """A source that is named by a text or a path, or members.
 
     Args:
-        name: of the argument, for messages.
+        name: name of the argument, for messages.
         none: what to do instead of giving None.
 
     Raises:

@@ -32,7 +32,7 @@ IMAGE_TOKENS = {
 }
 """Special tokens around and in place of images and videos, by what transformers calls them."""
 
-# Of the released checkpoints, where tokenizer_config.json says nothing else.
+# Tokens of the released checkpoints, unless tokenizer_config.json says otherwise.
 _ROLES = {
     "unk_token": "<unk>",
     "pad_token": "<unk>",
@@ -83,7 +83,7 @@ def sentencepiece_tokenizer(folder: Path) -> Any:
     named = {*roles.values(), *map(_text, more), *IMAGE_TOKENS.values()}
     named |= {token for token, _, special in added if special}
     whole = {token for token in named if token in vocabulary} | {token for token, _, _ in added}
-    # By id: what is new gets the next one.
+    # By id: a new token gets the next one.
     order = sorted(whole | user_defined, key=lambda token: vocabulary[token])
     order += [token for token in IMAGE_TOKENS.values() if token not in vocabulary]
     tokenizer.add_tokens(
@@ -113,7 +113,7 @@ def _tokenizer(path: Path) -> tuple[Tokenizer, set[str]]:
     """The sentencepiece model without special tokens, and its user-defined pieces."""
     model = _parsed(path)
     spec = model.normalizer_spec
-    # What follows would need steps that no ERNIE has.
+    # The problems below would need steps that no ERNIE has.
     kind = model.trainer_spec.model_type
     for wrong, what in (
         (kind != _BPE, f"is of kind {kind}, not BPE"),

@@ -55,7 +55,7 @@ def settings_without_code(folder: Path) -> dict[str, Any] | None:
     kept = {key: value for key, value in settings.items() if key not in CODE_ENTRIES}
     if kept == settings or is_of_own_code(folder):
         return None
-    # Of code as well.
+    # These may name code as well.
     kept.pop("processor_class", None)
     own_class = kept.get("tokenizer_class")
     if own_class is None or _is_known(own_class):

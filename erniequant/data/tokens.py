@@ -48,7 +48,7 @@ def token_ids(tokenizer: Any, texts: Iterable[str], at_most: int | None = None) 
 
 
 def pieces(texts: Iterable[str], size: int) -> Iterator[str]:
-    """The same text in pieces of ``size`` characters and what is left of a line or a word; at most
+    """The same text in pieces of ``size`` characters and the rest of a line or a word; at most
     twice as many."""
     held = ""
     for text in texts:
@@ -64,7 +64,7 @@ def pieces(texts: Iterable[str], size: int) -> Iterator[str]:
 
 
 def _cut(text: str, least: int, most: int) -> int:
-    """Where a line ends, or else a word, or else ``least``."""
+    """The end of a line, or else of a word, or else ``least``."""
     for pattern in (_LINE_END, _WORD_END):
         boundary = pattern.search(text, least, most)
         if boundary is not None:

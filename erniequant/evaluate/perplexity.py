@@ -68,8 +68,8 @@ def perplexity(
     model, reference: called as `model(input_ids=[B, S] int64, use_cache=False)`, giving `.logits`
     [B, S, vocabulary] of any float type. context: tokens per window, default 2048 or the model's
     `max_position_embeddings` if that is less, never more than the text. stride: default context.
-    tokens: use only the first so many tokens of the text. text: the text itself, or the path of a
-    UTF-8 file, which is read a block at a time, and tokenised as far as it is used.
+    tokens: use only this many tokens from the start of the text. text: the text itself, or the path
+    of a UTF-8 file, which is read a block at a time, and tokenised as far as it is used.
 
     Standard errors are clustered by window: tokens of one window share their context, so their
     errors are correlated and a window counts as one observation. With a single window there is

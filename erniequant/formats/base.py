@@ -150,7 +150,8 @@ class Format(ABC):
 
     @abstractmethod
     def encoder_bytes(self, inputs: int) -> int:
-        """Memory that coding a matrix of so many inputs takes beside its moments and weights."""
+        """Memory that coding a matrix with ``inputs`` inputs takes beside its moments and
+        weights."""
 
     @abstractmethod
     def encode_rate(self, options: QuantizeOptions) -> float:

@@ -320,7 +320,7 @@ class Architecture(ABC):
         """Embeddings float32 ``[P / merge**2, H]`` of the image tokens, on the CPU.
 
         Args:
-            patches: of all images, float32 ``[P, C * patch * patch]``.
+            patches: patches of all images, float32 ``[P, C * patch * patch]``.
             grid: int64 ``[images, 3]``: time, height and width of each in patches.
 
         Raises:
@@ -329,7 +329,7 @@ class Architecture(ABC):
         raise ErnieQuantError(f"an {self.description} takes no images")
 
     def image_bytes(self, patches: int) -> int:
-        """Peak bytes of passing so many patches through the vision tower at once."""
+        """Peak bytes of passing ``patches`` patches through the vision tower at once."""
         return 0
 
     def dense_mlp(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,7 @@ def require_possible(config: Any) -> None:
             continue  # a dense model has no experts
         value = getattr(config, name, None)
         least = 1 if name in _POSITIVE else 0
-        # Of text and of vision.
+        # Sizes of the text experts and of the vision experts.
         several = name == "moe_intermediate_size" and hasattr(config, "mlp_layer_types")
         numbers = value if several and isinstance(value, list) and len(value) == 2 else [value]
         if several and numbers is not value:

@@ -1,8 +1,8 @@
 """Names, shapes, dtypes and metadata of the on-disk format; docs/format.md specifies it.
 
 A quantised checkpoint is described by the `quantization_config` of its config.json. Parsing is
-strict: what this version cannot decode exactly it refuses, and says which layer is meant. The MLP
-of a dense model is stored as one expert.
+strict: this version refuses anything that it cannot decode exactly, and names the layer. The MLP of
+a dense model is stored as one expert.
 """
 
 from collections.abc import Mapping

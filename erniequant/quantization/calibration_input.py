@@ -31,7 +31,7 @@ class Calibration:
 
     Attributes:
         data: Python objects, of one ``kind``; None where ``config.source`` names the data.
-        windows: of batches, which need no tokenizer.
+        windows: windows of batches, which need no tokenizer.
         images: most records or batches with images; None where only reading all would tell.
     """
 

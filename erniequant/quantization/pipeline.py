@@ -84,10 +84,10 @@ def quantize(
         device: where layers run (``auto``, ``cpu``, ``cuda``); codes are searched on the CPU.
         threads: CPU threads; all cores by default.
         seed: seed of the rotation signs and of the choice of calibration windows.
-        work_dir: folder for the journal and the hidden states of an unfinished run; inside
-            ``dst`` by default. It has to be one of its own.
-        max_memory: bytes, or text such as "16GB": what the run may take. 85 % of the free memory
-            by default.
+        work_dir: folder for the journal and the hidden states of an unfinished run; inside ``dst``
+            by default. It must hold nothing else.
+        max_memory: limit of the run's memory in bytes, or text such as "16GB"; by default 85 % of
+            the free memory.
         resume: True: only continue an unfinished run. False: discard it and start over. None:
             continue one if it is there.
         dry_run: plan, report, and write nothing.

@@ -22,8 +22,9 @@ class TokenBatch:
     Attributes:
         x: their inputs in the quantised model, float32 ``[n, H]``.
         original: their inputs in the original model, float32 ``[n, H]``.
-        drift: what their hidden states lack at this layer, original minus quantised, ``[n, H]``.
-        weights: how much each counts, ``[n]``.
+        drift: difference of their hidden states at this layer, original minus quantised, ``[n,
+            H]``.
+        weights: weight of each token, ``[n]``.
     """
 
     x: torch.Tensor
@@ -53,7 +54,7 @@ class Tokens(Protocol):
 
     @property
     def weights(self) -> torch.Tensor:
-        """How much each token counts, ``[n]``."""
+        """Weight of each token, ``[n]``."""
 
     def chunks(self) -> Iterator[TokenBatch]:
         """All tokens, at most `CHUNK` at a time."""

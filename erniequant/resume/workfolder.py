@@ -38,7 +38,7 @@ class WorkFolder:
     """A locked work folder.
 
     Attributes:
-        journal: of the run, once `begin` was called.
+        journal: journal of the run, once `begin` was called.
     """
 
     def __init__(self, folder: Path):

@@ -112,7 +112,7 @@ def expand_wint2(
     """Decode experts.
 
     Args:
-        quant_weight, weight_scale, super_scales, code_scale, code_zp: of `decode_wint2` with one
+        quant_weight, weight_scale, super_scales, code_scale, code_zp: as in `decode_wint2` with one
             leading axis of experts, contiguous; words have to lie in int32.
         out: bfloat16 ``[E, N, K]``, contiguous; receives the weights.
         k_order: ``plain`` or ``mma64``.

@@ -1,6 +1,6 @@
 """Check, from headers, that a folder has the tensors that FastDeploy's loader asks for.
 
-FastDeploy pops keys from a dictionary and sets parameters whose shape and dtype are fixed by then:
+FastDeploy pops keys from a dictionary and sets parameters whose shape and dtype are already fixed:
 a tensor that is missing or of another kind ends its start after minutes; tensors left over it never
 mentions.
 """

@@ -1,7 +1,7 @@
 """The sizes of a model as FastDeploy sees it, and whether it can be served so.
 
 FastDeploy builds its ERNIE 4.5 from fewer settings than transformers has, and its products take
-only some sizes: what does not fit is refused here, before a tensor is read.
+only some sizes: a model that does not fit is refused here, before a tensor is read.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from erniequant.models.ernie45_moe import Ernie45Moe
 from erniequant.models.registry import architecture_of
 
 WINT2_INPUTS = 128
-"""Inputs of a WINT2 product come in multiples of it: a byte of ``weight_scale`` covers so many."""
+"""Inputs of a WINT2 product come in multiples of it: a byte of ``weight_scale`` covers this
+many."""
 
 VOCABULARY_MULTIPLE = 64
 """FastDeploy pads the vocabulary to it, and its pre-quantised loader then wants the padding."""

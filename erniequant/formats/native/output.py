@@ -29,7 +29,7 @@ class NativeOutput(OutputFormat):
         self._shapes = {tensor.name: tensor.shape for tensor in plan.packed}
 
     def shards(self, max_bytes: int) -> tuple[PlannedShard, ...]:
-        """What is copied comes first, then layer after layer."""
+        """Copied tensors come first, then layer after layer."""
         copied = (OutputTensor.copy_of(self._checkpoint.header(n)) for n in self._plan.copied)
         return plan_shards([*copied, *self._plan.packed], max_bytes)
 

@@ -148,7 +148,7 @@ class ErnieQuantizer(HfQuantizer):
         return _without_packed_rules(config, "base_model_tp_plan", self._dense)
 
     def update_ep_plan(self, config: Any) -> Any:
-        """As `update_tp_plan`, for expert parallelism."""
+        """Like `update_tp_plan`, for expert parallelism."""
         return _without_packed_rules(config, "base_model_ep_plan", self._dense)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:

@@ -34,8 +34,8 @@ class Row:
 
     Attributes:
         bits: per stored weight; 16 for bfloat16.
-        microseconds, low, high: of a call: median and the range of eight tenths; None where it did
-            not run.
+        microseconds, low, high: time of a call: median and the range of eight tenths; None where it
+            did not run.
         gigabytes_per_second: bytes that no method with these weights can avoid, over the median.
         memory_limit_percent: that, relative to the copy bandwidth of the card.
         error: largest deviation from the float32 loop, relative to the largest output.

@@ -18,8 +18,8 @@ DRY_NIBBLE = 12
 """The nibble that stands for the guessed scale while units are still free."""
 
 RACE = 0.2
-"""How far behind the best of its output a pair may be: by this times the root of the sum of squares
-of the losses that the dry run saw in the groups to come, a measure of how much those may change."""
+"""A pair may be behind the best of its output by this times the root of the sum of squares of the
+losses that the dry run saw in the groups to come, a measure of how much those may change."""
 
 
 @dataclass(eq=False)

@@ -64,7 +64,7 @@ class EncodedWint2:
         effective: float32 ``[N, K]``: the weights that these stand for, to the last bit.
         error: ``tr(E H E^T) / tr(W H W^T)``, with the identity where the Hessian is not finite or
             has no energy; 0 for a zero matrix.
-        damping: of the Hessian, as a fraction of the mean energy of ordinary inputs.
+        damping: damping of the Hessian, as a fraction of the mean energy of ordinary inputs.
         fallback: the reason why there was no feedback, or None.
     """
 
