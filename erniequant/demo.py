@@ -109,7 +109,7 @@ def run_demo(
     it. tokens: how much of the held-out text to use. calib_samples: windows of calibration text.
     all_formats: also FastDeploy's WINT2, alone and with first layers of 4 bits.
 
-    Raises ErnieQuantError where `out` is no folder.
+    Raises ErnieQuantError if `out` is not a folder.
     """
     from erniequant_data import tiny_model_dir
 

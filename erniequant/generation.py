@@ -54,13 +54,13 @@ def generate(
     positions that the model was made for: the text then degrades, it does not fail.
 
     Raises:
-        ErnieQuantError: the prompt has no tokens or is no text, the chat template cannot render
+        ErnieQuantError: the prompt has no tokens or is not a text, the chat template cannot render
             it, max_tokens is below 1, or temperature is negative or not finite.
     """
     if max_tokens < 1:
         raise ErnieQuantError(f"max_tokens {max_tokens} is too little; ask for at least 1")
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise ErnieQuantError(f"temperature {temperature} is no number from 0; try 0.8")
+        raise ErnieQuantError(f"temperature {temperature} is not a number from 0 up; try 0.8")
     _require_text(prompt)
     if images:
         entry = image_inputs(model, tokenizer, prompt, images, chat_template=chat_template)
@@ -123,7 +123,7 @@ def _require_text(prompt: Any) -> None:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ErnieQuantError(
-            f"character {error.start + 1} of the prompt is no text: give it in UTF-8"
+            f"character {error.start + 1} of the prompt is not text: give it in UTF-8"
         ) from error
 
 

@@ -88,7 +88,7 @@ def source_file(source: str) -> Path:
     """The path of a source that is a file.
 
     Raises:
-        ErnieQuantError: it is no file that can be calibrated on.
+        ErnieQuantError: it is not a file that can be calibrated on.
     """
     path = expanded(source)
     if kind_of(path) is not None:
@@ -99,7 +99,7 @@ def source_file(source: str) -> Path:
         )
     shown = source if len(source) <= 80 else f"{source[:80]}…"
     raise ErnieQuantError(
-        f"calibration source {shown!r} is none of builtin, {ACCEPTED}, hf:NAME[:SPLIT[:COLUMN]]"
+        f"calibration source {shown!r} is not one of builtin, {ACCEPTED}, hf:NAME[:SPLIT[:COLUMN]]"
     )
 
 

@@ -35,7 +35,7 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
     try:
         data = json.dumps(contents, indent=2, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        # A file's name may have bytes that are no text; JSON can hold them as escapes.
+        # A file's name may have bytes that are not text; JSON can hold them as escapes.
         data = json.dumps(contents, indent=2).encode("utf-8")
     write_file(path, lambda file: file.write(data + b"\n"))
 

@@ -280,7 +280,7 @@ def read_sharded(
         # transformers would unpickle a file of another suffix.
         if not is_plain_file_name(shard) or not shard.endswith(".safetensors"):
             raise ErnieQuantError(
-                f"{index} names {shard!r} for {name}, which is no safetensors file of its folder"
+                f"{index} names {shard!r} for {name}, which is not a safetensors file in its folder"
             )
     if (folder / SINGLE_FILE).is_file() and SINGLE_FILE not in weight_map.values():
         # Libraries differ in which of the two they read.

@@ -82,7 +82,7 @@ def tools_of(record: Mapping[str, Any], where: str) -> list[Any] | None:
     """The tools that a chat may call, or None.
 
     Raises:
-        ErnieQuantError: they are no list.
+        ErnieQuantError: they are not a list.
     """
     tools, functions = record.get("tools"), record.get("functions")
     if isinstance(tools, str):

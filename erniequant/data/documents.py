@@ -33,8 +33,8 @@ _PAIRS = (
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages in our form. ``of_columns``: made from fields that are no chat, so that they may be
-    joined without a template."""
+    """Messages in our form. ``of_columns``: made from fields that are not a chat, so that they may
+    be joined without a template."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None

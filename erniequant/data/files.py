@@ -62,7 +62,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed.
 
     Raises:
-        ErnieQuantError: it cannot be read, is no file, or is damaged.
+        ErnieQuantError: it cannot be read, is not a file, or is damaged.
     """
     try:
         if path.exists() and not path.is_file():

@@ -32,7 +32,7 @@ class ImageReader:
         """An image from a file or from pillow, shrunk to at most ``max_tokens`` tokens.
 
         Raises:
-            ErnieQuantError: it is no image that pillow can read, or too long and thin.
+            ErnieQuantError: it is not an image that pillow can read, or too long and thin.
         """
         from PIL import Image, ImageOps
 

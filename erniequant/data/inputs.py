@@ -285,7 +285,7 @@ def _table(
     try:
         table = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ErnieQuantError(f"{where}: {name} is no table of integers: {error}") from error
+        raise ErnieQuantError(f"{where}: {name} is not a table of integers: {error}") from error
     sound = table.dim() == 2 and not table.is_floating_point()
     if not sound or (like is not None and table.shape != like.shape):
         wanted = "integers [batch, tokens]" if like is None else f"shape {list(like.shape)}"

@@ -78,8 +78,8 @@ def perplexity(
     through exp; the ratio's is paired, token by token. KL is KL(reference || model) over the
     whole vocabulary.
 
-    Raises ErnieQuantError for anything that is no text, a text too short, an impossible context or
-    stride, vocabularies that differ, and logits that are not finite.
+    Raises ErnieQuantError for anything that is not a text, a text too short, an impossible context
+    or stride, vocabularies that differ, and logits that are not finite.
     """
     token_ids, text_sha256 = _read(tokenizer, text, tokens)
     context = _choose_context(model, context)
@@ -113,7 +113,7 @@ def perplexity(
 def tokenize(tokenizer: Any, text: str | Path, at_most: int | None = None) -> Tensor:
     """The first token ids of a text, int64 [n], without BOS or any other added token.
 
-    Raises ErnieQuantError if it is no text or cannot be read.
+    Raises ErnieQuantError if it is not a text or cannot be read.
     """
     return token_ids(tokenizer, _parts(text), at_most)
 

@@ -119,8 +119,8 @@ def _vocabulary_note(tokens: int, vocabulary: int) -> str:
     if tokens <= vocabulary:
         return ""
     return (
-        f"the tokenizer has {tokens} tokens, the model {vocabulary}: text with any of the others "
-        "cannot be run"
+        f"the tokenizer has {tokens} tokens, the model {vocabulary}: text with any of the extra "
+        "tokens cannot be run"
     )
 
 

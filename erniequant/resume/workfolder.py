@@ -52,7 +52,7 @@ class WorkFolder:
             raise disk_error(folder, error) from error
         if foreign:
             raise ErnieQuantError(
-                f"the work folder {folder} holds {foreign[0]}, which is not of erniequant; give "
+                f"the work folder {folder} holds {foreign[0]}, which is not erniequant's; give "
                 "a folder of its own with --work-dir"
             )
         self._lock = Lock(folder / _LOCK)
@@ -126,7 +126,7 @@ class WorkFolder:
         except OSError as error:
             raise disk_error(path, error, "read") from error
         if not whole or digest.hexdigest() != saved[-1]["sha256"]:
-            raise ErnieQuantError(f"{path} is damaged: its sha256 is another; use --restart")
+            raise ErnieQuantError(f"{path} is damaged: its sha256 differs; use --restart")
         return int(saved[-1]["layer"])
 
     def release(self) -> None:

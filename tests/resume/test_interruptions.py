@@ -271,7 +271,7 @@ def test_the_work_folder_may_be_elsewhere_but_of_its_own(
     assert list(work.iterdir()) == []
     (work / "mine.txt").write_text("mine")
     error = driver.run(micro_source, tmp_path / "third", elsewhere)["error"]
-    assert "holds mine.txt, which is not of erniequant" in error
+    assert "holds mine.txt, which is not erniequant's" in error
 
 
 def _flip(path: Path, position: int) -> None:

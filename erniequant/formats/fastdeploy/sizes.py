@@ -63,7 +63,7 @@ def text_moe(config: dict[str, Any]) -> Ernie45Moe:
     """The architecture of an original that FastDeploy can serve with WINT2.
 
     Raises:
-        ErnieQuantError: it is no text MoE. FastDeploy has no WINT2 for vision-language models.
+        ErnieQuantError: it is not a text MoE. FastDeploy has no WINT2 for vision-language models.
     """
     return text_moe_of(architecture_of(config))
 
