@@ -1,4 +1,4 @@
-"""What images in the calibration are worth to the experts for images, on the embedded trained
+"""The benefit of calibration images for the vision experts, on the embedded trained
 model; docs/vision_language.md has the figures."""
 
 from typing import Any
