@@ -52,14 +52,14 @@ format: $(INSTALLED)
 
 # Hash randomisation and reversed file order expose tests that lean on one another.
 soak: $(INSTALLED)
-	@set -o pipefail; echo "commit $$(git rev-parse --short HEAD), $(ROUNDS) rounds" | tee docs/soak.log; \
+	@set -o pipefail; echo "commit $$(git rev-parse --short HEAD), $(ROUNDS) rounds" | tee benchmarks/soak.log; \
 	for seed in $$(seq $(ROUNDS)); do \
 	  PYTHONHASHSEED=$$seed $(PY) -m pytest --quiet --durations=0 --durations-min=600 \
 	    $$(ls -d tests/*/ tests/test_*.py | shuf --random-source=<(yes $$seed)) \
-	    | grep -E 'FAILED|ERROR|passed|failed' | sed "s/^/order $$seed: /" | tee -a docs/soak.log || exit 1; \
+	    | grep -E 'FAILED|ERROR|passed|failed' | sed "s/^/order $$seed: /" | tee -a benchmarks/soak.log || exit 1; \
 	done; \
-	$(PY) tests/fuzz/soak.py --cases $(CASES) | tee /dev/stderr | grep '^fuzz: ' >> docs/soak.log; \
-	$(PY) tests/resume/soak.py --kills $(KILLS) | tee /dev/stderr | grep '^resume: ' >> docs/soak.log
+	$(PY) tests/fuzz/soak.py --cases $(CASES) | tee /dev/stderr | grep '^fuzz: ' >> benchmarks/soak.log; \
+	$(PY) tests/resume/soak.py --kills $(KILLS) | tee /dev/stderr | grep '^resume: ' >> benchmarks/soak.log
 
 # Uses the python it is given: a machine with a card has its own CUDA build of torch.
 gpu:

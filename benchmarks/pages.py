@@ -11,8 +11,8 @@ def replace_section(page: str, name: str, text: str) -> str:
     """The page with ``text`` between its markers ``name:begin`` and ``name:end``; exits without."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, _, rest = page.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
+    _, marker, after = rest.partition(end)
+    if not marker:
         sys.exit(f"the page lacks the markers {begin} and {end}")
     return f"{before}{begin}\n{text.strip()}\n{end}{after}"
 

@@ -1,5 +1,4 @@
-"""erniequant: ERNIE 4.5 mixture-of-experts models with experts of 4, 3 or 2 bits, as convolutional
-codes.
+"""erniequant: quantises the experts of ERNIE 4.5 models to 4, 3 or 2 bits with convolutional codes.
 
 Importing it registers the format with transformers, so that
 ``AutoModelForCausalLM.from_pretrained`` loads a quantised folder. Everything else is imported on

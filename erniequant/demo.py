@@ -31,12 +31,12 @@ from erniequant.quantization.pipeline import quantize
 BITS = (4, 3, 2)
 RTN_GROUP = 64
 WINT2_W4_LAYERS = (0, 1)
-"""Of three layers with experts, how many have 4 bits in the rows of FastDeploy's format."""
+"""Numbers of 4-bit layers, of three with experts, in the rows of FastDeploy's format."""
 # Figures move by less than their standard error beyond this; a row takes seconds on two cores.
 EVALUATION_TOKENS = 32_768
 CONTEXT = 512
 CALIBRATION_SAMPLES = 64
-# Of the progress bar: one evaluation takes about as long as quantising this many experts.
+# Units of the progress bar: one evaluation takes about as long as quantising this many experts.
 EVALUATION_UNITS = 10
 
 
@@ -105,11 +105,11 @@ def run_demo(
 ) -> DemoReport:
     """Quantise the embedded model at each of `bits`, measure, write `report.json` and `report.md`.
 
-    out: folder for the reports, made if need be; with keep_models the quantised models stay in it.
-    tokens: how much of the held-out text to use. calib_samples: windows of calibration text.
+    out: folder for the reports, created if missing; with keep_models the quantised models stay in
+    it. tokens: how much of the held-out text to use. calib_samples: windows of calibration text.
     all_formats: also FastDeploy's WINT2, alone and with first layers of 4 bits.
 
-    Raises ErnieQuantError where `out` is no folder.
+    Raises ErnieQuantError if `out` is not a folder.
     """
     from erniequant_data import tiny_model_dir
 
@@ -204,8 +204,8 @@ def _quantised_row(
     )
     seconds = time.perf_counter() - started
     model, _ = load(folder, device="cpu")
-    found = bench.measure(model, f"{bits} bits")
-    return _row("erniequant", bits, found, bench.size.row(tensor_bytes(folder)), seconds)
+    measured = bench.measure(model, f"{bits} bits")
+    return _row("erniequant", bits, measured, bench.size.row(tensor_bytes(folder)), seconds)
 
 
 def _wint2_row(
@@ -241,9 +241,9 @@ def _rounded_row(bench: _Bench, original: nn.Module, bits: int) -> DemoRow:
     started = time.perf_counter()
     model, expert_bits = round_experts(original, bits)
     seconds = time.perf_counter() - started
-    found = bench.measure(model, f"round-to-nearest at {bits} bits")
+    measured = bench.measure(model, f"round-to-nearest at {bits} bits")
     total_bytes = bench.size.other_bytes + expert_bits * bench.size.expert_weights / 8
-    return _row("RTN", bits, found, bench.size.row(total_bytes), seconds)
+    return _row("RTN", bits, measured, bench.size.row(total_bytes), seconds)
 
 
 def round_experts(model: nn.Module, bits: int) -> tuple[nn.Module, float]:
@@ -262,10 +262,10 @@ def round_experts(model: nn.Module, bits: int) -> tuple[nn.Module, float]:
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The fused routed experts, [E, 2I, H] and [E, H, I] per layer, by name."""
     suffixes = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-    found = {name: p for name, p in model.named_parameters() if name.endswith(suffixes)}
-    if not found:
+    parameters = {name: p for name, p in model.named_parameters() if name.endswith(suffixes)}
+    if not parameters:
         raise ErnieQuantError("the embedded model has no routed experts: install erniequant again")
-    return found
+    return parameters
 
 
 def tensor_bytes(folder: Path) -> int:
@@ -298,8 +298,8 @@ def _note_on_wint2(report: DemoReport) -> str:
     if not any(row.method.startswith("WINT2") for row in report.rows):
         return ""
     return (
-        " WINT2: FastDeploy's format, where everything but experts is in wint8; + wint4: experts "
-        "of the first layer with 4 bits."
+        " WINT2: FastDeploy's format, with everything but the experts in wint8; + wint4: 4-bit "
+        "experts in the first layer."
     )
 
 
@@ -366,16 +366,16 @@ def _measure_size(model: nn.Module, total_bytes: int) -> _Size:
 
 
 def _row(
-    method: str, bits: int, found: PerplexityResult, size: dict[str, float], seconds: float
+    method: str, bits: int, measured: PerplexityResult, size: dict[str, float], seconds: float
 ) -> DemoRow:
-    distance = found.reference
+    distance = measured.reference
     assert distance is not None
     return DemoRow(
         method=method,
         bits=bits,
         **size,
-        perplexity=found.perplexity,
-        perplexity_stderr=found.stderr,
+        perplexity=measured.perplexity,
+        perplexity_stderr=measured.stderr,
         ratio=distance.ratio,
         ratio_stderr=distance.ratio_stderr,
         kl_mean=distance.kl_mean,

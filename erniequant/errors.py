@@ -19,12 +19,12 @@ class ErnieQuantError(Exception):
 
 
 class ErnieQuantWarning(UserWarning):
-    """Something goes on that may surprise; the command line prints it as one line."""
+    """Something unexpected that does not stop the work; the command line prints it as one line."""
 
 
 @contextmanager
 def wrap_errors(what: str) -> Iterator[None]:
-    """Around a call of another library: whatever it raises becomes ``what``, and the reason.
+    """Wrap a call of another library: whatever it raises becomes ``what``, and the reason.
 
     Libraries raise any type at all on damaged files. Errors of our own pass.
     """

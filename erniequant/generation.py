@@ -15,7 +15,7 @@ from erniequant.data.inputs import ModelInput
 from erniequant.errors import ErnieQuantError, ErnieQuantWarning, wrap_errors
 
 _COLDEST = 1e-6
-"""Temperatures below are 0: logits divided by them are beyond float32, and no probabilities."""
+"""Lower temperatures count as 0: logits divided by them overflow float32."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def generate(
     positions that the model was made for: the text then degrades, it does not fail.
 
     Raises:
-        ErnieQuantError: the prompt has no tokens or is no text, the chat template cannot render
+        ErnieQuantError: the prompt has no tokens or is not a text, the chat template cannot render
             it, max_tokens is below 1, or temperature is negative or not finite.
     """
     if max_tokens < 1:
         raise ErnieQuantError(f"max_tokens {max_tokens} is too little; ask for at least 1")
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise ErnieQuantError(f"temperature {temperature} is no number from 0; try 0.8")
+        raise ErnieQuantError(f"temperature {temperature} is not a number from 0 up; try 0.8")
     _require_text(prompt)
     if images:
         entry = image_inputs(model, tokenizer, prompt, images, chat_template=chat_template)
@@ -84,12 +84,12 @@ def generate(
             pad_token_id=_padding(tokenizer),
             **sampling,
         )
-    known = batch["input_ids"].shape[1]
-    new = output[0, known:]
+    prompt_length = batch["input_ids"].shape[1]
+    new = output[0, prompt_length:]
     return Generation(
         prompt=prompt,
         text=tokenizer.decode(new, skip_special_tokens=True),
-        prompt_tokens=known,
+        prompt_tokens=prompt_length,
         tokens=len(new),
         seconds=time.perf_counter() - started,
     )
@@ -123,7 +123,7 @@ def _require_text(prompt: Any) -> None:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ErnieQuantError(
-            f"character {error.start + 1} of the prompt is no text: give it in UTF-8"
+            f"character {error.start + 1} of the prompt is not text: give it in UTF-8"
         ) from error
 
 
@@ -131,15 +131,15 @@ def _warn_beyond_positions(model: Any, entry: ModelInput, max_tokens: int) -> No
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     # An image has more tokens than positions: its rows and columns share them.
-    known = len(entry) if entry.positions is None else int(entry.positions.max()) + 1
-    if positions is None or known + max_tokens <= positions:
+    taken = len(entry) if entry.positions is None else int(entry.positions.max()) + 1
+    if positions is None or taken + max_tokens <= positions:
         return
-    if known >= positions:
-        text = f"the prompt alone takes {known} of the model's {positions} positions"
+    if taken >= positions:
+        text = f"the prompt alone takes {taken} of the model's {positions} positions"
     else:
         text = (
-            f"{known} positions of the prompt and {max_tokens} of --max-tokens are more than the "
-            f"{positions} of the model, so ask for at most {positions - known} tokens"
+            f"{taken} positions of the prompt and {max_tokens} of --max-tokens are more than the "
+            f"{positions} of the model, so ask for at most {positions - taken} tokens"
         )
     warnings.warn(f"{text}; text beyond them is unreliable", ErnieQuantWarning, stacklevel=3)
 

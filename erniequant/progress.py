@@ -1,4 +1,4 @@
-"""How long work tells an observer what it is doing, without knowing who watches.
+"""Progress events: long work tells an observer what it is doing, without knowing who watches.
 
 The library calls these five methods in order: `plan` once, `start` once, `advance` and `message`
 while working, `finish` at the end. The command line draws a progress bar from them; tests record
@@ -31,7 +31,7 @@ class Progress(Protocol):
 
 
 class NullProgress:
-    """Watches nothing; what every `progress=None` stands for."""
+    """Watches nothing; every `progress=None` stands for it."""
 
     def plan(self, text: str) -> None: ...
 

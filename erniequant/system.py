@@ -1,4 +1,4 @@
-"""What the machine has: devices by name, memory that is free or was taken, and giving it back."""
+"""The machine: devices by name, memory that is free or was taken, and giving it back."""
 
 import contextlib
 import ctypes
@@ -22,16 +22,16 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
+        resolved = torch.device(device)
     except RuntimeError as error:
         raise ErnieQuantError(
             f"no such device {device!r}; use auto, cpu, cuda or cuda:N"
         ) from error
-    if found.type not in ("cpu", "cuda"):
+    if resolved.type not in ("cpu", "cuda"):
         raise ErnieQuantError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ErnieQuantError(f"device {device}: torch finds no GPU here; use --device cpu")
-    return found
+    return resolved
 
 
 def return_freed_memory() -> None:
@@ -50,23 +50,23 @@ _MAPPED_BYTES = 8 << 20
 
 
 def trim_memory() -> None:
-    """Give what has been freed so far back to the system, where its C library can."""
+    """Give memory freed so far back to the system, where its C library can."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_memory() -> int:
     """Bytes that this process can still have: free memory, within its control group."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         text = Path("/proc/meminfo").read_text()
-        found = 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", text)[0])
+        available = 1024 * int(re.findall(r"MemAvailable:\s+(\d+)", text)[0])
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
-        found = min(found, limit - int((group / "memory.current").read_text()))
+        available = min(available, limit - int((group / "memory.current").read_text()))
     except (OSError, ValueError, IndexError):
         pass  # another system, or no limit ("max")
-    return found
+    return available
 
 
 def peak_memory() -> int:

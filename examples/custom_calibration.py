@@ -54,8 +54,8 @@ def main() -> None:
     parser.add_argument("folder", help="folder of the quantised model")
     parser.add_argument("data", type=Path, help="JSONL of chats")
     parser.add_argument("--bits", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=128, help="chats to use")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a chat at most")
+    parser.add_argument("--samples", type=int, default=128, help="number of chats to use")
+    parser.add_argument("--length", type=int, default=2048, help="most tokens of a chat")
     options = parser.parse_args()
     try:
         quantize(**vars(options))

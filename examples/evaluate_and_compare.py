@@ -3,7 +3,7 @@
     python examples/evaluate_and_compare.py baidu/ERNIE-4.5-21B-A3B-PT ernie-4bit ernie-2bit
 
 Prints a Markdown table. The original and one quantised model are in memory at a time; both score
-the same tokens, of held-out text that comes with erniequant or of ``--text``.
+the same tokens, from the held-out text that comes with erniequant or from ``--text``.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("original", help="folder or Hugging Face id")
     parser.add_argument("folders", nargs="+", help="folders of quantised models")
     parser.add_argument("--text", type=Path, help="UTF-8 text to score")
-    parser.add_argument("--tokens", type=int, default=16_384, help="how many of its tokens")
+    parser.add_argument("--tokens", type=int, default=16_384, help="number of its tokens to score")
     options = parser.parse_args()
     text = options.text or heldout_text()
     try:

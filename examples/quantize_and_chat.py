@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of the quantised model")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--calib", default="builtin", help="texts or chats to calibrate on")
-    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer")
+    parser.add_argument("--max-tokens", type=int, default=512, help="most tokens of an answer")
     options = parser.parse_args()
     try:
         quantize(options.source, options.folder, options.bits, options.calib)

@@ -26,17 +26,17 @@ def gptq(
     w[:, dead] = 0
     h.diagonal().add_(DAMPING * h.diagonal().mean())
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    found, errors = torch.empty_like(w), torch.empty_like(w)
+    quantised, errors = torch.empty_like(w), torch.empty_like(w)
     for start in range(0, w.shape[1], group):
         end = min(start + group, w.shape[1])
         scale, zero = clipped_range(w[:, start:end].float(), bits)
         for k in range(start, end):
             code = (w[:, k] / scale).round().add_(zero).clamp_(0, 2**bits - 1)
-            found[:, k] = (code - zero) * scale
-            errors[:, k] = (w[:, k] - found[:, k]) / upper[k, k]
+            quantised[:, k] = (code - zero) * scale
+            errors[:, k] = (w[:, k] - quantised[:, k]) / upper[k, k]
             w[:, k:end] -= errors[:, k, None] * upper[k, k:end]
         w[:, end:] -= errors[:, start:end] @ upper[start:end, end:]
-    return found.float()
+    return quantised.float()
 
 
 def clipped_range(part: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,9 +12,9 @@ def massive_layer(
     Args:
         tokens: ordinary tokens, heavy-tailed and correlated; fewer than inputs make the Hessian
             rank-deficient.
-        share: of the trace, that the massive channels have.
-        channels: how many.
-        size: of the weights of the massive channels, relative to others.
+        share: share of the trace that the massive channels have.
+        channels: number of massive channels.
+        size: size of the massive channels' weights relative to the others.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -15,7 +15,7 @@ def write_micro_ernie(folder: Path, **changes: Any) -> Path:
     Hidden 96 is not a power of two (largest rotation block 32), the first layer is dense, routers
     are float32 as in published models, their bias is not zero, and the embedding is tied.
 
-    changes: of the config.
+    changes: changes to the config.
     """
     from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 

@@ -39,8 +39,8 @@ def expert_matrices(tokens: int = 32768, held_out: bool = False) -> tuple[Layer,
         def hook(experts: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             hidden, chosen, weights = inputs
             for e in range(experts.num_experts):
-                token, place = torch.where(chosen == e)
-                x, p = hidden[token], weights[token, place, None].float()
+                token, slot = torch.where(chosen == e)
+                x, p = hidden[token], weights[token, slot, None].float()
                 gate, up = linear(x, experts.gate_up_proj[e]).chunk(2, -1)
                 for part, y in (("gate_up", x * p), ("down", silu(gate) * up * p)):
                     key = (index, e, part)

@@ -32,7 +32,7 @@ class Candidate:
     hashed: bool = True
 
     def code(self, bits: int, length: int, multiplier: int) -> ConvolutionalCode:
-        """The candidate as a code; one that is not hashed looks the register itself up."""
+        """The candidate as a code; without a hash, the register itself is looked up."""
         factor = multiplier if self.hashed else 1
         label = Label(self.name, self.weights_per_step, self.label)
         return ConvolutionalCode(self.name, bits, length, factor, label)
@@ -69,7 +69,7 @@ def _byte_sum(product: Products) -> Labels:
 
 
 def random_table(weights_per_step: int, seed: int = 5) -> LabelFunction:
-    """Independent Gaussian labels looked up by register: what a perfect hash would give."""
+    """Independent Gaussian labels looked up by register, as a perfect hash would give them."""
 
     def label(register: Products) -> Labels:
         rng = np.random.default_rng(seed)

@@ -1,8 +1,8 @@
 """Measure codes on Gaussian data; makes the tables of docs/codes.md.
 
 ``python -m benchmarks.codes.study table`` measures the registered codes, ``labels`` compares label
-functions, ``weighted`` shows what weights of the outputs buy, ``search`` repeats the search that
-chose the multipliers of the registry.
+functions, ``weighted`` shows the gain from weights of the outputs, ``search`` repeats the search
+that chose the multipliers of the registry.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def measure(code: ConvolutionalCode, sequences: int, seed: int, tile: int = TILE
 
 
 def sequences_for(register_length: int) -> int:
-    """Sequences that keep a measurement to seconds: fewer for long registers."""
+    """Number of sequences that keeps a measurement to seconds: fewer for long registers."""
     return max(2000 >> max(register_length - 10, 0), 48)
 
 
@@ -60,10 +60,11 @@ def table_rows() -> Iterator[str]:
     for length in REGISTER_LENGTHS:
         cells = []
         for name in CODE_NAMES:
-            found = measure(get_code(name, length), sequences_for(length), seed=20)
-            digits = 4 if found.mse > 0.01 else 5
+            measured = measure(get_code(name, length), sequences_for(length), seed=20)
+            digits = 4 if measured.mse > 0.01 else 5
             cells.append(
-                f"{found.mse:.{digits}f} ± {found.half_width:.{digits}f} | {found.rate:,.0f}"
+                f"{measured.mse:.{digits}f} ± {measured.half_width:.{digits}f} "
+                f"| {measured.rate:,.0f}"
             )
         yield f"| {length} | " + " | ".join(cells) + " |"
     bounds = " | ".join(f"{RATE_DISTORTION_BOUND[bits]:.4f} | " for bits in (2, 3, 4))
@@ -100,20 +101,20 @@ def weighted_rows(length: int = 12, sequences: int = 400) -> Iterator[str]:
     even: float | None = None
     for spread in (0.0, 0.3, 0.6, 1.0):
         weights = np.exp(spread * rng.standard_normal(data.shape)).astype(np.float32)
-        found = []
+        errors = []
         for used in (np.ones_like(weights), weights):
             _, labels = search.encode(data * scale, used)
-            found.append(float((weights * np.square(data - labels / scale)).sum() / weights.sum()))
-        even = even or found[0]
+            errors.append(float((weights * np.square(data - labels / scale)).sum() / weights.sum()))
+        even = even or errors[0]
         ideal = even * float(np.exp(np.log(weights).mean()) / weights.mean())
-        yield f"| {spread} | {found[0]:.4f} | {found[1]:.4f} | {ideal:.4f} |"
+        yield f"| {spread} | {errors[0]:.4f} | {errors[1]:.4f} | {ideal:.4f} |"
 
 
 def search_multiplier(
     bits: int, length: int, candidates: int, seed: int
 ) -> tuple[int, Measurement]:
-    """Try random odd multipliers on little data, the best on more and fresh data; the winner and
-    its error."""
+    """Try random odd multipliers on little data, and the best of them on more, fresh data; returns
+    the winner and its error."""
     code = code_for_bits(bits, length)
     rng = np.random.default_rng(seed)
     field = [int(m) | 1 for m in rng.integers(2**30, 2**32, candidates)]
@@ -145,8 +146,8 @@ def main() -> None:
     for bits in (2, 3, 4):
         for length in options.lengths:
             fewer = options.candidates >> max(length - 12, 0)
-            multiplier, found = search_multiplier(bits, length, max(fewer, 24), seed=length)
-            print(f"cc{bits} L={length} {multiplier:#010x} mse {found.mse:.5f}", flush=True)
+            multiplier, measured = search_multiplier(bits, length, max(fewer, 24), seed=length)
+            print(f"cc{bits} L={length} {multiplier:#010x} mse {measured.mse:.5f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What only a GPU can show, in one JSON: kernel tests on the card, the benchmark, an encoder rate.
+"""Measure on a GPU, into one JSON: kernel tests on the card, the benchmark, an encoder rate.
 
 ``make gpu`` runs this from the repository root and writes ``gpu-report.json``, in ten minutes or
 less: batches that do not fit in that time are left out and named. Exits with 1 when a test or a
@@ -38,8 +38,8 @@ BITS = (2, 4, 3)
 
 def commit() -> str:
     """The commit that is being measured, or "unknown" outside a git checkout."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return answer.stdout.strip() or "unknown"
 
 
 def test() -> dict[str, Any]:
@@ -75,13 +75,13 @@ def benchmark(started: float) -> dict[str, Any]:
                 if time.perf_counter() - started > BENCH_SECONDS:
                     left_out.append(f"{shape}, {bits} bits, what follows {row.tokens} tokens")
                     break
-    found = bench.verdicts(rows)
-    for v in found:
+    verdicts = bench.verdicts(rows)
+    for v in verdicts:
         print(f"{v.shape} {v.tokens} tokens {v.bits} bits: {v.speedup:.2f} x {v.best_bf16}")
     return {
         "copy_gb_per_s": bandwidth / 1e9,
         "rows": [row.to_dict() for row in rows],
-        "verdicts": [asdict(v) for v in found],
+        "verdicts": [asdict(v) for v in verdicts],
         "wrong": bench.wrong(rows),
         "left_out": left_out,
     }

@@ -25,7 +25,7 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 2048)
 
 
 def static_rows(records: list[dict[str, Any]]) -> Iterator[str]:
-    """The kernels that decode."""
+    """Rows of the kernels that decode."""
     names = ("issue slots", "all", "ALU", "multiply", "memory", "matrix", "registers", "shared")
     yield f"| kernel | arch | {' | '.join(names)} |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
@@ -42,7 +42,7 @@ def static_rows(records: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def other_rows(records: list[dict[str, Any]]) -> Iterator[str]:
-    """The kernels that do not."""
+    """Rows of the kernels that do not decode."""
     yield "| kernel | arch | instructions | registers | shared | matrix instruction |"
     yield "|---|---|---|---|---|---|"
     for record in records:
@@ -55,7 +55,7 @@ def other_rows(records: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def prediction_rows(records: list[dict[str, Any]]) -> Iterator[str]:
-    """Microseconds a layer of 21B, and how many times faster than bf16."""
+    """Rows of predicted microseconds for a layer of 21B, and of the speed-up over bf16."""
     shape = SHAPES["21b"]
     yield "| card | tokens | bf16 | 4 bits | 3 bits | 2 bits | 2 bits is bound by |"
     yield "|---|---|---|---|---|---|---|"

@@ -1,6 +1,6 @@
 """Predicted time of a layer of experts on a card, from counted machine code and specified figures.
 
-docs/performance.md says what is assumed. No GPU is needed, and none has confirmed it.
+docs/performance.md lists the assumptions. No GPU is needed, and none has confirmed it.
 """
 
 from collections.abc import Mapping
@@ -13,21 +13,21 @@ from erniequant_kernels.bench.problem import Shape, make_batch
 from erniequant_kernels.tuning import Tuning, tables
 
 STANDARD = {bits: f"cc{bits} L{register_length(bits, 'standard')}" for bits in (2, 3, 4)}
-REACHED = 0.9  # of the specified memory bandwidth, by a large copy
-GEMM_REACHED = 0.7  # of the matrix units' peak, by a large product
+REACHED = 0.9  # share of the specified memory bandwidth that a large copy reaches
+GEMM_REACHED = 0.7  # share of the matrix units' peak that a large product reaches
 LAUNCH = 2e-6  # seconds between kernels of a CUDA graph
-LAUNCHES = 5  # of either kind
+LAUNCHES = 5  # of a layer, packed or in bf16
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card can do.
+    """The specified figures of a card.
 
     Attributes:
-        arch: whose machine code and tuning table are used; Ada runs the code of sm_80.
+        arch: architecture whose machine code and tuning table are used; Ada runs the code of sm_80.
         gigabytes: memory bandwidth in GB/s, as specified.
-        mma: bf16 multiply-adds per clock and multiprocessor of the warp-wide matrix instruction
-            with float32 sums, and ``peak``: of the fastest one.
+        mma, peak: bf16 multiply-adds with float32 sums per clock and multiprocessor, by the
+            warp-wide matrix instruction and by the fastest one.
     """
 
     name: str
@@ -100,7 +100,7 @@ def _decode_once_seconds(
 
 
 def chunks(card: Card, shape: Shape) -> int:
-    """Times that a few experts are decoded and multiplied, for both projections."""
+    """Number of times that a few experts are decoded and multiplied, over both projections."""
     tuning = tables()[f"sm_{card.arch}"]
     matrices = ((2 * shape.inner, shape.hidden), (shape.hidden, shape.inner))
     return sum(-(-shape.experts // tuning.experts_at_once(*matrix)) for matrix in matrices)

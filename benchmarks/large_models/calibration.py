@@ -38,20 +38,20 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work
     source = add_tokenizer(write_micro_ernie(work / "source"))
-    found = {"built-in": {0: measure(source, work / "out", "builtin")}}
+    runs = {"built-in": {0: measure(source, work / "out", "builtin")}}
     for kind in arguments.kinds:
-        found[kind] = {}
+        runs[kind] = {}
         for megabytes in SIZES:
             path = work / f"large.{kind}"
             write(path, megabytes * 10**6)
-            found[kind][megabytes] = measure(source, work / f"out-{kind}-{megabytes}", str(path))
-            print(kind, megabytes, found[kind][megabytes], flush=True)
+            runs[kind][megabytes] = measure(source, work / f"out-{kind}-{megabytes}", str(path))
+            print(kind, megabytes, runs[kind][megabytes], flush=True)
             path.unlink()
-    fill(PAGE, "calibration", table(found))
+    fill(PAGE, "calibration", table(runs))
 
 
 def write(path: Path, size: int) -> None:
-    """A file whose texts have some ``size`` bytes."""
+    """A file whose texts have about ``size`` bytes."""
     # A paragraph is a record.
     texts = [text for text in calibration_text().split("\n\n") if text.strip()]
     each = sum(len(text.encode()) + 2 for text in texts)
@@ -60,7 +60,7 @@ def write(path: Path, size: int) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        # Texts that come again would be stored once.
+        # Repeated texts would be stored once.
         table = pyarrow.Table.from_pylist(records)
         pyarrow.parquet.write_table(table, path, use_dictionary=False, compression=None)
         return
@@ -92,12 +92,12 @@ def measure(source: Path, target: Path, calib: str) -> dict[str, float]:
     return result
 
 
-def table(found: dict[str, dict[int, dict[str, float]]]) -> str:
+def table(runs_by_kind: dict[str, dict[int, dict[str, float]]]) -> str:
     """Peaks and times, one line a kind of file."""
     heads = " | ".join(f"{megabytes} MB" for megabytes in SIZES)
     lines = [f"| file | {heads} |", "|---|" + "---|" * len(SIZES)]
-    (alone,) = found.pop("built-in").values()
-    for kind, runs in found.items():
+    (alone,) = runs_by_kind.pop("built-in").values()
+    for kind, runs in runs_by_kind.items():
         lines.append(f"| .{kind} | {' | '.join(_figures(run) for run in runs.values())} |")
     return "\n".join(lines) + f"\n\nThe built-in text takes {_figures(alone)}.\n"
 

@@ -29,7 +29,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How large a checkpoint is to be: a name of `SHAPES`, MoE layers, and experts in each."""
+    """Size of a checkpoint: a name of `SHAPES`, the number of MoE layers, and the experts in
+    each."""
 
     shape: str
     layers: int
@@ -91,7 +92,7 @@ def _weights(tensor: OutputTensor, generator: torch.Generator) -> bytes:
         # Only the first tokens occur; the rest of the table stays a hole.
         values = torch.randn(128, tensor.shape[1], generator=generator)
     else:
-        # Channels of uneven size, the outputs of every matrix of the size of its inputs.
+        # Channels of uneven size; every matrix gives outputs as large as its inputs.
         values = torch.randn(tensor.shape, generator=generator)
         uneven = torch.rand(tensor.shape[1], generator=generator) + 0.5
         values *= uneven * tensor.shape[1] ** -0.5

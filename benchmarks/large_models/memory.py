@@ -33,7 +33,7 @@ SAMPLE_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Case:
-    """One run to be measured; ``tokens`` of calibration in windows of ``window``."""
+    """One run to be measured, with ``tokens`` calibration tokens in windows of ``window``."""
 
     shape: str
     layers: int
@@ -67,9 +67,9 @@ def main() -> None:
             write_source(source, size)
         for budget in arguments.budget:
             case = Case(**asdict(size), tokens=arguments.tokens, budget=budget)
-            found = measure(source, arguments.work / f"out-{arguments.shape}-{budget}", case)
-            print(json.dumps({k: v for k, v in found.items() if k != "samples"}, indent=2))
-            record(case, found)
+            figures = measure(source, arguments.work / f"out-{arguments.shape}-{budget}", case)
+            print(json.dumps({k: v for k, v in figures.items() if k != "samples"}, indent=2))
+            record(case, figures)
     entries = json.loads(RESULTS.read_text())
     plot(entries, PLOT)
     fill(PAGE, "memory", table(entries))
@@ -142,9 +142,9 @@ def measure(source: Path, out: Path, case: Case) -> dict[str, Any]:
 
 
 def bound(source: Path, case: Case) -> int:
-    """What the run may take: 1.5 layers of experts and 2 GB; with the least budget four experts,
-    32 bytes for every entry of the largest Hessian, the largest layer without experts, 1 GB. All
-    weights in bfloat16. Of the activations, which are on disk in the latter, none count."""
+    """The bound of a run: 1.5 layers of experts and 2 GB; with the least budget, four experts, 32
+    bytes for every entry of the largest Hessian, the largest layer without experts, and 1 GB. All
+    weights are in bfloat16. Activations do not count; with the least budget they are on disk."""
     checkpoint = open_checkpoint(source)
     model = architecture_of(checkpoint.config)
     expert = 2 * 3 * model.sizes.hidden * model.sizes.groups[0].inner
@@ -154,12 +154,12 @@ def bound(source: Path, case: Case) -> int:
     return int(4 * expert + 32 * hessian + largest_layer(checkpoint, model) + 1e9)
 
 
-def record(case: Case, found: dict[str, Any]) -> None:
+def record(case: Case, figures: dict[str, Any]) -> None:
     """Replace the case's entry in the results."""
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     key = asdict(case)
-    entries = [e for e in known if (e["shape"], e["budget"]) != (case.shape, case.budget)]
-    RESULTS.write_text(json.dumps([*entries, key | found], indent=1) + "\n")
+    entries = [e for e in recorded if (e["shape"], e["budget"]) != (case.shape, case.budget)]
+    RESULTS.write_text(json.dumps([*entries, key | figures], indent=1) + "\n")
 
 
 if __name__ == "__main__":

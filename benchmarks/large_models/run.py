@@ -1,4 +1,4 @@
-"""One quantisation in a process of its own, whose peak memory is that of nothing else.
+"""One quantisation in a process of its own, so that nothing else adds to its peak memory.
 
 ``python run.py '{"src": "SRC", "dst": "DST", "bits": 2}'`` takes the arguments of
 `erniequant.quantize`; its last line has the peak of resident bytes and the seconds as JSON.
@@ -19,7 +19,7 @@ def main() -> None:
     options: dict[str, Any] = json.loads(sys.argv[1])
     start = time.perf_counter()
     erniequant.quantize(**options)
-    # Not ru_maxrss, which starts at what the parent had.
+    # Not ru_maxrss, which starts at the parent's peak.
     (peak,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     print(json.dumps({"peak": int(peak) * 1024, "seconds": time.perf_counter() - start}))
 

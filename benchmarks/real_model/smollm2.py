@@ -108,11 +108,11 @@ def losses(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager"
     )
-    found = []
+    parts = []
     for window in ids.split(CONTEXT):
         logits = model(window[None], use_cache=False).logits[0, :-1]
-        found.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
-    return torch.cat(found).double()
+        parts.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
+    return torch.cat(parts).double()
 
 
 def ratio(original: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:

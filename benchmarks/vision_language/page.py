@@ -1,4 +1,4 @@
-"""Quantise the embedded tiny vision-language model, with images and without, and fill the tables
+"""Quantise the embedded tiny vision-language model with images and text-only, and fill the tables
 of docs/vision_language.md.
 
 Run from the repository root: ``python -m benchmarks.vision_language.page``; takes some minutes
@@ -66,7 +66,7 @@ def scenes(folder: Path, count: int) -> Path:
 
 
 def make(source: Path, work: Path, bits: int, calib: str, images: bool, samples: int) -> Made:
-    """Quantise, with images or on text alone."""
+    """Quantise with images or text-only."""
     folder = work / f"{bits}-{'images' if images else 'text'}"
     report = erniequant.quantize(
         source, folder, bits=bits, calib=calib, calib_samples=samples, calib_length=CONTEXT
@@ -77,8 +77,8 @@ def make(source: Path, work: Path, bits: int, calib: str, images: bool, samples:
 
 @torch.no_grad()
 def matrix_errors(original: Any, quantized: Any, inputs: list[ModelInput]) -> dict[str, float]:
-    """``tr(E H E^T) / tr(W H W^T)`` of every matrix of the experts for images, for what the
-    original model sends them of held-out images; those without tokens are left out."""
+    """``tr(E H E^T) / tr(W H W^T)`` of every matrix of the vision experts, on the inputs that
+    held-out images give them in the original model; experts without tokens are left out."""
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
     handles = []
     for path, module in original.named_modules():
@@ -138,12 +138,12 @@ def tables(
     """Both tables by their names."""
     text = heldout_text()
     plain = perplexity(original, tokenizer, text, context=CONTEXT, tokens=TEXT_TOKENS)
-    pictured = image_perplexity(original, tokenizer, inputs)
+    given_images = image_perplexity(original, tokenizer, inputs)
     lines = [
         "| model | calibrated on | bits/weight, experts | text perplexity | ratio to bf16 "
         "| perplexity given images | ratio to bf16 | KL given images |\n"
         "|---|---|---|---|---|---|---|---|",
-        f"| bf16 | | 16.00 | {plain.perplexity:.2f} | 1 | {pictured.perplexity:.4f} | 1 | 0 |",
+        f"| bf16 | | 16.00 | {plain.perplexity:.2f} | 1 | {given_images.perplexity:.4f} | 1 | 0 |",
     ]
     results: dict[tuple[int, bool], ImageTextResult] = {}
     for made in models:
@@ -154,16 +154,16 @@ def tables(
         results[made.bits, made.images] = of_images
         assert of_images.reference is not None
         lines.append(
-            f"| {made.bits} bits | {'text and images' if made.images else 'text alone'} "
+            f"| {made.bits} bits | {'text and images' if made.images else 'text only'} "
             f"| {made.bits_per_weight:.2f} | {of_text.perplexity:.2f} | {ratio(of_text)} "
             f"| {of_images.perplexity:.4f} | {ratio(of_images)} "
             f"| {of_images.reference.kl_mean:.5f} |"
         )
     lines.append(
-        f"\n{plain.tokens} held-out tokens of text in windows of {CONTEXT}; {pictured.tokens} "
-        f"tokens of captions of {pictured.images} held-out images in {pictured.records} records; "
-        "ratios paired with bf16 on the same tokens, ± one standard error clustered by window or "
-        "record."
+        f"\n{plain.tokens} held-out text tokens in windows of {CONTEXT}; {given_images.tokens} "
+        f"caption tokens of {given_images.images} held-out images in {given_images.records} "
+        "records; ratios paired with bf16 on the same tokens, ± one standard error clustered by "
+        "window or record."
     )
     yield "perplexity", "\n".join(lines)
     yield "paired", "\n".join(_paired_lines(original, tokenizer, models, inputs))
@@ -173,8 +173,8 @@ def _paired_lines(
     original: Any, tokenizer: Any, models: list[Made], inputs: list[ModelInput]
 ) -> Iterator[str]:
     yield (
-        "| bits | weighted error of vision experts, with images | on text alone | lower with "
-        "images | t | perplexity given images, text alone to with images |\n"
+        "| bits | weighted error of vision experts, with images | text only | lower with "
+        "images | t | perplexity given images, text only ÷ with images |\n"
         "|---|---|---|---|---|---|"
     )
     by_key = {(made.bits, made.images): made.model for made in models}

@@ -74,14 +74,14 @@ def tiny_rows() -> Iterator[str]:
     for name, (bits, error) in METHODS.items():
         cells = []
         for part in ("gate_up", "down"):
-            found = [error(x.weight, x.hessian) for x in layers if x.name.endswith(part)]
-            mean = sum(found) / len(found)
-            cells.append(f"{mean:.4f} | {min(found):.4f} – {max(found):.4f}")
+            errors = [error(x.weight, x.hessian) for x in layers if x.name.endswith(part)]
+            mean = sum(errors) / len(errors)
+            cells.append(f"{mean:.4f} | {min(errors):.4f} – {max(errors):.4f}")
         yield f"| {name} | {bits} | {' | '.join(cells)} |"
 
 
 def held_out_rows() -> Iterator[str]:
-    """Error on other text than the Hessians are from; four experts of each layer."""
+    """Error on text other than that of the Hessians; four experts of each layer."""
     encoders: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
         "GPTQ": gptq,
         "WINT2": lambda w, h: encode_matrix(w, h).effective,
@@ -112,7 +112,8 @@ CASES = ((0.5, 1, 1.0), (0.5, 1, 0.05), (0.9, 2, 1.0), (0.9, 2, 8.0), (0.999, 1,
 
 
 def massive_rows() -> Iterator[str]:
-    """Matrices with massive channels: share of the trace, how many, size of their weights."""
+    """Rows for matrices with massive channels, by share of the trace, number, and size of their
+    weights."""
     yield "| share | channels | size of weights | tokens | GPTQ | WINT2 | ratio | cc2 |"
     yield "|---|---|---|---|---|---|---|---|"
     for tokens in (2048, 300):
@@ -126,7 +127,7 @@ def massive_rows() -> Iterator[str]:
 
 
 def part_rows() -> Iterator[str]:
-    """What each part of the encoder is worth."""
+    """Rows for the encoder without one part after another."""
     full = Settings()
     settings = {
         "the encoder": full,
@@ -135,8 +136,8 @@ def part_rows() -> Iterator[str]:
         "12 code books": replace(full, books=BOOKS[:12]),
         "one code book": replace(full, books=BOOKS[:1]),
         "the same without coordinate descent": replace(full, books=BOOKS[:1], sweeps=0),
-        "nor other nibbles than the guessed one": replace(full, books=BOOKS[:1], sweeps=0, tries=1),
-        "and without feedback": replace(full, books=BOOKS[:1], sweeps=0, tries=1, feedback=False),
+        "and only the guessed nibble": replace(full, books=BOOKS[:1], sweeps=0, tries=1),
+        "and no feedback": replace(full, books=BOOKS[:1], sweeps=0, tries=1, feedback=False),
         "and the published map": replace(PUBLISHED, tries=1),
     }
     generator = torch.Generator().manual_seed(2)

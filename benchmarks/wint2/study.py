@@ -41,10 +41,10 @@ def measure(settings: Settings, inputs: int, outputs: int, seed: int = 20) -> Me
     moments = torch.eye(inputs)
     encode_matrix(weight[:8, :128], moments[:128, :128], settings=settings)
     started = time.process_time()
-    found = encode_matrix(weight, moments, settings=settings)
+    encoded = encode_matrix(weight, moments, settings=settings)
     seconds = time.process_time() - started
     # Over the energy that was drawn, which is 1 but for noise.
-    errors = (found.effective - weight).square().sum(1) / weight.square().sum(1).mean()
+    errors = (encoded.effective - weight).square().sum(1) / weight.square().sum(1).mean()
     half = 1.96 * float(errors.std()) / outputs**0.5
     return Measurement(float(errors.mean()), half, weight.numel() / seconds)
 
@@ -56,20 +56,20 @@ VARIANTS = {
     "best of 12": Settings(books=BOOKS[:12]),
     f"best of {len(BOOKS)} (the encoder)": Settings(),
 }
-"""Encoders by what they are called in docs/ccq.md."""
+"""Encoders by their names in docs/ccq.md."""
 
 
-# The search: strides first, since offsets hardly matter to what a stride is worth.
+# The search: strides first, since offsets hardly change how good a stride is.
 
 _FRACTIONS = ((64, 4096, 16), (4096, 8192, 8), (8192, 16385, 4))
-"""Strides from, up to and per unit: as fine as float32 holds 256 steps."""
+"""First stride, last stride, and strides per unit: as fine as float32 holds 256 steps."""
 
 
 @numba.njit(boundscheck=False, fastmath={"contract", "reassoc", "nnan", "ninf"})
 def _errors(data: Array, stride: Array, offset: Array, scale: float) -> Array:
     """Mean squared error of each book, its stride in 16ths, on vectors ``[n, 4]`` times
     ``scale``."""
-    found = np.empty(stride.shape[0], np.float32)
+    errors = np.empty(stride.shape[0], np.float32)
     v = np.empty((4, 256), np.float32)
     half = np.empty(256, np.float32)
     for i in range(stride.shape[0]):
@@ -92,8 +92,8 @@ def _errors(data: Array, stride: Array, offset: Array, scale: float) -> Array:
                     best, half[c] - x0 * v[0, c] - x1 * v[1, c] - x2 * v[2, c] - x3 * v[3, c]
                 )
             total += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3 + 2 * best
-        found[i] = total / (4 * data.shape[0] * scale * scale)
-    return found
+        errors[i] = total / (4 * data.shape[0] * scale * scale)
+    return errors
 
 
 def _tried(stride: Array, offset: Array, vectors: int, scales: Sequence[float], seed: int) -> Array:
@@ -126,8 +126,8 @@ def good_books(keep: int, seed: int = 5) -> list[Book]:
 
 
 def search_books(keep: int, seed: int = 3) -> list[Book]:
-    """The books that, added one by one, lower most the error of channels that take their best; the
-    present ones are candidates as well."""
+    """Books chosen one by one, each the one that most lowers the error of channels that take their
+    best; the present books are candidates as well."""
     candidates = tuple(dict.fromkeys((*good_books(200), *BOOKS)))
     inputs, outputs = 1024, 96
     torch.manual_seed(seed)

@@ -88,7 +88,7 @@ class Scene:
 
 
 def plan(seed: int) -> Scene:
-    """What is in the scene, where, and in which words it is described."""
+    """The scene of a seed: its things, their places, and the words that describe it."""
     rng = random.Random(seed)
     count = rng.choice((1, 2, 2, 3))
     vertical = rng.random() < 0.4

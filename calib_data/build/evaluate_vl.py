@@ -44,11 +44,11 @@ def opened(folder: Path, record: dict[str, Any]) -> list[Image.Image]:
 
 def strangers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every record the next one with as many images."""
-    found = []
+    matches = []
     for position, record in enumerate(records):
         others = records[position + 1 :] + records[:position]
-        found.append(next(r for r in others if len(names(r)) == len(names(record))))
-    return found
+        matches.append(next(r for r in others if len(names(r)) == len(names(record))))
+    return matches
 
 
 @torch.no_grad()

@@ -53,8 +53,8 @@ class Table:
 
 
 def _look_up(keys: Ints, values: Ints, wanted: Ints) -> Ints:
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[place] == wanted, values[place], 0)
+    index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[index] == wanted, values[index], 0)
 
 
 class KneserNey:

@@ -27,7 +27,7 @@ def entry(path: Path, use: str, kind: str, **facts: object) -> dict[str, Any]:
 
 
 def replace_entries(use: str, kind: str, entries: list[dict[str, Any]]) -> None:
-    """Put `entries` in the place of all the manifest has of this use and kind."""
+    """Replace the manifest's entries of this use and kind by `entries`."""
     path = DATA / "MANIFEST.json"
     manifest = json.loads(path.read_text("utf-8"))
     kept = [e for e in manifest.get("images", []) if (e["use"], e["kind"]) != (use, kind)]
@@ -36,7 +36,7 @@ def replace_entries(use: str, kind: str, entries: list[dict[str, Any]]) -> None:
 
 
 def replace_records(folder: Path, suffix: str, records: list[dict[str, Any]]) -> None:
-    """Put `records` in the place of those with images of this suffix; both kinds take turns."""
+    """Replace the records whose images have this suffix by `records`; both kinds take turns."""
     path = folder / "records.jsonl"
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     kept = [r for r in map(json.loads, lines) if not names(r)[0].endswith(suffix)]
@@ -46,7 +46,8 @@ def replace_records(folder: Path, suffix: str, records: list[dict[str, Any]]) ->
 
 
 def taking_turns(*parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All parts in one list, each spread evenly over it, so that a first part of it has of all."""
+    """All parts in one list, each spread evenly over it, so that any beginning of it has some of
+    each."""
     placed = [
         ((position + 0.5) / len(part), names(record), record)
         for part in parts

@@ -47,7 +47,7 @@ SAMPLING_POWER = 0.9
 
 @dataclass
 class Progress:
-    """What a run has done so far; saved with every checkpoint."""
+    """Progress of a run; saved with every checkpoint."""
 
     step: int = 0
     tokens: int = 0

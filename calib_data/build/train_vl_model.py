@@ -206,7 +206,8 @@ def caption_batches(
 def named_places(
     tokenizer: Any, plans: list[draw_images.Scene], size: tuple[int, int], rng: random.Random
 ) -> Iterator[tuple[int, int]]:
-    """For the centre of every shape its place in the sequence and tokens of its English name."""
+    """For the centre of every shape, its position in the sequence and the tokens of its English
+    name."""
     side = PATCH * MERGE
     across, down = size[0] // side, size[1] // side
     for number, plan in enumerate(plans):
@@ -214,13 +215,14 @@ def named_places(
         where = draw_images.CORNERS[plan.cell][0] if len(plan.things) == 1 else ""
         for thing in plan.things:
             name = f" {thing.size} {thing.colour} {thing.shape} {where}".rstrip()
-            place = start + int(thing.y * down) * across + int(thing.x * across)
+            index = start + int(thing.y * down) * across + int(thing.x * across)
             for token in rng.choices(tokenizer(name)["input_ids"], k=HINTS):
-                yield place, token
+                yield index, token
 
 
 def caption_loss(model: Any, batch: dict[str, Tensor]) -> Any:
-    """Mean loss of the caption tokens, the end included; what is trained on; loss of the hints."""
+    """Mean loss of the caption tokens (end included), the loss trained on, and loss of the
+    hints."""
     rows, places, names = batch.pop("hints").unbind(1)
     ids, vision = batch["input_ids"], batch["moe_mm_token_type_ids"].bool()
     # Every sequence of a batch has the same images in the same places: one row of positions.
@@ -234,7 +236,7 @@ def caption_loss(model: Any, batch: dict[str, Tensor]) -> Any:
         ).last_hidden_state
     ends = ids[:, 1:] == model.config.text_config.eos_token_id
     first = int(vision[0].nonzero().max())
-    # Predicted are the tokens after the last image, up to the end; padding follows it.
+    # The tokens after the last image are predicted, up to the end; padding follows it.
     wanted = (ends.flip(1).cumsum(1).flip(1) > 0) & (torch.arange(1, ids.shape[1]) > first)
     loss = Loss.apply(hidden[:, :-1][wanted], model.lm_head.weight, ids[:, 1:][wanted])
     hints = Loss.apply(hidden[rows, places], model.lm_head.weight, names)

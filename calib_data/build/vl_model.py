@@ -1,7 +1,7 @@
 """The tiny ERNIE 4.5 VL model: its configuration, its inputs, and its files as Baidu names them.
 
-On disk the experts of a layer are numbered through, first those for text, then those for images;
-both routers lie transposed, [hidden, experts], and one tensor holds both selection biases.
+On disk the experts of a layer are numbered consecutively, text experts first, then vision experts;
+both routers are stored transposed, [hidden, experts], and one tensor holds both selection biases.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def disk_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 [value, vision]
             ).float()
         elif part.endswith("e_score_correction_bias"):
-            continue  # went with the one for text
+            continue  # written with the one for text
         elif ".experts." in part:
             kind, _, projection = part.split(".")
             first = EXPERTS if kind == "vision_moe" else 0

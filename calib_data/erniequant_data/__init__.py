@@ -50,7 +50,8 @@ def calibration_images() -> Path:
 
 
 def heldout_images() -> Path:
-    """The same of images that neither training nor calibration has seen; drawn scenes only."""
+    """`records.jsonl` of images that neither training nor calibration has seen; drawn scenes
+    only."""
     return _root() / "images" / "heldout" / "records.jsonl"
 
 

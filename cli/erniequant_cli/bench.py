@@ -1,4 +1,4 @@
-"""`erniequant bench`: what the kernels cost, in machine code anywhere, in time on a GPU."""
+"""`erniequant bench`: the cost of the kernels, in machine code anywhere, in time on a GPU."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -25,16 +25,16 @@ def static(
         str, typer.Option(metavar="80,90", help="Compute capabilities to compile for.")
     ] = "80,90",
     check: Annotated[
-        bool, typer.Option("--check", help="Fail on spills or on more than the recorded budget.")
+        bool, typer.Option("--check", help="Fail on spills, or on costs above the recorded budget.")
     ] = False,
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Compile every kernel and count its machine code; needs no GPU, takes a minute.
 
-    Shapes are those of ERNIE-4.5-21B-A3B, tile sizes those of the shipped tables.
-    Cost: issue slots of a lane per decoded weight in the main loop, the largest of
-    all instructions, twice the logic and shifts, and twice the multiplications.
+    Shapes are those of ERNIE-4.5-21B-A3B, tile sizes those of the shipped tables. Cost is a lane's
+    issue slots per decoded weight in the main loop: the largest of all instructions, twice the
+    logic and shifts, and twice the multiplications.
 
     [bold]Examples[/bold]
 
@@ -48,17 +48,17 @@ def static(
     archs = _numbers(arch)
     unknown = sorted(set(archs) - set(ARCHITECTURES))
     if unknown:
-        known = ", ".join(map(str, ARCHITECTURES))
-        raise typer.BadParameter(f"no tile sizes for sm_{unknown[0]}; choose from {known}")
-    found: list[dict[str, Any]] = []
+        choices = ", ".join(map(str, ARCHITECTURES))
+        raise typer.BadParameter(f"no tile sizes for sm_{unknown[0]}; choose from {choices}")
+    costs: list[dict[str, Any]] = []
     for record in counting.records(archs):
         if not quiet:
             from erniequant_cli.tables import print_kernel_cost
 
-            show(print_kernel_cost, record, not found)
-        found.append(record)
-    write_json(json, {"records": found})
-    problems = counting.check(found, counting.budget()) if check else []
+            show(print_kernel_cost, record, not costs)
+        costs.append(record)
+    write_json(json, {"records": costs})
+    problems = counting.check(costs, counting.budget()) if check else []
     for problem in problems:
         complain(problem)
     if problems:
@@ -67,24 +67,29 @@ def static(
 
 def kernels(
     shape: Annotated[
-        str, typer.Option(metavar="21b|300b|vl|tiny", help="Layers to measure, comma-separated.")
+        str,
+        typer.Option(
+            metavar="21b|300b|vl|tiny", help="Shapes of the layers to measure, comma-separated."
+        ),
     ] = "21b",
     tokens: Annotated[
-        str, typer.Option(metavar="N,…", help="Tokens of a batch.")
+        str, typer.Option(metavar="N,…", help="Batch sizes in tokens.")
     ] = "1,4,16,64,256,1024",
     bits: Annotated[str, typer.Option(metavar="2,3,4", help="Bits per weight.")] = "2,3,4",
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.svg", callback=writable, help="Also draw it (matplotlib)."),
+        typer.Option(
+            metavar="FILE.svg", callback=writable, help="Also draw the result (needs matplotlib)."
+        ),
     ] = None,
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Time a layer's experts on the GPU, packed and in bfloat16, and say which is faster.
 
-    Rivals: torch's grouped product, the implementations of transformers, our own kernels on
-    bfloat16 weights. Medians of single calls with a cold cache, in CUDA graphs where possible.
-    Random weights, tokens spread evenly over experts. Every result is checked.
+    The rivals are torch's grouped product, transformers' implementations and our own kernels on
+    bfloat16 weights. Times are medians of single calls with a cold cache, in CUDA graphs where
+    possible. Weights are random, and tokens spread evenly over experts. Every result is checked.
 
     [bold]Examples[/bold]
 
@@ -106,8 +111,8 @@ def kernels(
 
     unknown = [name for name in shapes if name not in SHAPES]
     if unknown:
-        known = ", ".join(SHAPES)
-        raise typer.BadParameter(f"--shape {unknown[0]}: choose from {known}")
+        choices = ", ".join(SHAPES)
+        raise typer.BadParameter(f"--shape {unknown[0]}: choose from {choices}")
     if not torch.cuda.is_available():
         raise ErnieQuantError(
             "bench kernels measures time on an NVIDIA GPU and there is none; "
@@ -126,11 +131,11 @@ def kernels(
         if not quiet:
             show(print_bench_row, row, not rows)
         rows.append(row)
-    found = bench.verdicts(rows)
+    verdicts = bench.verdicts(rows)
     if not quiet:
-        show(print_verdicts, found, str(facts["card"]), bandwidth)
+        show(print_verdicts, verdicts, str(facts["card"]), bandwidth)
     result = {"machine": facts, "copy_gb_per_s": bandwidth / 1e9}
-    result |= {"rows": [row.to_dict() for row in rows], "verdicts": [asdict(v) for v in found]}
+    result |= {"rows": [row.to_dict() for row in rows], "verdicts": [asdict(v) for v in verdicts]}
     write_json(json, result)
     if plot is not None:
         from erniequant_kernels.bench.plot import save_plot

@@ -10,13 +10,13 @@ from erniequant_cli.options import JsonFile, Quiet, deliver
 
 def demo(
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for the report, made if need be.")
+        Path, typer.Option(metavar="DIR", help="Folder for the report; created if missing.")
     ] = Path("erniequant-demo"),
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="Keep the quantised models in DIR as well.")
     ] = False,
     all_formats: Annotated[
-        bool, typer.Option("--all-formats", help="Also FastDeploy's WINT2.")
+        bool, typer.Option("--all-formats", help="Also quantise to FastDeploy's WINT2.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     json: JsonFile = None,
@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """Quantise the embedded tiny ERNIE 4.5 MoE at 4, 3 and 2 bits and compare with bf16.
 
-    Takes minutes on two cores; needs no network and no GPU. Writes report.json and report.md.
+    Takes minutes on two cores and needs neither network nor GPU. Writes report.json and report.md.
 
     [bold]Examples[/bold]
 

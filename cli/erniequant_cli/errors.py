@@ -51,23 +51,23 @@ class GuardedCommands(TyperGroup):
                 if (reason := lost()) is None:
                     raise
                 done = end.code in (0, None, DEGRADED)
-                complain(f"cannot print: {reason}" + "; all else is done" * done)
+                complain(f"cannot print: {reason}" + "; everything else is done" * done)
                 raise SystemExit(end.code or FAILED) from None
 
 
 def debugging() -> bool:
-    """Whether tracebacks are wanted."""
+    """True if tracebacks are wanted."""
     return os.environ.get("ERNIEQUANT_DEBUG") == "1"
 
 
 def one_line(error: Exception) -> str:
-    """What a user reads about `error`: its own words where it was meant for them, its type
-    otherwise."""
+    """The line that a user reads about `error`: its own words if it was written for users,
+    otherwise its type too."""
     text = one_printable_line(" ".join(str(error).split()))
     if isinstance(error, ErnieQuantError):
         return text
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory: {text or 'the work did not fit'}; use a machine with more of it"
+        return f"out of memory: {text or 'the work did not fit'}; use a machine with more memory"
     if isinstance(error, OSError):
         return text
     return f"unexpected {type(error).__name__}: {text} (ERNIEQUANT_DEBUG=1 shows the traceback)"

@@ -16,40 +16,43 @@ def perplexity(
     text: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="UTF-8 text, may be packed (.gz); default: built in, held out."
+            metavar="FILE",
+            help="UTF-8 text, also compressed (.gz); default: the built-in held-out text.",
         ),
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(metavar="NAME[:SPLIT[:COLUMN]]", help="Hugging Face data set instead."),
+        typer.Option(metavar="NAME[:SPLIT[:COLUMN]]", help="Hugging Face data set to use instead."),
     ] = None,
     images: Annotated[
         str | None,
         typer.Option(
             metavar="builtin|none|FILE.jsonl",
-            help="Images with text; default: built in, for models that take images, unless "
-            "another text is given.",
+            help="Images with text; default: the built-in ones for models that take images, "
+            "unless another text is given.",
         ),
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens per window; default 2048 or the model's maximum."),
+        typer.Option(
+            min=2, help="Tokens per window; default: 2048, or the model's maximum if smaller."
+        ),
     ] = None,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens between windows; default: the context.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Use only the first so many tokens.")
+        int | None, typer.Option(min=2, help="Use only this many tokens, from the start.")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = None,
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity of a model on a text, and its distance to a reference on the same tokens.
+    """Measure perplexity on a text, and the distance to a reference on the same tokens.
 
-    Windows do not overlap, the first token of each is not scored, no BOS is added.
-    Compare figures only if context, stride and both hashes agree.
+    By default windows do not overlap. The first token of a window is not scored, and no BOS is
+    added. Compare figures only if context, stride and both hashes agree.
 
     [bold]Examples[/bold]
 
@@ -89,23 +92,23 @@ def perplexity(
         progress=make_progress(quiet),
     )
     records = _records(subject, images, by_default=text is None and dataset is None)
-    pictured = None
+    given_images = None
     if records is not None:
-        pictured = image_perplexity(
+        given_images = image_perplexity(
             subject,
             tokenizer,
             records,
             reference=other,
             progress=make_progress(quiet),
         )
-    found = result.to_dict()
+    of_text = result.to_dict()
 
     def draw() -> None:
         print_perplexity(result)
-        if pictured is not None:
-            print_image_perplexity(pictured)
+        if given_images is not None:
+            print_image_perplexity(given_images)
 
-    everything = found if pictured is None else found | {"images": pictured.to_dict()}
+    everything = of_text if given_images is None else of_text | {"images": given_images.to_dict()}
     deliver(everything, json, quiet, draw)
 
 
@@ -116,13 +119,14 @@ def speed(
     ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new: Annotated[int, typer.Option(min=1, help="Tokens to generate, one by one.")] = 64,
-    repetitions: Annotated[int, typer.Option(min=1, help="Times, after one to warm up.")] = 3,
+    repetitions: Annotated[int, typer.Option(min=1, help="Measurements, after one warm-up.")] = 3,
     device: Device = "auto",
     dtype: Dtype = None,
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Tokens per second for a prompt and for new tokens, and memory, one sequence at a time.
+    """Measure tokens per second for a prompt and for new tokens, and memory, one sequence at a
+    time.
 
     [bold]Examples[/bold]
 
@@ -134,21 +138,21 @@ def speed(
     from erniequant_cli.loading import load_model
     from erniequant_cli.tables import print_speed
 
-    found = []
+    results = []
     for source in [model] if reference is None else [model, reference]:
         subject, _ = load_model(source, device, dtype)
-        found.append(
+        results.append(
             measure(subject, prompt_tokens=prompt, new_tokens=new, repetitions=repetitions)
         )
         del subject  # two models may not fit side by side
-    result = found[0].to_dict()
+    result = results[0].to_dict()
     if reference is not None:
-        result["reference"] = found[1].to_dict()
-    deliver(result, json, quiet, lambda: print_speed(found))
+        result["reference"] = results[1].to_dict()
+    deliver(result, json, quiet, lambda: print_speed(results))
 
 
 def _records(model: Any, asked: str | None, by_default: bool) -> str | None:
-    """Which images to evaluate on, if any."""
+    """The images to evaluate on; None for none."""
     if asked == "none":
         return None
     if asked is None and by_default:

@@ -23,25 +23,27 @@ def export(
     to: Annotated[
         Target,
         typer.Option(
-            help="Type of the weights written; fastdeploy-wint2 cuts a checkpoint of that format."
+            help="Type of the weights to write; fastdeploy-wint2 cuts a checkpoint of that format."
         ),
     ],
     k_order: Annotated[
         KOrder | None,
-        typer.Option(help="Of a FastDeploy WINT2 checkpoint whose files do not say."),
+        typer.Option(
+            help="K order of a FastDeploy WINT2 checkpoint, if its files do not record it."
+        ),
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(metavar="SRC", help="The original, to find the K order by."),
+        typer.Option(metavar="SRC", help="The original model, to detect the K order with."),
     ] = None,
     tensor_parallel: Annotated[
-        int, typer.Option(min=1, help="fastdeploy-wint2: ranks to cut for.")
+        int, typer.Option(min=1, help="fastdeploy-wint2: number of ranks to cut it for.")
     ] = 1,
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a plain checkpoint that transformers loads without erniequant, or cut one for
-    FastDeploy.
+    """Write a plain checkpoint that transformers loads without erniequant, or cut a FastDeploy
+    checkpoint for several ranks.
 
     [bold]Examples[/bold]
 

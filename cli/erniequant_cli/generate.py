@@ -12,12 +12,12 @@ from erniequant_cli.terminal import say, typed
 
 def generate(
     model: Annotated[str, typer.Argument(help="Folder of a quantised or a plain checkpoint.")],
-    prompt: Annotated[str, typer.Argument(help="What to say to it.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
     image: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="An image to look at; repeat it for more."),
+        typer.Option(metavar="FILE", help="An image to show it; repeat the option for more."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
     ] = 0.0,

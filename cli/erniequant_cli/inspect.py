@@ -1,4 +1,4 @@
-"""`erniequant inspect`: what is in a checkpoint."""
+"""`erniequant inspect`: the contents of a checkpoint."""
 
 from typing import Annotated
 
@@ -12,9 +12,9 @@ def inspect(
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Say what a checkpoint holds: tensors, bits per weight, size, format version, codes, origin.
+    """Show what a checkpoint holds: tensors, bits per weight, size, format version, codes, origin.
 
-    Reads headers only, no weights.
+    Reads only headers, no weights.
 
     [bold]Examples[/bold]
 

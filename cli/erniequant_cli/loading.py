@@ -10,7 +10,7 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Model in evaluation mode and tokenizer; `dtype` None keeps the checkpoint's own.
 
-    reference: the original, which tells the K order of a FastDeploy checkpoint that does not.
+    reference: the original, for the K order of a FastDeploy checkpoint that does not record it.
     """
     from erniequant.formats.verbs import load
 

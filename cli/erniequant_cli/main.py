@@ -17,9 +17,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-eval_app = typer.Typer(help="Measure how good and how fast a model is.", no_args_is_help=True)
+eval_app = typer.Typer(help="Measure a model's quality and speed.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
-bench_app = typer.Typer(help="Measure what the kernels cost.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure the cost of the kernels.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 app.command("quantize", cls=GuardedCommand)(quantize.quantize)
@@ -58,7 +58,7 @@ def main() -> None:
         app()
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            # Threads at work on an expert would be waited for, which takes up to minutes.
+            # A normal exit would wait for threads at work on an expert, up to minutes.
             os._exit(INTERRUPTED)
         raise
 

@@ -1,4 +1,4 @@
-"""The options that every command shares, and how every command hands over its result."""
+"""Options and output that all commands share."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from erniequant_cli.errors import INTERRUPTED, complain, debugging, one_line
 
 
 def writable(path: Path | None) -> Path | None:
-    """Refuse a target that cannot be written now, not after hours of work."""
+    """Refuse a target that cannot be written: now, not after hours of work."""
     if path is None:
         return None
     target = expanded(path)
@@ -27,7 +27,7 @@ def writable(path: Path | None) -> Path | None:
     if not target.exists() and not parent.is_dir():
         raise typer.BadParameter(f"the folder of {path} does not exist")
     if not os.access(target if target.exists() else parent, os.W_OK):
-        raise typer.BadParameter(f"{path} cannot be written; check rights")
+        raise typer.BadParameter(f"{path} cannot be written; check permissions")
     return path
 
 
@@ -41,7 +41,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Device = Annotated[
     str,
     typer.Option(
-        metavar="auto|cpu|cuda", help="Where to compute; auto takes a GPU if there is one."
+        metavar="auto|cpu|cuda", help="Device to compute on; auto takes a GPU if there is one."
     ),
 ]
 Dtype = Annotated[
@@ -83,12 +83,12 @@ def show(draw: Callable[..., None], *arguments: Any) -> None:
     try:
         draw(*arguments)
     except KeyboardInterrupt:
-        complain("interrupted while printing; all else is done")
+        complain("interrupted while printing; everything else is done")
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
         if debugging():
             raise
-        complain(f"cannot print: {one_line(error)}; all else is done")
+        complain(f"cannot print: {one_line(error)}; everything else is done")
 
 
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
@@ -118,12 +118,12 @@ def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
         raise disk_error(path, error) from error
 
 
-# Nothing can be renamed onto it, but it may be writable: one file of a container, say.
+# No file can be renamed onto it, but it may be writable, such as a file mounted into a container.
 _ONLY_IN_PLACE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENAMETOOLONG)
 
 
 def _is_stdout(path: Path) -> bool:
-    """Whether what is written to a path comes out where the table does, as in /dev/stdout."""
+    """True if a path such as /dev/stdout leads to where the table is printed."""
     try:
         return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
     except (OSError, ValueError, AttributeError):

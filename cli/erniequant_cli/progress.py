@@ -24,17 +24,17 @@ from erniequant_cli.terminal import is_drawable, note, printable, say
 
 # In a log, one line a minute shows that the work is alive without burying what matters.
 SECONDS_BETWEEN_LOG_LINES = 60.0
-# With less room every part of the bar would be cut; what is under way and how far fit in twenty.
+# With less room every part of the bar would be cut; label and progress fit in twenty columns.
 COLUMNS_OF_A_BAR = 60
 
 
 class TerminalProgress:
-    """The bar: what is under way, units done, elapsed time and time left."""
+    """The bar: current label, units done, elapsed time and time left."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         narrow = self._console.width < COLUMNS_OF_A_BAR
-        # What is under way gives way to how far it is.
+        # When room is short, the label gives way to the progress.
         label = Column(ratio=1, no_wrap=True) if narrow else None
         what = TextColumn("{task.description}", markup=False, table_column=label)
         count = MofNCompleteColumn()

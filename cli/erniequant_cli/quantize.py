@@ -38,40 +38,51 @@ def quantize(
     dst: Annotated[str, typer.Argument(help="New folder to write.")],
     bits: Annotated[Bits, typer.Option(help="Bits per expert weight.")],
     format: Annotated[
-        Format, typer.Option(help="Of the result: our own, or what FastDeploy serves (2 bits).")
+        Format,
+        typer.Option(
+            help="Format of the result: our own, or the one that FastDeploy serves (2 bits)."
+        ),
     ] = _NATIVE,
     k_order: Annotated[
         KOrder | None,
         typer.Option(
-            help="fastdeploy-wint2: order of inputs; mma64 by default, plain before July 2025."
+            help="fastdeploy-wint2: order of inputs; default mma64. FastDeploy before July 2025 "
+            "reads plain."
         ),
     ] = None,
     w4_layers: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="fastdeploy-wint2: first layers with experts of 4 bits; one in 13 by default.",
+            help="fastdeploy-wint2: number of first layers with 4-bit experts; default one in 13.",
         ),
     ] = None,
     calib: Annotated[
         str,
         typer.Option(
             metavar="builtin|FILE.txt|FILE.jsonl|hf:NAME[:SPLIT[:COLUMN]]",
-            help="Text to calibrate on; also FILE.json, .csv, .parquet, and packed (.gz). Records "
-            "may be chats and name images.",
+            help="Text to calibrate on; also FILE.json, .csv, .parquet, and compressed (.gz). "
+            "Records may be chats and may name images.",
         ),
     ] = "builtin",
-    calib_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    calib_samples: Annotated[int, typer.Option(min=1, help="Number of calibration windows.")] = 128,
     calib_length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
     chat_template: Annotated[
-        ChatTemplate, typer.Option(help="Whether chats go through the model's template.")
+        ChatTemplate,
+        typer.Option(help="apply renders chats with the model's template, none joins their texts."),
     ] = ChatTemplate.apply,
-    no_calib: Annotated[bool, typer.Option("--no-calib", help="Use no text at all.")] = False,
+    no_calib: Annotated[
+        bool, typer.Option("--no-calib", help="Quantise without calibration.")
+    ] = False,
     effort: Annotated[
-        Effort, typer.Option(help="Search effort: same size, better weights, longer time.")
+        Effort,
+        typer.Option(
+            help="Search effort: more gives better weights of the same size and takes longer."
+        ),
     ] = Effort.standard,
     max_tp: Annotated[
-        int, typer.Option(min=1, help="Largest tensor parallelism the files must split into.")
+        int,
+        typer.Option(min=1, help="Largest tensor-parallel degree that the files must split into."),
     ] = 2,
     device: Device = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -80,25 +91,27 @@ def quantize(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory that it may take, such as 16GB; most of what is free by default.",
+            help="Memory limit, such as 16GB; by default most of the free memory.",
         ),
     ] = None,
     work_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where an unfinished run is kept; inside DST by default."),
+        typer.Option(
+            metavar="DIR", help="Folder that keeps an unfinished run; inside DST by default."
+        ),
     ] = None,
     resume: Annotated[
         bool | None,
         typer.Option(
             "--resume/--restart",
-            help="Insist on continuing an unfinished run, or discard it. By default one is "
-            "continued if it is there.",
+            help="Continue an unfinished run, which must exist, or discard it. By default, an "
+            "unfinished run is continued if there is one.",
             show_default=False,
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     max_degraded: Annotated[
-        int, typer.Option(min=0, help="Exit with 3 if more expert matrices than this degraded.")
+        int, typer.Option(min=0, help="Exit with 3 if more expert matrices than this are degraded.")
     ] = 0,
     json: JsonFile = None,
     quiet: Quiet = False,
@@ -106,8 +119,8 @@ def quantize(
     """Make a quantised copy of an ERNIE 4.5 checkpoint.
 
     Only the routed experts are quantised (in a dense model, the MLPs; in a vision-language model,
-    experts for text and for images); every other tensor is copied as it is. Interrupted in any
-    way, the same command continues.
+    text and vision experts); every other tensor is copied as it is. If the run is interrupted in
+    any way, the same command continues it.
 
     [bold]Examples[/bold]
 
@@ -153,7 +166,7 @@ def quantize(
             progress=make_progress(quiet),
         )
     except KeyboardInterrupt:
-        complain("interrupted; repeat the command to go on where it stopped")
+        complain("interrupted; repeat the command to continue where it stopped")
         raise typer.Exit(INTERRUPTED) from None
     if dry_run:
         return deliver(report.to_dict(), json, True, lambda: None)

@@ -1,4 +1,4 @@
-"""How results look on a terminal. Nothing here computes."""
+"""Tables of results for a terminal. Nothing here computes."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FALLBACKS_SHOWN = 5
 WORST_SHOWN = 5
 LONGEST_FACT = 80
-# Where nobody watches, a table is for grep: no name is broken.
+# Without a terminal, a table is for grep: no name is broken.
 FILE_WIDTH = 160
 NARROWEST = 40
 
@@ -69,7 +69,7 @@ def print_perplexity(result: "PerplexityResult") -> None:
 
 
 def print_image_perplexity(result: "ImageTextResult") -> None:
-    """The same for text of images."""
+    """Perplexity of text given images, protocol, and the distance to the reference if any."""
     table = _Table.grid(padding=(0, 2))
     table.add_row(
         "perplexity given images",
@@ -78,7 +78,7 @@ def print_image_perplexity(result: "ImageTextResult") -> None:
     table.add_row(
         "tokens scored",
         f"{result.tokens} in {result.records} records with {result.images} images "
-        f"({result.vision_tokens} tokens for experts for images)",
+        f"({result.vision_tokens} tokens for vision experts)",
     )
     table.add_row("inputs", f"sha256 {result.inputs_sha256[:16]}…")
     _add_distance(table, result.reference)
@@ -120,52 +120,50 @@ def print_demo(report: "DemoReport", out: Path) -> None:
     say(f"reports in {out}")
 
 
-def print_inspection(found: "ModelSummary") -> None:
+def print_inspection(summary: "ModelSummary") -> None:
     """Every tensor, then the model as a whole."""
     tensors = _Table(box=None)
     for name in ("tensor", "shape", "type", "bytes", "code"):
         tensors.add_column(name, overflow="fold")
-    for tensor in found.tensors:
+    for tensor in summary.tensors:
         shape = "×".join(map(str, tensor.shape))
         row = (tensor.name, shape, tensor.dtype, f"{tensor.n_bytes:,}", tensor.code or "kept")
         tensors.add_row(*row)
     table = _Table.grid(padding=(0, 2))
-    table.add_row("architecture", found.model_type)
-    version = f"{found.format_version}, written by {found.producer}"
-    table.add_row("format", "plain" if found.format_version is None else version)
-    for code, layers in found.codes.items():
+    table.add_row("architecture", summary.model_type)
+    version = f"{summary.format_version}, written by {summary.producer}"
+    table.add_row("format", "plain" if summary.format_version is None else version)
+    for code, layers in summary.codes.items():
         table.add_row("code", f"{code} ({layers} layers)")
-    table.add_row("expert weights", f"{found.expert_weights:,} of {found.total_weights:,}")
-    bits = (
-        f"{found.expert_bits_per_weight:.3f} for experts, {found.total_bits_per_weight:.3f} in all"
-    )
-    table.add_row("bits per weight", bits)
-    table.add_row("size", f"{found.total_bytes / 1e9:.3f} GB in {len(found.tensors)} tensors")
-    for note in found.notes:
+    table.add_row("expert weights", f"{summary.expert_weights:,} of {summary.total_weights:,}")
+    experts, total = summary.expert_bits_per_weight, summary.total_bits_per_weight
+    table.add_row("bits per weight", f"{experts:.3f} for experts, {total:.3f} in all")
+    table.add_row("size", f"{summary.total_bytes / 1e9:.3f} GB in {len(summary.tensors)} tensors")
+    for note in summary.notes:
         table.add_row("note", note)
-    for name, value in found.provenance.items():
+    for name, value in summary.provenance.items():
         facts = value if isinstance(value, dict) else {name: value}
         for fact, content in facts.items():
             label = fact if facts is not value else f"{name}, {fact}"
             table.add_row(label, " ".join(str(content).split())[:LONGEST_FACT])
-    # Names are longer than many a terminal is wide; they fold.
+    # Many names are longer than a terminal is wide; they fold.
     _print(tensors, least=NARROWEST)
     say("")
     _print(table)
 
 
-def print_verification(found: "VerifyReport") -> None:
-    """Everything that is wrong, or that nothing is; with a reference the worst matrices."""
-    for problem in found.problems:
+def print_verification(report: "VerifyReport") -> None:
+    """Every problem, or a summary without any; with a reference also the worst matrices."""
+    for problem in report.problems:
         say(f"wrong: {problem}")
-    if found.mean_error is not None:
-        say(f"mean relative squared error of the experts {found.mean_error:.5f}; worst:")
-        for entry in sorted(found.errors, key=lambda e: -e.error)[:WORST_SHOWN]:
+    if report.mean_error is not None:
+        say(f"mean relative squared error of the experts {report.mean_error:.5f}; worst:")
+        for entry in sorted(report.errors, key=lambda e: -e.error)[:WORST_SHOWN]:
             say(f"  {entry.error:.5f}  {entry.name}")
-    intact = sum(state == "ok" for state in found.checksums.values())
+    intact = sum(state == "ok" for state in report.checksums.values())
     say(
-        f"{found.tensors} tensors, {found.decoded_matrices} expert matrices decoded, "
-        f"{intact} of {len(found.checksums)} checksums agree"
+        f"{report.tensors} tensors, {report.decoded_matrices} expert matrices decoded, "
+        f"{intact} of {len(report.checksums)} checksums agree"
     )
 
 
@@ -246,8 +244,8 @@ class _Table(Table):
 def _print(table: Table, least: int | None = None) -> None:
     """Print a table as plain text: it holds names and numbers, not markup.
 
-    least: width on a terminal that is narrower, which then breaks the lines; by default as much as
-    it takes to cut no number.
+    least: smallest width; a narrower terminal breaks the lines. By default it is just wide enough
+    to cut no number.
     """
     width = None if sys.stdout.isatty() else FILE_WIDTH
     console = Console(width=width, highlight=False, markup=False, emoji=False)

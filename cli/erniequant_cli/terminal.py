@@ -1,4 +1,4 @@
-"""How every command writes: to any encoding, width and kind of terminal, and to none.
+"""The output of every command: to any encoding, width and kind of terminal, and to none.
 
 A character that the stream cannot hold is written in others. A stream that fails (a reader that
 went away, a full disk) is written no further and never stops the work: `Output` remembers why, and
@@ -27,7 +27,7 @@ READABLE = {
     },
     **{"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "−": "-", "\u00a0": " "},
 }
-"""Of what the commands print themselves; the rest is written as escapes, such as `\\u4f60`."""
+"""For characters that the commands print themselves; others become escapes, such as `\\u4f60`."""
 
 # Handlers that a user has to ask for, in PYTHONIOENCODING; none of them ever raises.
 _CHOSEN = ("ignore", "replace", "xmlcharrefreplace", "namereplace")
@@ -35,7 +35,7 @@ _GONE = (errno.EPIPE, errno.ESHUTDOWN, errno.ECONNRESET)
 
 
 class Output:
-    """A text stream that takes any text and never raises; all else is that of the stream."""
+    """A text stream that takes any text and never raises; all else is passed on to the stream."""
 
     def __init__(self, stream: Any, broken: Exception | None = None) -> None:
         self._stream, self._broken = stream, broken
@@ -104,8 +104,8 @@ def _plain(character: str) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without a character that moves the cursor or changes a terminal, tab and newline
-    aside: models and names in files may hold any."""
+    """`text` without characters that move the cursor or change a terminal, except tab and newline:
+    models and names in files may hold any of them."""
     return "".join(
         c.encode("unicode_escape").decode()
         if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"
@@ -127,8 +127,8 @@ def note(text: str) -> None:
 
 
 def typed(text: str) -> str:
-    """An argument as it was typed: where the locale knows ASCII only, Python reads its UTF-8 as
-    bytes that are none. What is not UTF-8 either stays as it is."""
+    """An argument as it was typed: in an ASCII-only locale, Python reads its UTF-8 as undecodable
+    bytes. Bytes that are not UTF-8 either stay as they are."""
     if not any("\udc80" <= c <= "\udcff" for c in text):
         return text
     try:
@@ -138,14 +138,14 @@ def typed(text: str) -> str:
 
 
 def is_drawable(stream: Any) -> bool:
-    """Whether a bar can move on `stream`: a terminal, and not a dumb one."""
+    """True if a bar can move on `stream`: a terminal, and not a dumb one."""
     return bool(stream.isatty()) and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
 @contextmanager
 def any_terminal() -> Iterator[Callable[[], str | None]]:
-    """Make stdout and stderr an `Output` each; gives a function that tells, in the end, why stdout
-    did not take everything. None if it did, or if its reader wanted no more."""
+    """Make stdout and stderr an `Output` each; returns a function that says, in the end, why stdout
+    did not take everything: None if it did, or if its reader wanted no more."""
     before = sys.stdout, sys.stderr
     impossible = {
         n: v for n in ("COLUMNS", "LINES") if (v := os.environ.get(n, "")) and not _size(v)
@@ -184,7 +184,7 @@ def _output(stream: Any) -> Any:
 
 
 class _Nowhere:
-    """In place of a stream that is closed."""
+    """Stands in for a closed stream."""
 
     encoding = "utf-8"
 
@@ -200,7 +200,7 @@ _NOWHERE = _Nowhere()
 
 def occupy_closed_descriptors() -> None:
     """Put the null device where stdin, stdout or stderr are closed: the next file that is opened
-    would take that number, and what libraries in C print would end up in a model's weights."""
+    would take that number, and output of C libraries would end up in a model's weights."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

@@ -1,4 +1,4 @@
-"""`erniequant verify`: is a quantised checkpoint complete and sound."""
+"""`erniequant verify`: check that a quantised checkpoint is complete and sound."""
 
 from typing import Annotated
 
@@ -12,12 +12,12 @@ def verify(
     model: Annotated[str, typer.Argument(help="Folder of a quantised checkpoint.")],
     reference: Annotated[
         str | None,
-        typer.Option(metavar="SRC", help="The original: also give the error of every tensor."),
+        typer.Option(metavar="SRC", help="The original; also report the error of every tensor."),
     ] = None,
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Check checksums and completeness and decode everything; exit 1 if anything is wrong.
+    """Verify checksums and completeness, and decode everything; exit with 1 if anything is wrong.
 
     [bold]Examples[/bold]
 

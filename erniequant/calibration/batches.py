@@ -1,4 +1,4 @@
-"""Batches and token ids from Python as what to calibrate on: all of them, as they are."""
+"""Calibration on batches and token ids from Python: all of them, unchanged."""
 
 from erniequant.calibration.texts import CalibrationWindows
 from erniequant.data.given import BATCHES, Given, members
@@ -13,8 +13,8 @@ def batched_windows(
     """The sequences of batches that are ready for the model (`sequences_of`).
 
     Args:
-        vocabulary: of the model.
-        most: what is not a list is read up to so many sequences: it may never end.
+        vocabulary: size of the model's vocabulary.
+        most: anything but a list is read up to this many sequences, since it may never end.
 
     Raises:
         ErnieQuantError: there is none, or one contradicts itself or the model.

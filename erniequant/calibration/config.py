@@ -1,4 +1,4 @@
-"""What to calibrate on, and how much of it."""
+"""The calibration source and how much of it to use."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ more."""
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """Which text to calibrate on, and how much of it.
+    """The calibration source and how much of it to use.
 
     ``source`` is ``builtin``, a file (`erniequant.data.files.ACCEPTED`), or
     ``hf:NAME[:SPLIT[:COLUMN]]``; records of files and data sets may have images

@@ -23,7 +23,7 @@ Record = tuple[Any, str]
 
 @dataclass(frozen=True)
 class ImageDocument:
-    """A record with images that was not looked at yet; paths in it are relative to ``folder``."""
+    """A record with images, not read yet; paths in it are relative to ``folder``."""
 
     record: Any
     where: str
@@ -45,7 +45,7 @@ def documents(
     """The documents of a source, chats rendered; ``images``: built-in ones too.
 
     Raises:
-        ErnieQuantError: the source cannot be read, or a record has no form that is known.
+        ErnieQuantError: the source cannot be read, or a record has an unknown form.
     """
     source = config.source
     if source == "builtin":
@@ -65,7 +65,7 @@ def documents(
 def given_documents(
     data: Given, kind: str, config: CalibrationConfig, tokenizer: Any
 ) -> Iterator[Document]:
-    """The documents of Python's objects; of paths, those of each file.
+    """The documents of Python objects; a path stands for the documents of its file.
 
     Raises:
         ErnieQuantError: as `documents`, or an object is of another kind.
@@ -88,7 +88,7 @@ def source_file(source: str) -> Path:
     """The path of a source that is a file.
 
     Raises:
-        ErnieQuantError: it is none that can be calibrated on.
+        ErnieQuantError: it is not a file that can be calibrated on.
     """
     path = expanded(source)
     if kind_of(path) is not None:
@@ -99,7 +99,7 @@ def source_file(source: str) -> Path:
         )
     shown = source if len(source) <= 80 else f"{source[:80]}…"
     raise ErnieQuantError(
-        f"calibration source {shown!r} is none of builtin, {ACCEPTED}, hf:NAME[:SPLIT[:COLUMN]]"
+        f"calibration source {shown!r} is not one of builtin, {ACCEPTED}, hf:NAME[:SPLIT[:COLUMN]]"
     )
 
 
@@ -114,10 +114,10 @@ def _of_records(
         if has_images(record):
             yield ImageDocument(record, where, folder)
             continue
-        found = texts_and_chats(record, where)
-        if not found:
+        entries = texts_and_chats(record, where)
+        if not entries:
             yield EmptyRow()
-        for entry in found:
+        for entry in entries:
             if isinstance(entry, str):
                 yield [entry]
             else:

@@ -1,5 +1,5 @@
-"""Excerpts of a large text, spread over all of it: windows are chosen at random, so that reading
-more than they are chosen from is in vain, and the beginning alone is not like the rest."""
+"""Excerpts of a large text, spread over all of it. Windows are chosen at random, so more text than
+they are chosen from need not be read, and the beginning alone does not represent the rest."""
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator
@@ -24,17 +24,17 @@ EXCERPT = 1 << 18
 """Bytes of an excerpt, before it is cut to whole lines."""
 
 _LEAST_TOKENS = EXCERPT // 32
-"""Of an excerpt, as far as the number of excerpts is concerned: the first may be blank."""
+"""Tokens that an excerpt is taken to have at least, since the first may be blank."""
 
 
 def text_excerpts(
     path: Path, wanted: int, seed: int, count_tokens: Callable[[str], int]
 ) -> Iterator[Iterable[str]]:
-    """The text of a file as one document, or else as many excerpts, chosen at random from all over
-    it, as hold ``wanted`` tokens, in their order; about `WHOLE` bytes of it at least.
+    """The text of a file as one document; of a large file, random excerpts from all over it, in
+    order, that hold ``wanted`` tokens and at least about `WHOLE` bytes.
 
     Args:
-        count_tokens: of a text; the first excerpt stands for all.
+        count_tokens: counts the tokens of a text; the first excerpt stands for all.
 
     Raises:
         ErnieQuantError: the file cannot be read, or what is read is not UTF-8.
@@ -58,7 +58,7 @@ def text_excerpts(
 
 
 def _size(path: Path) -> int:
-    """Bytes of the text; what is packed has to be unpacked to tell."""
+    """Bytes of the text; a compressed file has to be decompressed to tell."""
     with opened(path) as file:
         if not is_packed(path):
             return path.stat().st_size

@@ -34,13 +34,13 @@ class Rows:
 
 
 class RowPool:
-    """Makes tables in memory, or in files of ``folder`` where one is given."""
+    """Makes tables in memory, or in files of ``folder`` if one is given."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
 
     def empty(self, rows: int, columns: int) -> Rows:
-        """A table with any contents.
+        """A table with undefined contents.
 
         Raises:
             ErnieQuantError: the disk has no room for it.

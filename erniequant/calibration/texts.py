@@ -1,4 +1,4 @@
-"""Calibration text: from the built-in collection, a file, a data set or Python's objects to windows
+"""Calibration text: from the built-in collection, a file, a data set or Python objects to windows
 of token ids, with images where the model takes them."""
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,12 +23,12 @@ from erniequant.data.tokens import token_ids
 from erniequant.errors import ErnieQuantError
 
 SHOWN = 400
-"""Characters of the first document that a report has."""
+"""Characters of the first document that a report shows."""
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationWindows:
-    """What to calibrate on, and where it came from.
+    """The calibration windows and where they came from.
 
     ``windows`` are windows of text, then documents with images. ``sha256`` is `hash_inputs` of all
     of them; ``rendered`` shows the start of the first document; ``empty`` counts the records
@@ -47,13 +47,13 @@ class CalibrationWindows:
 
     @property
     def vision_tokens(self) -> int:
-        """Those of them that go to experts for images."""
+        """Tokens that go to vision experts."""
         return sum(int(w.vision.sum()) for w in self.windows if w.vision is not None)
 
     @property
     def images(self) -> int:
         """Images in all windows."""
-        return sum(len(window.pictures) for window in self.windows)
+        return sum(len(window.images) for window in self.windows)
 
 
 def calibration_windows(
@@ -70,8 +70,8 @@ def calibration_windows(
     images is a window of its own.
 
     Args:
-        reader: of a model that takes images.
-        given: documents to take in place of those of the source.
+        reader: reads records with images; None for a text-only model.
+        given: documents to use instead of the source's.
 
     Raises:
         ErnieQuantError: the source cannot be read, holds no text, or has images that the model
@@ -89,9 +89,7 @@ def calibration_windows(
             empty += 1
         elif isinstance(document, ImageDocument):
             if reader is None:
-                raise ErnieQuantError(
-                    f"{document.where} has images, but the model takes text alone"
-                )
+                raise ErnieQuantError(f"{document.where} has images, but the model is text-only")
             if len(with_images) < config.samples * SURPLUS:
                 with_images.append(document)
         elif tokens < config.wanted:
@@ -136,7 +134,7 @@ class _Text:
 
 
 def image_records(config: CalibrationConfig) -> int | None:
-    """How many records with images a source has; None where only reading all of it would tell.
+    """Number of records with images in a source; None if only reading all of it would tell.
 
     Raises:
         ErnieQuantError: the source cannot be read.

@@ -1,5 +1,5 @@
-"""Adapters of peft in a checkpoint's folder: transformers loads them on top of the weights beside
-them, so these are not what the folder's model computes with."""
+"""PEFT adapters in a checkpoint's folder. transformers loads them on top of the weights beside
+them, so the weights alone are not the folder's model."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _MERGE = "merge it (peft: merge_and_unload, then save_pretrained into a new fold
 
 
 def adapter_problem(folder: Path) -> str | None:
-    """What is wrong with a folder of weights that also has an adapter; None without one."""
+    """The problem with a folder of weights that also has an adapter; None without one."""
     if not (folder / ADAPTER_FILE).exists():
         return None
     return (
@@ -28,7 +28,7 @@ def require_no_adapter(folder: Path) -> None:
 
 
 def refuse_adapter_alone(folder: Path) -> None:
-    """Refuse a folder without weights if what it has is an adapter, naming its base model.
+    """Refuse a folder that has an adapter but no weights, naming the base model.
 
     Raises:
         ErnieQuantError: it has one.

@@ -1,4 +1,4 @@
-"""The JSON files of a checkpoint as they come, config.json first.
+"""JSON files of a checkpoint, above all config.json.
 
 Entries that say nothing are left out, and so are those that name Python code of the folder, which
 does not go with the weights.
@@ -51,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def plain_settings(settings: Any) -> Any:
-    """Settings, at any depth, without code and without descriptions of no quantisation.
+    """Settings, at any depth, without entries that name code or describe no quantisation.
 
     null and {} are what other tools write where nothing is quantised; transformers stops at some of
     them.
@@ -68,17 +68,17 @@ def plain_settings(settings: Any) -> Any:
 
 
 def quantized_by(settings: Any) -> str | None:
-    """How a config.json says that weights are quantised, in words; None if it does not.
+    """A description of the quantisation that a config.json declares; None if it declares none.
 
-    It may say so of a part, such as ``text_config``.
+    The declaration may be in a part, such as ``text_config``.
     """
     if not isinstance(settings, dict):
         return None
     for key in QUANTIZED_BY:
-        if (found := settings.get(key)) not in (None, {}):
+        if (declared := settings.get(key)) not in (None, {}):
             # FastDeploy's name for it is the second.
-            names = ("quant_method", "quantization") if isinstance(found, dict) else ()
-            named = [f"{name} {found[name]!r}" for name in names if name in found]
-            return f"{key} with {named[0]}" if named else f"{key} {str(found)[:60]}"
+            names = ("quant_method", "quantization") if isinstance(declared, dict) else ()
+            named = [f"{name} {declared[name]!r}" for name in names if name in declared]
+            return f"{key} with {named[0]}" if named else f"{key} {str(declared)[:60]}"
     parts = ((name, quantized_by(part)) for name, part in settings.items())
     return next((f"{words} in {name}" for name, words in parts if words), None)

@@ -12,7 +12,7 @@ from erniequant.errors import ErnieQuantError
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Make a file by what ``write`` puts into it: temporary name, flush to disk, rename.
+    """Make a file that ``write`` fills: temporary name, flush to disk, rename.
 
     Raises:
         ErnieQuantError: the disk refuses; nothing is left then.
@@ -35,13 +35,13 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
     try:
         data = json.dumps(contents, indent=2, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        # The name of a file with bytes that are no text; JSON can hold them as escapes.
+        # A file's name may have bytes that are not text; JSON can hold them as escapes.
         data = json.dumps(contents, indent=2).encode("utf-8")
     write_file(path, lambda file: file.write(data + b"\n"))
 
 
 def discard(path: Path) -> None:
-    """Delete what could not be written; a disk that refuses that as well has said why before."""
+    """Delete a file that could not be written; if that fails too, the first error says why."""
     with contextlib.suppress(OSError):
         path.unlink()
 
@@ -77,6 +77,6 @@ def sha256_of(path: Path) -> str:
 
 
 def disk_error(path: Path, error: Exception, doing: str = "write") -> ErnieQuantError:
-    """The one line for a disk that refuses."""
+    """The one-line error for a disk that refuses."""
     reason = getattr(error, "strerror", None) or error
-    return ErnieQuantError(f"cannot {doing} {path}: {reason}; check space and rights")
+    return ErnieQuantError(f"cannot {doing} {path}: {reason}; check space and permissions")

@@ -1,5 +1,5 @@
-"""Which files of a checkpoint's folder go with its weights into a result. Everything that is not on
-the list stays behind and is named: other tools leave files that change what the folder loads as."""
+"""Files of a checkpoint's folder that go with its weights into a result. Everything else stays
+behind and is named: other tools leave files that change how the folder loads."""
 
 from collections.abc import Collection
 from fnmatch import fnmatchcase
@@ -22,10 +22,10 @@ COMPANIONS = (
 """Names of the files that are copied, beside licences."""
 
 LICENCES = ("license*", "licence*", "notice*", "copying*")
-"""The same of licences, in upper or lower case."""
+"""Names of licence files that are copied, in upper or lower case."""
 
 REPORT_FILE = "quantization_report.json"
-"""What `erniequant.quantize` tells of a result; it belongs to these weights and is never copied."""
+"""The report of `erniequant.quantize`; it belongs to the weights beside it and is never copied."""
 
 TEMPLATES_FOLDER = "additional_chat_templates"
 _SHOWN = 8
@@ -38,13 +38,13 @@ def companion_files(folder: Path) -> list[Path]:
         ErnieQuantError: the folder cannot be read, or one of them is a link to nothing.
     """
     try:
-        found = [path for path in sorted(folder.iterdir()) if _is_companion(path)]
+        companions = [path for path in sorted(folder.iterdir()) if _is_companion(path)]
         templates = folder / TEMPLATES_FOLDER
         if templates.is_dir():
-            found += [path for path in sorted(templates.glob("*.jinja")) if path.is_file()]
+            companions += [path for path in sorted(templates.glob("*.jinja")) if path.is_file()]
     except OSError as error:
         raise ErnieQuantError(f"{folder} cannot be read: {error.strerror}") from error
-    return found
+    return companions
 
 
 def require_whole_companions(folder: Path) -> None:
@@ -58,7 +58,7 @@ def require_whole_companions(folder: Path) -> None:
 
 
 def left_behind(folder: Path, used: Collection[str]) -> tuple[str, ...]:
-    """What else is in a folder: names, those of folders with a slash, sorted.
+    """Names of everything else in a folder, sorted; those of folders end in a slash.
 
     used: names of the files that hold the weights, the index among them.
     """

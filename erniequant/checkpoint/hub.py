@@ -28,7 +28,7 @@ class HubRepository:
     """A model repository at the commit that its name meant when it was opened.
 
     Attributes:
-        folder: of the local cache, which holds the small files.
+        folder: the folder in the local cache that holds the small files.
     """
 
     def __init__(self, name: str):
@@ -45,11 +45,11 @@ class HubRepository:
         tensor.
 
         Raises:
-            ErnieQuantError: they cannot be had.
+            ErnieQuantError: they cannot be fetched.
         """
         from huggingface_hub import get_safetensors_metadata
 
-        found = _ask(self.name, get_safetensors_metadata, self.name, revision=self._revision)
+        repository = _ask(self.name, get_safetensors_metadata, self.name, revision=self._revision)
         return {
             file: {
                 name: {
@@ -59,7 +59,7 @@ class HubRepository:
                 }
                 for name, tensor in metadata.tensors.items()
             }
-            for file, metadata in found.files_metadata.items()
+            for file, metadata in repository.files_metadata.items()
         }
 
     def fetch(self, shard: str) -> Path:
@@ -79,5 +79,5 @@ class HubRepository:
 
 
 def _ask(name: str, function: Any, *arguments: Any, **options: Any) -> Any:
-    with wrap_errors(f"no folder {name}, and it cannot be had from Hugging Face"):
+    with wrap_errors(f"no folder {name}, and it cannot be fetched from Hugging Face"):
         return function(*arguments, **options)

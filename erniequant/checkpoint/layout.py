@@ -1,4 +1,4 @@
-"""Where every tensor of a checkpoint will lie, decided before the first byte is written.
+"""The place of every tensor of a checkpoint, decided before the first byte is written.
 
 A shard whose tensors are all known beforehand can be made at its full size at once and filled in
 any order, by parts of tensors, without holding any of it in memory.

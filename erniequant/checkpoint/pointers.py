@@ -13,7 +13,7 @@ _LENGTH = max(map(len, _BEGINNINGS))
 
 
 def is_pointer(data: bytes) -> bool:
-    """Whether a file that begins with ``data`` is a pointer."""
+    """True if a file that begins with ``data`` is a pointer."""
     return data.startswith(_BEGINNINGS)
 
 

@@ -25,7 +25,7 @@ from erniequant.paths import expanded
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 WORK_FOLDER = ".erniequant-work"
-"""Where `erniequant.resume` keeps an unfinished run, inside its destination."""
+"""Folder inside the destination where `erniequant.resume` keeps an unfinished run."""
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pdparams")
 _LENGTH_BYTES = 8
 # The safetensors library refuses longer headers; a damaged length would ask for gigabytes.
@@ -58,7 +58,7 @@ _OTHER_BITS = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a shard's header says about a tensor; ``dtype`` is None for a type torch lacks.
+    """A tensor's entry in a shard's header; ``dtype`` is None for a type torch lacks.
 
     ``offset`` is where its ``n_bytes`` begin in the file.
     """
@@ -114,15 +114,15 @@ class Checkpoint:
         path = self.folder / shard
         if self._hub is not None and shard in self._absent:
             self._hub.fetch(shard)
-            found = read_header(path)
+            headers = read_header(path)
             promised = {n: h for n, h in self.headers.items() if h.shard == shard}
-            if {n: _kind(h) for n, h in found.items()} != {
+            if {n: _kind(h) for n, h in headers.items()} != {
                 n: _kind(h) for n, h in promised.items()
             }:
                 raise ErnieQuantError(
                     f"{path} holds other tensors than its repository listed; try again"
                 )
-            self.headers |= found
+            self.headers |= headers
             self._absent.discard(shard)
         return path
 
@@ -248,8 +248,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 def _remote_headers(
     hub: HubRepository, index: Path, single: bool
 ) -> dict[str, dict[str, TensorHeader]]:
-    """Headers of shards that are not here yet, whose offsets are not known; asks nobody if all
-    are."""
+    """Headers of shards that are not here yet, without their offsets; sends no request if all are
+    here."""
     if index.is_file():
         listed = read_json(index).get("weight_map")
         names = set(listed.values()) if isinstance(listed, dict) else set()
@@ -280,10 +280,10 @@ def read_sharded(
         # transformers would unpickle a file of another suffix.
         if not is_plain_file_name(shard) or not shard.endswith(".safetensors"):
             raise ErnieQuantError(
-                f"{index} names {shard!r} for {name}, which is no safetensors file of its folder"
+                f"{index} names {shard!r} for {name}, which is not a safetensors file in its folder"
             )
     if (folder / SINGLE_FILE).is_file() and SINGLE_FILE not in weight_map.values():
-        # Which of the two is read differs between libraries.
+        # Libraries differ in which of the two they read.
         raise ErnieQuantError(
             f"{folder} has both {INDEX_FILE} and {SINGLE_FILE}, of different weights; remove one"
         )
@@ -296,8 +296,8 @@ def read_sharded(
                 f"{index} names {shard} (for example for {name}), but there is no such file; "
                 "complete the download or copy"
             )
-        found = read_header(path) if path.is_file() else remote[shard]
-        for name, header in found.items():
+        own_headers = read_header(path) if path.is_file() else remote[shard]
+        for name, header in own_headers.items():
             if weight_map.get(name) != shard:
                 raise ErnieQuantError(f"{shard} holds {name}, but {index} does not say so")
             headers[name] = header
@@ -328,11 +328,11 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     try:
         entries = _entries(text)
         data = _LENGTH_BYTES + length
-        found = {name: _entry(name, entry, path.name, data) for name, entry in entries.items()}
+        headers = {name: _entry(name, entry, path.name, data) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise ErnieQuantError(f"{path} has a damaged header: {error}") from error
     _require_contiguous(path, entries, size - _LENGTH_BYTES - length)
-    return found
+    return headers
 
 
 def _entries(text: bytes) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Read every byte of a source once before hours are spent on it: is every weight a number, and
-which bytes are these?"""
+"""Read every byte of a source once, before hours are spent on it: check that every weight is
+finite, and hash the files."""
 
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
@@ -87,11 +87,10 @@ def check_shard(checkpoint: Checkpoint, shard: str) -> CheckedShard:
     return CheckedShard(shard, status.st_size, status.st_mtime_ns, digest.hexdigest())
 
 
-def changed_shards(checkpoint: Checkpoint, known: Sequence[CheckedShard]) -> list[str]:
-    """Shards that are gone or not what they were; those of the same size and time are taken to
-    be."""
+def changed_shards(checkpoint: Checkpoint, checked: Sequence[CheckedShard]) -> list[str]:
+    """Shards that are gone or have changed; equal size and time count as unchanged."""
     changed = []
-    for entry in known:
+    for entry in checked:
         if entry.file in checkpoint.shards and (checkpoint.folder / entry.file).is_file():
             status = checkpoint.path(entry.file).stat()
             if (status.st_size, status.st_mtime_ns) == (entry.size, entry.mtime_ns):

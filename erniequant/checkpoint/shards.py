@@ -41,11 +41,11 @@ class ShardFiles:
         return self._shard_of[name]
 
     def partial(self, shard: PlannedShard) -> Path:
-        """Where a shard is before it is finished."""
+        """Path of a shard before it is finished."""
         return self.folder / f".{shard.file}.partial"
 
     def finished(self, shard: PlannedShard) -> bool:
-        """Whether a shard has its final name."""
+        """True if a shard has its final name."""
         return (self.folder / shard.file).is_file()
 
     def prepare(self) -> None:
@@ -96,12 +96,12 @@ class ShardFiles:
         planned, shard = self._tensors[name], self._shard_of[name]
         path = self.folder / shard.file if self.finished(shard) else self.partial(shard)
         width = planned.n_bytes // max(planned.shape[0], 1)
-        found = bytearray(rows * width)
+        buffer = bytearray(rows * width)
         try:
-            read_exactly(path, shard.offsets[name] + row * width, found)
+            read_exactly(path, shard.offsets[name] + row * width, buffer)
         except OSError as error:
             raise disk_error(path, error, "read") from error
-        return bytes(found)
+        return bytes(buffer)
 
     def sync(self, names: Sequence[str]) -> None:
         """Return when everything written to the shards of these tensors is on the disk."""
@@ -148,7 +148,7 @@ class ShardFiles:
 
 
 def _is_prepared(path: Path, shard: PlannedShard) -> bool:
-    """Whether a partial shard was made to its end. Its size alone does not tell: the power may have
+    """True if a partial shard was made to its end. Its size alone does not tell: the power may have
     gone before its header was on the disk."""
     try:
         with path.open("rb") as file:

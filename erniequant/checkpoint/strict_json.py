@@ -22,21 +22,21 @@ def parse_json(data: bytes) -> Any:
     """
     try:
         text = data.decode("utf-8")
-        found = json.loads(text, object_pairs_hook=_without_twins)
+        parsed = json.loads(text, object_pairs_hook=_without_twins)
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
-    if _deeper_than(found, MAX_DEPTH):
+    if _deeper_than(parsed, MAX_DEPTH):
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if "\\ud" in text.lower():
         try:
-            json.dumps(found, ensure_ascii=False).encode("utf-8")
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError("half of a surrogate pair in a text") from None
-    return found
+    return parsed
 
 
 def is_plain_file_name(name: Any) -> bool:
-    """Whether a value found in a file can only name something in that file's own folder."""
+    """True if a value found in a file can only name something in that file's own folder."""
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")
@@ -63,12 +63,12 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
         twin = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twin!r} twice")
-    return found
+    return entries
 
 
 def _deeper_than(value: Any, depth: int) -> bool:

@@ -25,7 +25,7 @@ MAX_SHARD_BYTES = 2_000_000_000
 
 @dataclass(frozen=True)
 class WrittenCheckpoint:
-    """What was written: sha256 of every shard by file name, and bytes of all tensors."""
+    """A written checkpoint: sha256 of every shard by file name, and bytes of all tensors."""
 
     sha256: dict[str, str]
     total_bytes: int

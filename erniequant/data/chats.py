@@ -2,7 +2,7 @@
 
 Here a message has ``role``, ``content`` (a text, or a list of parts ``{"type": "text", "text": …}``
 and ``{"type": "image", "image": …}``), and whatever else its template may use: ``tool_calls``,
-``name``, ``tool_call_id``. Known are OpenAI's form with parts and calls of tools, ShareGPT's with
+``name``, ``tool_call_id``. Known forms are OpenAI's, with parts and tool calls, ShareGPT's, with
 ``from`` and ``value``, and pairs of a question and an answer.
 """
 
@@ -19,7 +19,7 @@ FIELDS = ("messages", "conversations", "conversation", "dialogue", "dialog", "ch
 IMAGE_TYPES = ("image", "image_url", "input_image")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
-# Of ShareGPT's ``from``; other names are roles already.
+# Names in ShareGPT's ``from``; other names are roles already.
 _ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
     "bing": "assistant", "bard": "assistant", "model": "assistant", "function_call": "assistant",
@@ -29,24 +29,24 @@ _ROLES = {
 # Whatever writes ``role`` means it, except for these two, which no template knows.
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _CALLS = ("function_call", "tool_call")
-# Of turns that hold a question and its answer.
+# Fields of turns that hold a question and its answer.
 _ASKED = ("human", "user", "input", "question")
 _ANSWERED = ("assistant", "gpt", "bot", "output", "answer")
 
 
 def chat_of(record: Any) -> Any:
-    """What a record holds under the name of a chat; None without any."""
+    """The value of a record's chat field; None without one."""
     if not isinstance(record, Mapping):
         return None
-    found = [record[name] for name in FIELDS if record.get(name) is not None]
-    return found[0] if found else None
+    chats = [record[name] for name in FIELDS if record.get(name) is not None]
+    return chats[0] if chats else None
 
 
 def messages_of(record: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """The messages of a record with a chat, in our form.
 
     Raises:
-        ErnieQuantError: they have none that is known.
+        ErnieQuantError: their form is unknown.
     """
     messages = normal_messages(chat_of(record), where)
     system = record.get("system")
@@ -59,7 +59,7 @@ def normal_messages(chat: Any, where: str) -> list[dict[str, Any]]:
     """Messages in our form; tables hold them as JSON text.
 
     Raises:
-        ErnieQuantError: they have no form that is known.
+        ErnieQuantError: their form is unknown.
     """
     if isinstance(chat, str):
         chat = _parsed(chat)
@@ -82,7 +82,7 @@ def tools_of(record: Mapping[str, Any], where: str) -> list[Any] | None:
     """The tools that a chat may call, or None.
 
     Raises:
-        ErnieQuantError: they are no list.
+        ErnieQuantError: they are not a list.
     """
     tools, functions = record.get("tools"), record.get("functions")
     if isinstance(tools, str):
@@ -107,7 +107,7 @@ def text_of(content: str | list[dict[str, Any]]) -> str:
 
 
 def calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its calls of tools as JSON in its text, for templates that know no tools."""
+    """The message with its tool calls as JSON in its text, for templates that know no tools."""
     if "tool_calls" not in message:
         return message
     calls = [call.get("function", call) for call in message["tool_calls"]]
@@ -130,9 +130,9 @@ def _message(
     calls = _calls(message, f"{has} message {number}")
     content = message.get("content", message.get("value"))
     if "role" in message:
-        found = _SHAREGPT_ROLES.get(role, role)
+        normal_role = _SHAREGPT_ROLES.get(role, role)
     else:
-        found = _ROLES.get(role.lower(), role.lower())
+        normal_role = _ROLES.get(role.lower(), role.lower())
         if role in _CALLS and isinstance(content, str):
             called = _called(content)
             calls, content = called or calls, None if called else content
@@ -141,7 +141,7 @@ def _message(
             f'{has.removesuffix(" has")} has neither "text" nor "messages" with role and content: '
             f"message {number} has no content"
         )
-    normal = {"role": found, "content": _content(content, has), **kept}
+    normal = {"role": normal_role, "content": _content(content, has), **kept}
     return {**normal, "tool_calls": calls} if calls else normal
 
 
@@ -197,7 +197,7 @@ def _calls(message: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
 
 
 def _called(text: str) -> list[dict[str, Any]]:
-    """Calls of tools that are written as the text of a message."""
+    """Tool calls written as the text of a message."""
     value = _parsed(text)
     calls = value if isinstance(value, list) else [value]
     if not all(isinstance(call, Mapping) and "name" in call for call in calls):
@@ -207,17 +207,17 @@ def _called(text: str) -> list[dict[str, Any]]:
 
 def _pair(turn: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """A question and its answer, perhaps with the system's words before them."""
-    found = [("system", turn.get("system"))]
+    turns = [("system", turn.get("system"))]
     for role, names in (("user", _ASKED), ("assistant", _ANSWERED)):
-        found.append((role, next((turn[name] for name in names if name in turn), None)))
-    messages = [{"role": role, "content": text} for role, text in found if isinstance(text, str)]
+        turns.append((role, next((turn[name] for name in names if name in turn), None)))
+    messages = [{"role": role, "content": text} for role, text in turns if isinstance(text, str)]
     if not messages:
         raise ErnieQuantError(f"{where} has a message without role; expected role and content")
     return messages
 
 
 def _parsed(text: str) -> Any:
-    """The value of JSON text; None for others."""
+    """The value of JSON text; None for any other value."""
     try:
         return parse_json(text.encode("utf-8", "replace"))
     except ValueError:

@@ -1,5 +1,5 @@
-"""What goes with the weights of a checkpoint, without the code that some sources need for it:
-transformers alone has to be able to load the result."""
+"""Files that go with the weights of a checkpoint, freed of the code that some sources need:
+transformers alone must be able to load the result."""
 
 import shutil
 from functools import partial
@@ -41,7 +41,7 @@ def require_readable_companions(source: Path) -> None:
 
 
 def require_companions(source: Path) -> int:
-    """Refuse at once what would make a result of hours unusable.
+    """Refuse at once anything that would make the result of hours unusable.
 
     Returns:
         The number of tokens that the tokenizer has, 0 without one.
@@ -55,14 +55,15 @@ def require_companions(source: Path) -> int:
     if path.is_file():
         from transformers import GenerationConfig
 
-        # What it raises for, it raises for when the model is loaded.
+        # Loading the result would raise the same error.
         with wrap_errors(f"transformers refuses {path}"):
             GenerationConfig.from_dict(plain_settings(read_json(path)))
     return len(load_tokenizer(source)) if has_tokenizer(source) else 0
 
 
 def write_companions(source: Path, destination: Path) -> None:
-    """Copy `companion_files`; of those that name code of the checkpoint, write what does without.
+    """Copy `companion_files`; files that name code of the checkpoint are rewritten to do without
+    it.
 
     Raises:
         ErnieQuantError: a file is damaged, the tokenizer cannot be made, or the disk refuses.
@@ -81,7 +82,7 @@ def write_companions(source: Path, destination: Path) -> None:
 
 
 def _rewritten(path: Path) -> dict[str, Any] | None:
-    """What is written in place of a file that names code; None for all others."""
+    """The replacement for a file that names code; None for all others."""
     if path.name == SETTINGS_FILE:
         return settings_without_code(path.parent)
     if path.name not in (*_OF_PROCESSOR, _GENERATION):
@@ -97,14 +98,14 @@ def _names_code(settings: Any) -> bool:
 
 
 def _without_classes(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without the names of classes that only the code has, also of processors within others."""
+    """Settings without names of classes that only the code has, also in nested processors."""
     from erniequant.models.registry import FAMILIES
 
-    known = tuple(filter(None, (family.processor_classes for family in FAMILIES.values())))
+    prefixes = tuple(filter(None, (family.processor_classes for family in FAMILIES.values())))
     return {
         key: _without_classes(value) if isinstance(value, dict) else value
         for key, value in settings.items()
-        if not (key in _CLASSES and not str(value).startswith(known))
+        if not (key in _CLASSES and not str(value).startswith(prefixes))
     }
 
 

@@ -1,8 +1,8 @@
-"""From a record to what it says: a text, several, or a chat.
+"""The texts and chats of records.
 
 A record is a text itself, a list of messages, or an object with ``text``, with a chat
-(`erniequant.data.chats`), or with a question and an answer under the names that data sets for
-instruction give them (alpaca: ``instruction``, ``input``, ``output``).
+(`erniequant.data.chats`), or with a question and an answer under the names that instruction data
+sets give them (alpaca: ``instruction``, ``input``, ``output``).
 """
 
 from collections.abc import Mapping
@@ -28,13 +28,13 @@ _PAIRS = (
     ("problem", ("solution", "answer")),
     ("input", ("output", "response", "target")),
 )
-"""The field with what is asked, and those that may have the answer, the first present counts."""
+"""The question's field, and the fields that may hold the answer; the first one present counts."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages in our form. ``of_columns``: made of fields that are no chat, and so fit to be
-    joined where there is no template."""
+    """Messages in our form. ``of_columns``: made from fields that are not a chat, so that they may
+    be joined without a template."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
@@ -42,15 +42,15 @@ class Chat:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nobody says anything."""
+        """True if no message says anything."""
         return not any(_speaks(message) for message in self.messages)
 
 
 def texts_and_chats(record: Any, where: str) -> list[str | Chat]:
-    """What a record says; nothing where it, or its text, is empty or null.
+    """The texts and chats of a record; none if it, or its text, is empty or null.
 
     Raises:
-        ErnieQuantError: it has no form that is known.
+        ErnieQuantError: its form is unknown.
     """
     if record is None or record == {}:
         return []
@@ -63,7 +63,7 @@ def texts_and_chats(record: Any, where: str) -> list[str | Chat]:
     text = record.get("text")
     if isinstance(text, str) and text.strip():
         return [text]
-    # Loaders of data put texts together to batches.
+    # Data loaders collect texts into batches.
     if isinstance(text, list | tuple) and all(isinstance(t, str | None) for t in text):
         return [entry for entry in text if entry is not None and entry.strip()]
     chat = chat_of_record(record, where)
@@ -78,7 +78,7 @@ def chat_of_record(record: Mapping[str, Any], where: str) -> Chat | None:
     """The chat of a record, or the one that its columns make.
 
     Raises:
-        ErnieQuantError: it has a chat in no form that is known.
+        ErnieQuantError: it has a chat of an unknown form.
     """
     if chat_of(record) is not None:
         return Chat(messages_of(record, where), tools_of(record, where))
@@ -87,9 +87,9 @@ def chat_of_record(record: Mapping[str, Any], where: str) -> Chat | None:
 
 
 def is_record(value: Mapping[str, Any]) -> bool:
-    """Whether an object has a field that records have."""
-    known = {"text", "image", "images", "chosen", *FIELDS}
-    return bool(known & set(value)) or any(
+    """True if an object has a field that records have."""
+    fields = {"text", "image", "images", "chosen", *FIELDS}
+    return bool(fields & set(value)) or any(
         asked in value and any(name in value for name in answers) for asked, answers in _PAIRS
     )
 
@@ -115,7 +115,7 @@ def _of_columns(record: Mapping[str, Any], where: str) -> list[dict[str, Any]] |
     before = _history(record)
     if not isinstance(answered, str):
         answer = normal_messages(answered, where)
-        # Preferences hold the whole chat, or the last turn alone.
+        # Preference data holds the whole chat, or only its last turn.
         if len(answer) > 1:
             return answer
     else:
@@ -130,16 +130,16 @@ def _of_columns(record: Mapping[str, Any], where: str) -> list[dict[str, Any]] |
 def _history(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The system's words and earlier turns beside an instruction."""
     system, history = record.get("system"), record.get("history")
-    found = []
+    messages = []
     if isinstance(system, str) and system:
-        found.append({"role": "system", "content": system})
+        messages.append({"role": "system", "content": system})
     for turn in history if isinstance(history, list | tuple) else []:
         if isinstance(turn, list | tuple) and len(turn) == 2:
-            found += [
+            messages += [
                 {"role": role, "content": str(text)}
                 for role, text in zip(("user", "assistant"), turn, strict=True)
             ]
-    return found
+    return messages
 
 
 def _spoken(chat: Chat) -> list[str | Chat]:
@@ -148,8 +148,8 @@ def _spoken(chat: Chat) -> list[str | Chat]:
 
 def _speaks(message: Mapping[str, Any]) -> bool:
     content = message["content"]
-    pictured = isinstance(content, list) and any(part["type"] == "image" for part in content)
-    return pictured or bool(message.get("tool_calls")) or bool(text_of(content).strip())
+    has_image = isinstance(content, list) and any(part["type"] == "image" for part in content)
+    return has_image or bool(message.get("tool_calls")) or bool(text_of(content).strip())
 
 
 _NEITHER = 'has neither "text" nor "messages" with role and content'

@@ -1,4 +1,4 @@
-"""Text files, packed or not, a block at a time: whatever is wrong with one is a line that names it.
+"""Text files, compressed or not, read a block at a time; any problem is one line naming the file.
 
 A byte order mark at the beginning is dropped, and every kind of line end becomes a line feed.
 """
@@ -31,7 +31,9 @@ _KINDS = {
     ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
 _PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-ACCEPTED = "FILE.txt, .jsonl, .json, .csv, .tsv (each also packed as .gz, .bz2 or .xz) or .parquet"
+ACCEPTED = (
+    "FILE.txt, .jsonl, .json, .csv, .tsv (each also compressed as .gz, .bz2 or .xz) or .parquet"
+)
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -45,22 +47,22 @@ def kind_of(path: Path) -> str | None:
 
 
 def inner_suffix(path: Path) -> str:
-    """The suffix in lower case, without that of the packer."""
+    """The suffix in lower case, without that of the compression."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
 
 
 def is_packed(path: Path) -> bool:
-    """Whether reading the file means unpacking it."""
+    """True if the file is compressed."""
     return path.suffix.lower() in _PACKED
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked.
+    """The bytes of a file, decompressed.
 
     Raises:
-        ErnieQuantError: it cannot be read, is no file, or is damaged.
+        ErnieQuantError: it cannot be read, is not a file, or is damaged.
     """
     try:
         if path.exists() and not path.is_file():

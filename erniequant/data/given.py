@@ -1,7 +1,7 @@
-"""Data that is given as Python objects: which kind it is, and a plain refusal of what is none.
+"""Data given as Python objects: its kind, and a plain refusal of anything else.
 
-A list, a data set, a `DataLoader`, a generator: anything that can be gone through, of texts, chats,
-records, paths, token ids or batches. All members are of one kind.
+A list, a data set, a `DataLoader`, a generator: any iterable of texts, chats, records, paths, token
+ids or batches. All members are of one kind.
 """
 
 import io
@@ -20,15 +20,15 @@ TEXTS, CHATS, RECORDS, FILES, BATCHES = "texts", "chats", "records", "files", "b
 
 _ADVICE = "give texts, chats, records, token ids, batches, or the path of a file"
 _LONGEST_NAME = 255
-# Of polars, pyarrow and pandas.
+# Methods of polars, pyarrow and pandas.
 _ROWS = {"to_dicts": "to_dicts()", "to_pylist": "to_pylist()", "to_dict": "to_dict('records')"}
 
 
 @dataclass(frozen=True)
 class Given:
-    """Members that can be gone through, and how to name them in messages.
+    """An iterable of members and its name in messages.
 
-    ``once``: going through them uses them up. ``sized``: all of them are there already.
+    ``once``: iterating uses the members up. ``sized``: all of them exist already.
     """
 
     members: Iterable[Any]
@@ -47,8 +47,8 @@ def given(value: Any, name: str, none: str) -> str | Given:
     """A source that is named by a text or a path, or members.
 
     Args:
-        name: of the argument, for messages.
-        none: what to do in place of giving None.
+        name: name of the argument, for messages.
+        none: what to do instead of giving None.
 
     Raises:
         ErnieQuantError: it is neither.
@@ -70,7 +70,7 @@ def given(value: Any, name: str, none: str) -> str | Given:
             )
         raise ErnieQuantError(f"{name} is {_type_of(value)}; give a list of records")
     for method in _ROWS:
-        # Going through a table gives the names of its columns, or the columns.
+        # Iterating over a table gives the names of its columns, or the columns.
         if hasattr(value, method) and type(value).__name__ in ("DataFrame", "Table"):
             raise ErnieQuantError(f"{name} is a table; give its rows, {name}.{_ROWS[method]}")
     if isinstance(value, io.IOBase):
@@ -100,7 +100,7 @@ def kind_of_members(data: Given) -> tuple[str, Given]:
 
 
 def members(data: Given, kind: str) -> Iterator[tuple[Any, str]]:
-    """All members, each with its name. Texts and records may be None, which are empty ones.
+    """All members, each with its name. None stands for an empty text or record.
 
     Raises:
         ErnieQuantError: one is of another kind.
@@ -110,10 +110,10 @@ def members(data: Given, kind: str) -> Iterator[tuple[Any, str]]:
         if member is None and kind in (TEXTS, CHATS, RECORDS):
             yield member, where
             continue
-        found = _kind(member, where)
-        if found != kind:
+        own_kind = _kind(member, where)
+        if own_kind != kind:
             raise ErnieQuantError(
-                f"{where} is {_type_of(member)} ({found}), but the first is of {kind}; give one "
+                f"{where} is {_type_of(member)} ({own_kind}), but the first is of {kind}; give one "
                 "kind at a time"
             )
         yield member, where
@@ -162,7 +162,7 @@ def _kind(member: Any, where: str) -> str:
 
 
 def _part_kind(part: Any) -> str | None:
-    """What a list of such parts is."""
+    """The kind of a list of such parts; None if it is of no kind."""
     if isinstance(part, str):
         return TEXTS
     if isinstance(part, Mapping):

@@ -22,9 +22,9 @@ def reader_for(
     """
     settings = image_settings(model.config)
     if settings is None:
-        raise ErnieQuantError("the model takes text alone; images need a vision-language model")
-    pictures = ImageReader(settings, Path(str(getattr(model, "name_or_path", "") or ".")))
-    return ImageTextReader(tokenizer, settings, pictures, chat_template, length)
+        raise ErnieQuantError("the model is text-only; images need a vision-language model")
+    image_reader = ImageReader(settings, Path(str(getattr(model, "name_or_path", "") or ".")))
+    return ImageTextReader(tokenizer, settings, image_reader, chat_template, length)
 
 
 def image_inputs(

@@ -18,7 +18,7 @@ import torch
 from erniequant.data.chats import IMAGE_TYPES, chat_of, parts_of
 from erniequant.data.documents import Chat, chat_of_record
 from erniequant.data.images import ImageReader
-from erniequant.data.inputs import ModelInput, with_pictures
+from erniequant.data.inputs import ModelInput, input_with_images
 from erniequant.data.templates import apply_template, for_template, require_template
 from erniequant.errors import ErnieQuantError, wrap_errors
 from erniequant.models.images import ImageSettings
@@ -26,11 +26,11 @@ from erniequant.paths import expanded
 
 MARKER = "<image>"
 MIN_TOKENS = 4
-"""Of an image; with fewer nothing is seen of it."""
+"""Fewest tokens of an image; with fewer, nothing in it can be made out."""
 
 
 def has_images(record: Any) -> bool:
-    """Whether a record names an image at all."""
+    """True if a record names an image."""
     if not isinstance(record, Mapping):
         return False
     if record.get("image") is not None or record.get("images"):
@@ -46,15 +46,15 @@ def has_images(record: Any) -> bool:
 
 @dataclass(frozen=True)
 class ImageTextReader:
-    """Turns records with images into what a model is given.
+    """Turns records with images into model inputs.
 
     chat_template: "apply" renders chats with the tokenizer's template, "none" joins their texts.
     length: most tokens of a record, of which images get at most half; text beyond it is cut.
     """
 
     tokenizer: Any
-    images: ImageSettings
-    pictures: ImageReader
+    settings: ImageSettings
+    image_reader: ImageReader
     chat_template: str = "apply"
     length: int | None = None
 
@@ -96,14 +96,14 @@ class ImageTextReader:
                 f"{where} has {len(sources)} images, too many for {self.length} tokens"
             )
         try:
-            pictures = tuple(self.pictures.read(source, share) for source in sources)
+            images = tuple(self.image_reader.read(source, share) for source in sources)
             expanded: list[int] = []
-            waiting = iter(pictures)
+            waiting = iter(images)
             for token in ids:
-                is_image = token == self.images.token
-                count = next(waiting).tokens(self.images.merge) if is_image else 1
+                is_image = token == self.settings.token
+                count = next(waiting).tokens(self.settings.merge) if is_image else 1
                 expanded += [token] * count
-            return with_pictures(torch.tensor(expanded[: self.length]), pictures, self.images)
+            return input_with_images(torch.tensor(expanded[: self.length]), images, self.settings)
         except ErnieQuantError as error:
             raise ErnieQuantError(f"{where}: {error}") from error
 
@@ -120,7 +120,7 @@ class ImageTextReader:
             if isinstance(part, str):
                 ids += self._tokens(part, where)
             else:
-                ids += [self.images.start_token, self.images.token, self.images.end_token]
+                ids += [self.settings.start_token, self.settings.token, self.settings.end_token]
         return ids
 
     def _chat(
@@ -149,9 +149,9 @@ class ImageTextReader:
             self.tokenizer, turns, where, tools=chat.tools, add_generation_prompt=prompt
         )
         ids = self._tokens(text, where)
-        if ids.count(self.images.token) != len(sources):
+        if ids.count(self.settings.token) != len(sources):
             raise ErnieQuantError(
-                f"{where}: the chat template writes {ids.count(self.images.token)} image tokens "
+                f"{where}: the chat template writes {ids.count(self.settings.token)} image tokens "
                 f"for {len(sources)} images; use --chat-template none"
             )
         return ids, sources
@@ -162,8 +162,8 @@ class ImageTextReader:
 
 
 def with_images(chat: Chat, record: Mapping[str, Any], where: str) -> Chat:
-    """The chat with the images that stand beside it in the record put into its messages: where
-    `MARKER` is, where a part of an image names none, or else before the user's first words.
+    """The chat with the images that the record lists beside it put into its messages: at `MARKER`,
+    at image parts that name no image, or else before the user's first words.
 
     Raises:
         ErnieQuantError: there are more or fewer places than images.
@@ -207,11 +207,11 @@ def _at_markers(part: dict[str, Any]) -> list[dict[str, Any]]:
     """The part, cut where images stand in its text."""
     if part["type"] != "text" or MARKER not in part["text"]:
         return [part]
-    found: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     for number, text in enumerate(part["text"].split(MARKER)):
-        found += [{"type": "image", "image": None}] if number else []
-        found += [{"type": "text", "text": text}] if text else []
-    return found
+        parts += [{"type": "image", "image": None}] if number else []
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
 
 
 def _images_of(record: Mapping[str, Any], where: str) -> list[Any]:

@@ -15,7 +15,7 @@ from erniequant.models.images import ImageSettings
 # The newer file of transformers holds the settings of several processors.
 _FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
 _KEPT = ("image_mean", "image_std", "rescale_factor")
-# Pixels of the released processors, where a checkpoint brings no settings.
+# Pixel limits of the released processors, for checkpoints without settings.
 _MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 6177
 
 
@@ -29,10 +29,10 @@ class ImageReader:
         self._processor: Any = None
 
     def read(self, source: Path | Any, max_tokens: int | None = None) -> ImagePatches:
-        """An image from a file, or one of pillow's; shrunk until it takes ``max_tokens`` tokens.
+        """An image from a file or from pillow, shrunk to at most ``max_tokens`` tokens.
 
         Raises:
-            ErnieQuantError: it is no image that pillow can read, or too long and thin.
+            ErnieQuantError: it is not an image that pillow can read, or too long and thin.
         """
         from PIL import Image, ImageOps
 
@@ -48,13 +48,13 @@ class ImageReader:
                 images=upright, size=self._pixels(max_tokens), return_tensors="pt"
             )
         patches, grid = made["pixel_values"], made["image_grid_thw"][0].tolist()
-        picture = ImagePatches(patches.float(), (grid[0], grid[1], grid[2]))
-        if max_tokens is not None and picture.tokens(self._images.merge) > max_tokens:
+        image = ImagePatches(patches.float(), (grid[0], grid[1], grid[2]))
+        if max_tokens is not None and image.tokens(self._images.merge) > max_tokens:
             raise ErnieQuantError(
                 f"the image {name} is {upright.width} x {upright.height} pixels, which do not fit "
                 f"{max_tokens} tokens; crop it"
             )
-        return picture
+        return image
 
     def _made_processor(self) -> Any:
         if self._processor is None:
@@ -82,8 +82,8 @@ class ImageReader:
 def _settings(folder: Path) -> dict[str, Any]:
     for file, part in _FILES:
         if (folder / file).is_file():
-            found = read_json(folder / file)
-            settings = found if part is None else found.get(part, {})
+            contents = read_json(folder / file)
+            settings = contents if part is None else contents.get(part, {})
             if not isinstance(settings, dict) or not isinstance(settings.get("size", {}), dict):
                 raise ErnieQuantError(f"{folder / file} has no settings of an image processor")
             return settings

@@ -1,8 +1,8 @@
-"""What a model is given: one sequence of tokens, with its images where it takes any.
+"""Input of a model: one sequence of tokens, with its images if it has any.
 
-A vision-language model sends every token to one of two sets of experts. Which one is said by
-``moe_mm_token_type_ids``, and a model that is not given them sends images to the experts for text,
-without a word. Here they are part of the input.
+A vision-language model sends every token to one of two sets of experts. ``moe_mm_token_type_ids``
+choose the set; without them a model silently sends images to the text experts. Here they are part
+of the input.
 """
 
 import hashlib
@@ -36,11 +36,11 @@ class ModelInput:
 
     Attributes:
         ids: int64 ``[T]``.
-        placeholder: bool ``[T]``: tokens that the embeddings of images take the place of.
-        vision: bool ``[T]``: tokens for the experts for images: placeholders, and the tokens that
-            begin and end an image.
+        placeholder: bool ``[T]``: image tokens, which image embeddings replace.
+        vision: bool ``[T]``: tokens for the vision experts: placeholders, and the tokens that begin
+            and end an image.
         positions: int64 ``[3, T]``: time, height and width.
-        pictures: in the order of their tokens.
+        images: in the order of their tokens.
 
     All but the first are None, or empty, where the sequence has no image.
     """
@@ -49,46 +49,46 @@ class ModelInput:
     placeholder: torch.Tensor | None = None
     vision: torch.Tensor | None = None
     positions: torch.Tensor | None = None
-    pictures: tuple[ImagePatches, ...] = ()
+    images: tuple[ImagePatches, ...] = ()
 
     def __len__(self) -> int:
         return self.ids.numel()
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """What transformers' model takes, as a batch of one, type ids of both kinds included."""
+        """Arguments of transformers' model for a batch of one, with both kinds of type ids."""
         ids = self.ids[None]
-        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.placeholder is None or self.vision is None:
-            return found
-        return found | {
-            "pixel_values": torch.cat([picture.patches for picture in self.pictures]),
-            "image_grid_thw": torch.tensor([picture.grid for picture in self.pictures]),
+            return arguments
+        return arguments | {
+            "pixel_values": torch.cat([image.patches for image in self.images]),
+            "image_grid_thw": torch.tensor([image.grid for image in self.images]),
             "mm_token_type_ids": self.placeholder[None].int(),
             "moe_mm_token_type_ids": self.vision[None].int(),
         }
 
 
-def with_pictures(
-    ids: torch.Tensor, pictures: tuple[ImagePatches, ...], images: ImageSettings
+def input_with_images(
+    ids: torch.Tensor, images: tuple[ImagePatches, ...], settings: ImageSettings
 ) -> ModelInput:
-    """The input of token ids in which every image has all its tokens.
+    """One input from token ids and the images that their image tokens stand for.
 
     Raises:
-        ErnieQuantError: they have other tokens of images than the pictures.
+        ErnieQuantError: the runs of image tokens do not match the images.
     """
-    if not pictures:
+    if not images:
         return ModelInput(ids)
-    placeholder = ids == images.token
-    vision = placeholder | (ids == images.start_token) | (ids == images.end_token)
-    wanted = [picture.tokens(images.merge) for picture in pictures]
+    placeholder = ids == settings.token
+    vision = placeholder | (ids == settings.start_token) | (ids == settings.end_token)
+    wanted = [image.tokens(settings.merge) for image in images]
     if _runs(placeholder) != wanted:
         raise ErnieQuantError(
-            f"the text has runs of {_runs(placeholder)} image tokens, but its {len(pictures)} "
+            f"the text has runs of {_runs(placeholder)} image tokens, but its {len(images)} "
             f"images have {wanted}"
         )
-    grids = [picture.grid for picture in pictures]
+    grids = [image.grid for image in images]
     return ModelInput(
-        ids, placeholder, vision, image_positions(placeholder, grids, images.merge), pictures
+        ids, placeholder, vision, image_positions(placeholder, grids, settings.merge), images
     )
 
 
@@ -97,8 +97,8 @@ def image_positions(
 ) -> torch.Tensor:
     """Positions int64 ``[3, T]`` of text with images in it.
 
-    A token of text is one further in all three directions. Those of an image start where the text
-    left off and count time, rows and columns of tokens; the text after it goes on behind the longer
+    A text token is one further in all three directions. Image tokens start where the text left off
+    and count time, rows and columns of tokens; the text after an image goes on behind its longer
     side.
     """
     parts, next_position, start = [], 0, 0
@@ -121,14 +121,14 @@ def image_positions(
 
 
 def from_batch(
-    batch: Mapping[str, Any], images: ImageSettings | None, where: str
+    batch: Mapping[str, Any], settings: ImageSettings | None, where: str
 ) -> list[ModelInput]:
     """The sequences of a batch as transformers' processors make it; padding is dropped.
 
     Args:
         batch: ``input_ids`` ``[B, S]``; with padding ``attention_mask``; with images
             ``pixel_values``, ``image_grid_thw`` and ``moe_mm_token_type_ids``.
-        images: of the model; None for one of text alone.
+        settings: how the model takes images; None for a text-only model.
         where: names the batch in messages.
 
     Raises:
@@ -142,45 +142,45 @@ def from_batch(
     if grids is None and patches is None:
         types = batch.get("moe_mm_token_type_ids")
         if types is not None and bool(torch.as_tensor(types).any()):
-            raise ErnieQuantError(f"{where} has tokens of images but no pixel_values")
+            raise ErnieQuantError(f"{where} has image tokens but no pixel_values")
         return [ModelInput(row[keep]) for row, keep in zip(ids, mask.bool(), strict=True)]
-    if images is None:
-        raise ErnieQuantError(f"{where} has images, but the model takes text alone")
+    if settings is None:
+        raise ErnieQuantError(f"{where} has images, but the model is text-only")
     if grids is None or patches is None:
         raise ErnieQuantError(f"{where} needs both pixel_values and image_grid_thw")
     if batch.get("moe_mm_token_type_ids") is None:
         raise ErnieQuantError(
             f"{where} has images but no moe_mm_token_type_ids, without which a model sends images "
-            "to the experts for text; pass all that the processor returns"
+            "to the text experts; pass all that the processor returns"
         )
     types = _table(batch, "moe_mm_token_type_ids", where, like=ids)
-    pictures = _pictures(torch.as_tensor(patches), torch.as_tensor(grids), images, where)
-    found, used = [], 0
+    images = _images(torch.as_tensor(patches), torch.as_tensor(grids), settings, where)
+    inputs, used = [], 0
     for row, keep, kinds in zip(ids, mask.bool(), types.bool(), strict=True):
-        count = len(_runs(row[keep] == images.token))
+        count = len(_runs(row[keep] == settings.token))
         try:
-            made = with_pictures(row[keep], tuple(pictures[used : used + count]), images)
+            made = input_with_images(row[keep], tuple(images[used : used + count]), settings)
         except ErnieQuantError as error:
             raise ErnieQuantError(f"{where}: {error}") from error
         used += count
         marked = torch.zeros_like(kinds[keep]) if made.vision is None else made.vision
         if not torch.equal(marked, kinds[keep]):
             raise ErnieQuantError(
-                f"{where}: moe_mm_token_type_ids do not mark the tokens of images (id "
-                f"{images.token}, begun by {images.start_token}, ended by {images.end_token})"
+                f"{where}: moe_mm_token_type_ids do not mark the image tokens (id "
+                f"{settings.token}, begun by {settings.start_token}, ended by {settings.end_token})"
             )
-        found.append(made)
-    if used != len(pictures):
-        raise ErnieQuantError(f"{where} has {len(pictures)} images, but its text has {used}")
-    return found
+        inputs.append(made)
+    if used != len(images):
+        raise ErnieQuantError(f"{where} has {len(images)} images, but its text has {used}")
+    return inputs
 
 
-def sequences_of(member: Any, images: ImageSettings | None, where: str) -> list[ModelInput]:
+def sequences_of(member: Any, settings: ImageSettings | None, where: str) -> list[ModelInput]:
     """The sequences of a batch of `from_batch`, or of token ids alone.
 
     Args:
         member: a batch; integers ``[T]`` or ``[B, T]`` as a tensor, an array or lists, of which the
-            rows may differ in length; or a list of one such tensor, as loaders of data make it.
+            rows may differ in length; or a list of one such tensor, as data loaders make it.
 
     Raises:
         ErnieQuantError: as `from_batch`.
@@ -190,7 +190,7 @@ def sequences_of(member: Any, images: ImageSettings | None, where: str) -> list[
     if isinstance(member, Mapping):
         rows = _ragged(member)
         if rows is None:
-            return from_batch(_two_dimensional(member), images, where)
+            return from_batch(_two_dimensional(member), settings, where)
         return [ModelInput(_row(row, where)) for row in rows]
     if isinstance(member, list | tuple) and isinstance(member[0], torch.Tensor):
         if len(member) > 1 and member[0].dim() > 1:
@@ -198,7 +198,7 @@ def sequences_of(member: Any, images: ImageSettings | None, where: str) -> list[
                 f"{where} is a list of {len(member)} tensors; give {{'input_ids': …, "
                 "'attention_mask': …}"
             )
-        return [row for part in member for row in sequences_of(part, images, where)]
+        return [row for part in member for row in sequences_of(part, settings, where)]
     if isinstance(member, list | tuple) and not isinstance(member[0], int):
         return [ModelInput(_row(row, where)) for row in member]
     table = _integers(member, where)
@@ -210,17 +210,17 @@ def sequences_of(member: Any, images: ImageSettings | None, where: str) -> list[
 
 
 def hash_inputs(inputs: Iterable[ModelInput]) -> str:
-    """SHA-256 of what models are given: `hash_token_ids` of text alone, with images of their
-    patches as well."""
-    known = list(inputs)
-    ids = hash_token_ids(torch.cat([entry.ids for entry in known]))
-    pictures = [picture for entry in known for picture in entry.pictures]
-    if not pictures:
+    """SHA-256 of model inputs: `hash_token_ids` for text; with images, their patches are hashed
+    too."""
+    entries = list(inputs)
+    ids = hash_token_ids(torch.cat([entry.ids for entry in entries]))
+    images = [image for entry in entries for image in entry.images]
+    if not images:
         return ids
     digest = hashlib.sha256(ids.encode())
-    for picture in pictures:
-        digest.update(repr(picture.grid).encode())
-        digest.update(picture.patches.contiguous().numpy().data)
+    for image in images:
+        digest.update(repr(image.grid).encode())
+        digest.update(image.patches.contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -285,7 +285,7 @@ def _table(
     try:
         table = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ErnieQuantError(f"{where}: {name} is no table of integers: {error}") from error
+        raise ErnieQuantError(f"{where}: {name} is not a table of integers: {error}") from error
     sound = table.dim() == 2 and not table.is_floating_point()
     if not sound or (like is not None and table.shape != like.shape):
         wanted = "integers [batch, tokens]" if like is None else f"shape {list(like.shape)}"
@@ -293,10 +293,10 @@ def _table(
     return table.long().cpu()
 
 
-def _pictures(
-    patches: torch.Tensor, grids: torch.Tensor, images: ImageSettings, where: str
+def _images(
+    patches: torch.Tensor, grids: torch.Tensor, settings: ImageSettings, where: str
 ) -> list[ImagePatches]:
-    width = images.channels * images.patch**2
+    width = settings.channels * settings.patch**2
     if grids.dim() != 2 or grids.shape[1] != 3 or bool((grids < 1).any()):
         raise ErnieQuantError(f"{where}: image_grid_thw is not [images, 3] of positive integers")
     counts = grids.prod(-1).tolist()
@@ -306,13 +306,13 @@ def _pictures(
             f"{[sum(counts), width]}"
         )
     parts = patches.float().cpu().split(counts)
-    pictures = []
+    images = []
     for part, grid in zip(parts, grids.tolist(), strict=True):
-        if grid[0] != 1 or grid[1] % images.merge or grid[2] % images.merge:
+        if grid[0] != 1 or grid[1] % settings.merge or grid[2] % settings.merge:
             raise ErnieQuantError(
-                f"{where}: image_grid_thw has {grid}; expected 1 and multiples of {images.merge}"
+                f"{where}: image_grid_thw has {grid}; expected 1 and multiples of {settings.merge}"
             )
         if not bool(torch.isfinite(part).all()):
             raise ErnieQuantError(f"{where}: pixel_values holds numbers that are not finite")
-        pictures.append(ImagePatches(part, (grid[0], grid[1], grid[2])))
-    return pictures
+        images.append(ImagePatches(part, (grid[0], grid[1], grid[2])))
+    return images

@@ -1,4 +1,4 @@
-"""Records of files: lines of JSON, JSON, tables. Each comes with a name for messages.
+"""Records in files (JSON lines, JSON, tables), each with a name for messages.
 
 They are not read by `datasets`, which gives a column of JSON or CSV one type: contents that are a
 text in one message and parts in another are refused there, and the text "007" becomes a number. For
@@ -33,7 +33,7 @@ _SPACE = re.compile(r"\s*")
 
 
 def read_records(path: Path) -> Iterator[tuple[Any, str]]:
-    """The records of a file, and how to name each in messages. A name of no known kind is taken for
+    """The records of a file, each with its name for messages. A file of unknown kind is read as
     JSONL.
 
     Raises:
@@ -51,7 +51,7 @@ def read_records(path: Path) -> Iterator[tuple[Any, str]]:
 
 def _lines(path: Path) -> Iterator[tuple[Any, str]]:
     for number, line in text_lines(path):
-        # Files that were joined have a mark where each begins.
+        # Concatenated files have a byte order mark where each begins.
         line = line.removeprefix(MARK)
         if line.strip():
             where = f"{path} line {number}"
@@ -59,8 +59,8 @@ def _lines(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _json(path: Path) -> Iterator[tuple[Any, str]]:
-    """Of a list, its members; of an object with one list of records, those; of values one after the
-    other, each."""
+    """The members of a list, the records of an object that wraps one list of records, or values
+    that follow one another."""
     values = _Values(path)
     if values.next_is("["):
         values.skip()
@@ -100,15 +100,15 @@ class _Values:
         return not self.at_end() and self._text[self._at] == character
 
     def skip(self) -> None:
-        """Go behind the next character."""
+        """Skip the next character."""
         self._at += 1
 
     def at_end(self) -> bool:
-        """Whether nothing but space follows; goes behind that."""
+        """True if only white space follows; skips it."""
         while True:
-            found = _SPACE.match(self._text, self._at)
-            assert found is not None
-            self._at = found.end()
+            gap = _SPACE.match(self._text, self._at)
+            assert gap is not None
+            self._at = gap.end()
             if self._at < len(self._text):
                 return False
             if not self._more(1):
@@ -118,7 +118,7 @@ class _Values:
         """Values up to the end of the list that has begun.
 
         Raises:
-            ErnieQuantError: it does not go on or end as lists do.
+            ErnieQuantError: it neither continues nor ends like a list.
         """
         number = 0
         while not self.next_is("]"):
@@ -163,7 +163,7 @@ class _Values:
         raise ErnieQuantError(f"{where} is not JSON: the file ends before it")
 
     def _more(self, characters: int) -> bool:
-        """Read at least so many further characters; False at the end of the file."""
+        """Read at least this many more characters; False at the end of the file."""
         parts = [self._text[self._at :]]
         read = 0
         while read < characters and not self._ended:
@@ -197,7 +197,7 @@ def _csv(path: Path) -> Iterator[tuple[Any, str]]:
                     f"{where} has {len(row)} cells, but the first line names {len(names)}: put "
                     "texts with separators into quotes"
                 )
-            # Other than in the first line, no cell at all is a blank line.
+            # After the first line, a row without cells is a blank line.
             if row:
                 yield dict(zip(names, row, strict=False)), where
     except csv.Error as error:

@@ -1,5 +1,5 @@
 """The tokenizer of Baidu's own vision-language checkpoints, which comes as a sentencepiece model
-with Python code: made from the model alone, without that code.
+with Python code: made from the model only, without that code.
 
 Ids are those of the sentencepiece library. transformers' conversions are not used: they leave out
 the model's normalisation, take every control piece that a text spells for the piece, and differ
@@ -32,7 +32,7 @@ IMAGE_TOKENS = {
 }
 """Special tokens around and in place of images and videos, by what transformers calls them."""
 
-# Of the released checkpoints, where tokenizer_config.json says nothing else.
+# Tokens of the released checkpoints, unless tokenizer_config.json says otherwise.
 _ROLES = {
     "unk_token": "<unk>",
     "pad_token": "<unk>",
@@ -68,24 +68,24 @@ def sentencepiece_tokenizer(folder: Path) -> Any:
     """
     settings = read_json(folder / SETTINGS_FILE)
     tokenizer, user_defined = _tokenizer(folder / MODEL_FILE)
-    known = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     added = sorted(_added(folder, settings), key=lambda entry: entry[1])
     for token, number, _ in added:
-        if known.setdefault(token, len(known)) != number:
+        if vocabulary.setdefault(token, len(vocabulary)) != number:
             raise ErnieQuantError(
                 f"{folder} gives token {token!r} the id {number}, but its {MODEL_FILE} leads to "
-                f"{known[token]}; its files do not belong together"
+                f"{vocabulary[token]}; its files do not belong together"
             )
-    roles = {role: token for role, token in _roles(settings).items() if token in known}
+    roles = {role: token for role, token in _roles(settings).items() if token in vocabulary}
     more = settings.get("additional_special_tokens") or []
     if not isinstance(more, list):
         raise ErnieQuantError(f"{folder / SETTINGS_FILE} has additional_special_tokens {more!r}")
     named = {*roles.values(), *map(_text, more), *IMAGE_TOKENS.values()}
     named |= {token for token, _, special in added if special}
-    whole = {token for token in named if token in known} | {token for token, _, _ in added}
-    # By id: what is new gets the next one.
-    order = sorted(whole | user_defined, key=lambda token: known[token])
-    order += [token for token in IMAGE_TOKENS.values() if token not in known]
+    whole = {token for token in named if token in vocabulary} | {token for token, _, _ in added}
+    # By id: a new token gets the next one.
+    order = sorted(whole | user_defined, key=lambda token: vocabulary[token])
+    order += [token for token in IMAGE_TOKENS.values() if token not in vocabulary]
     tokenizer.add_tokens(
         [
             # sentencepiece looks for user-defined pieces, such as single digits, after normalising.
@@ -113,7 +113,7 @@ def _tokenizer(path: Path) -> tuple[Tokenizer, set[str]]:
     """The sentencepiece model without special tokens, and its user-defined pieces."""
     model = _parsed(path)
     spec = model.normalizer_spec
-    # What follows would need steps that no ERNIE has.
+    # The problems below would need steps that no ERNIE has.
     kind = model.trainer_spec.model_type
     for wrong, what in (
         (kind != _BPE, f"is of kind {kind}, not BPE"),
@@ -192,12 +192,12 @@ def _added(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[str, int, b
     listed = settings.get("added_tokens_decoder") or {}
     if not isinstance(listed, dict):
         raise ErnieQuantError(f"{folder / SETTINGS_FILE} has a damaged added_tokens_decoder")
-    found = {_text(t): (n, isinstance(t, dict) and t.get("special") is True)
+    tokens = {_text(t): (n, isinstance(t, dict) and t.get("special") is True)
              for n, t in listed.items()}  # fmt: skip
     if (folder / ADDED_FILE).is_file():
         for token, number in read_json(folder / ADDED_FILE).items():
-            found.setdefault(token, (str(number), False))
-    for text, (number, special) in found.items():
+            tokens.setdefault(token, (str(number), False))
+    for text, (number, special) in tokens.items():
         if not text or not number.isdecimal():
             raise ErnieQuantError(f"{folder} lists the token {text!r} with id {number!r}; damaged")
         yield text, int(number), special
@@ -217,7 +217,7 @@ def _text(token: Any) -> str | None:
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The chat template, with tokens for what Baidu's code would put in their place."""
+    """The chat template with the tokens that Baidu's code would put in."""
     template = settings.get("chat_template")
     path = folder / TEMPLATE_FILE
     if path.is_file():

@@ -1,7 +1,7 @@
 """Chats to text by a tokenizer's template, in the form that this template can render.
 
 Most templates want the content of a message as one text, those of vision-language models also as
-parts; some know calls of tools and some do not. Nothing says which, so forms are tried in turn.
+parts; some know tool calls and some do not. Nothing says which, so forms are tried in turn.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def render(chat: Chat, tokenizer: Any, mode: str, where: str) -> str:
     """The text of a chat without images.
 
     Args:
-        mode: ``apply`` renders it with the tokenizer's template, ``none`` joins what is said by
+        mode: ``apply`` renders it with the tokenizer's template, ``none`` joins the contents with
             line ends. Without a template, questions and answers of columns are joined too.
 
     Raises:
@@ -73,18 +73,20 @@ def apply_template(
 
 
 def for_template(messages: Messages, template: str = "") -> Messages:
-    """Messages with the calls of tools as the template knows them."""
-    known = [_with_objects(message) for message in messages]
-    return known if "tool_calls" in template else [calls_as_text(message) for message in known]
+    """Messages with tool calls in the form that the template knows."""
+    converted = [_with_objects(message) for message in messages]
+    return (
+        converted if "tool_calls" in template else [calls_as_text(message) for message in converted]
+    )
 
 
 def _forms(messages: Messages, template: str) -> Iterator[Messages]:
-    known = for_template(messages, template)
-    yield [{**message, "content": text_of(message["content"])} for message in known]
-    if known != messages and "tool_calls" in template:
+    converted = for_template(messages, template)
+    yield [{**message, "content": text_of(message["content"])} for message in converted]
+    if converted != messages and "tool_calls" in template:
         # Some templates want the arguments of a call as text.
         yield [{**message, "content": text_of(message["content"])} for message in messages]
-    yield [{**message, "content": parts_of(message["content"])} for message in known]
+    yield [{**message, "content": parts_of(message["content"])} for message in converted]
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:

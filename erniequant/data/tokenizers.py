@@ -23,9 +23,9 @@ _FAST_FILE = "tokenizer.json"
 _TOKENIZER_FILES = (_FAST_FILE, "tokenizer.model", SETTINGS_FILE)
 # transformers' own leftover of the machine that saved the file; nothing opens it.
 _NEVER_OPENED = "special_tokens_map_file"
-# Of the code that comes with Baidu's vision-language checkpoints; transformers knows no such class.
+# A class of the code in Baidu's vision-language checkpoints; transformers has none of that name.
 _CLASS_OF_ITS_OWN = "Ernie4_5_VLTokenizer"
-# Of the code of Baidu's first text checkpoints; transformers makes the same ids from the
+# A class of the code in Baidu's first text checkpoints; transformers makes the same ids from the
 # sentencepiece model.
 _SAME_AS_ITS_MODEL = "Ernie4_5_Tokenizer"
 # Makes what tokenizer.json, or a conversion of tokenizer.model, describes.
@@ -33,12 +33,12 @@ _GENERAL_CLASS = "PreTrainedTokenizerFast"
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint comes with a tokenizer at all."""
+    """True if a checkpoint comes with a tokenizer."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def is_of_own_code(folder: Path) -> bool:
-    """Whether transformers would need code of the checkpoint for a tokenizer that we can make."""
+    """True if transformers would need code of the checkpoint for a tokenizer that we can make."""
     present = {name for name in _TOKENIZER_FILES if (folder / name).is_file()}
     if present != {"tokenizer.model", SETTINGS_FILE}:
         return False
@@ -55,14 +55,14 @@ def settings_without_code(folder: Path) -> dict[str, Any] | None:
     kept = {key: value for key, value in settings.items() if key not in CODE_ENTRIES}
     if kept == settings or is_of_own_code(folder):
         return None
-    # Of code as well.
+    # These may name code as well.
     kept.pop("processor_class", None)
-    found = kept.get("tokenizer_class")
-    if found is None or _is_known(found):
+    own_class = kept.get("tokenizer_class")
+    if own_class is None or _is_known(own_class):
         return kept
-    if not (folder / _FAST_FILE).is_file() and found != _SAME_AS_ITS_MODEL:
+    if not (folder / _FAST_FILE).is_file() and own_class != _SAME_AS_ITS_MODEL:
         raise ErnieQuantError(
-            f"{folder} has a tokenizer of the class {found!r}, which only its own code has "
+            f"{folder} has a tokenizer of the class {own_class!r}, which only its own code has "
             f"(auto_map in {SETTINGS_FILE}); that is not run, and there is no {_FAST_FILE} to do "
             f"without: save the tokenizer as a {_FAST_FILE} that transformers loads"
         )

@@ -1,5 +1,5 @@
-"""Texts of any length to token ids, a piece at a time: a tokenizer keeps some 150 bytes for every
-token of one call.
+"""Token ids of texts of any length, a piece at a time: a tokenizer keeps about 150 bytes per token
+of a call.
 
 Pieces end where lines end, and each is tokenised behind the end of the one before, so that the ids
 are those of the whole text for every tokenizer that does not look further back.
@@ -16,7 +16,7 @@ from torch import Tensor
 from erniequant.errors import ErnieQuantError, wrap_errors
 
 PIECE = 1 << 18
-"""Characters that are tokenised at once, at least, where there are twice as many."""
+"""Characters tokenised at once, at least, if there are twice as many."""
 
 BEHIND = 64
 """Characters before a piece that its tokenizer is shown."""
@@ -30,25 +30,25 @@ def token_ids(tokenizer: Any, texts: Iterable[str], at_most: int | None = None) 
     token.
 
     Args:
-        at_most: reading stops at so many tokens.
+        at_most: reading stops at this many tokens.
 
     Raises:
         ErnieQuantError: the tokenizer cannot read them.
     """
-    found = array("q")
+    ids = array("q")
     before = ""
     for piece in pieces(texts, PIECE):
-        found.frombytes(_behind(tokenizer, before, piece).numpy().tobytes())
+        ids.frombytes(_behind(tokenizer, before, piece).numpy().tobytes())
         before = piece[-BEHIND:]
-        if at_most is not None and len(found) >= at_most:
+        if at_most is not None and len(ids) >= at_most:
             break
-    if not found:
+    if not ids:
         return torch.zeros(0, dtype=torch.int64)
-    return torch.frombuffer(found, dtype=torch.int64)[:at_most]
+    return torch.frombuffer(ids, dtype=torch.int64)[:at_most]
 
 
 def pieces(texts: Iterable[str], size: int) -> Iterator[str]:
-    """The same text in pieces of ``size`` characters and what is left of a line or a word; at most
+    """The same text in pieces of ``size`` characters and the rest of a line or a word; at most
     twice as many."""
     held = ""
     for text in texts:
@@ -64,21 +64,21 @@ def pieces(texts: Iterable[str], size: int) -> Iterator[str]:
 
 
 def _cut(text: str, least: int, most: int) -> int:
-    """Where a line ends, or else a word, or else ``least``."""
+    """The end of a line, or else of a word, or else ``least``."""
     for pattern in (_LINE_END, _WORD_END):
-        found = pattern.search(text, least, most)
-        if found is not None:
-            return found.end()
+        boundary = pattern.search(text, least, most)
+        if boundary is not None:
+            return boundary.end()
     return least
 
 
 def _behind(tokenizer: Any, before: str, text: str) -> Tensor:
-    """Token ids of a text as they are behind another. Tokenizers that put a space before the first
-    word would put one into the middle otherwise."""
+    """Token ids of a text that follows another. Otherwise, tokenizers that put a space before the
+    first word would put one into the middle."""
     if before:
-        known, both = _ids(tokenizer, before), _ids(tokenizer, before + text)
-        if torch.equal(both[: len(known)], known):
-            return both[len(known) :]
+        leading, both = _ids(tokenizer, before), _ids(tokenizer, before + text)
+        if torch.equal(both[: len(leading)], leading):
+            return both[len(leading) :]
     return _ids(tokenizer, text)
 
 

@@ -32,7 +32,7 @@ class Moments:
     """
 
     def __init__(self, inputs: int, others: Sequence[int] = (), device: Any = "cpu"):
-        """Sums of nothing for ``inputs`` channels and ``others`` channels of other tables."""
+        """Empty sums for ``inputs`` channels and ``others`` channels of other tables."""
         self.total = torch.zeros(inputs, inputs, device=device)
         self.cross = [torch.zeros(inputs, columns, device=device) for columns in others]
         self.weight = 0.0
@@ -75,12 +75,13 @@ class Factor:
 
 
 def finite_rows(x: torch.Tensor) -> torch.Tensor:
-    """Which rows of ``[T, K]`` hold neither inf nor nan, nor values whose sum overflows."""
+    """Mask of the rows of ``[T, K]`` that hold neither inf nor nan, nor values whose sum
+    overflows."""
     return torch.isfinite(x.sum(-1))
 
 
 def all_finite(matrix: torch.Tensor) -> bool:
-    """Whether a matrix ``[N, K]`` holds neither inf nor nan, without a copy of it."""
+    """True if a matrix ``[N, K]`` holds neither inf nor nan, without a copy of it."""
     return all(bool(torch.isfinite(rows).all()) for rows in matrix.split(ROW_BLOCK))
 
 

@@ -29,7 +29,7 @@ class Rotation:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedMatrix:
-    """One coded matrix and what became of it.
+    """One coded matrix and its error.
 
     ``parts`` are its tensors as they are stored, by suffix; ``effective`` float32 ``[N, K]`` are
     the weights that they stand for. ``error`` is ``tr(E H E^T) / tr(W H W^T)``.
@@ -42,12 +42,13 @@ class QuantizedMatrix:
     fallback: str | None
 
     def stored(self) -> "QuantizedMatrix":
-        """Without the float32 weights: what has to be kept until the layer is written."""
+        """The same without the float32 weights: the part that is kept until the layer is
+        written."""
         return replace(self, effective=torch.empty(0))
 
 
 class MatrixQuantizer(Protocol):
-    """How the matrices of one projection of a layer are coded, each on its own. Can be pickled."""
+    """Coder of the matrices of one projection of a layer, each on its own. Can be pickled."""
 
     @property
     def inputs(self) -> int:
@@ -195,7 +196,7 @@ def refit_scale(
         The scale ``[N]`` and the relative error that it leaves, ``tr(E H E^T) / tr(W H W^T)``; 0
         for a zero matrix.
     """
-    found = torch.empty_like(scale)
+    refitted = torch.empty_like(scale)
     loss = energy = 0.0
     # By columns: products with the Hessian are as large as the matrix.
     for start in range(0, rows.shape[1], ROW_BLOCK):
@@ -205,12 +206,12 @@ def refit_scale(
         qq, qw, ww = (_inner(*pair) for pair in ((of_q, q), (of_q, w), (of_w, w)))
         fitted = (qw / qq).float()
         usable = torch.isfinite(fitted) & (fitted > 0)
-        found[part] = torch.where(usable, fitted, scale[part]).bfloat16().float()
+        refitted[part] = torch.where(usable, fitted, scale[part]).bfloat16().float()
         # The quadratic form of w - s q from its parts: a third product would take as long as both.
-        s = found[part].double()
+        s = refitted[part].double()
         loss += float((ww - 2 * s * qw + s * s * qq).sum())
         energy += float(ww.sum())
-    return found, max(loss, 0.0) / energy if energy > 0 else 0.0
+    return refitted, max(loss, 0.0) / energy if energy > 0 else 0.0
 
 
 def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a matrix should aim at, and which of its outputs matter.
+"""The target of a matrix and the importance of its outputs.
 
 A matrix is not encoded for its own sake: it has to give the outputs of the original model from the
 inputs of the quantised one. Both differ, because everything before it was quantised too.
@@ -46,11 +46,11 @@ def corrected_target(
 
 
 def inner_sensitivity(gate_and_up: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
-    """How much an error of each gate and up output disturbs the expert's output, token by token.
+    """Sensitivity of the expert's output to an error of each gate and up output, token by token.
 
     First order: an error ``d`` of gate unit ``i`` moves the output by
-    ``down[:, i] u_i silu'(g_i) d``, one of up unit ``i`` by ``down[:, i] silu(g_i) d``; the squared
-    length of that for ``d = 1``.
+    ``down[:, i] u_i silu'(g_i) d``, one of up unit ``i`` by ``down[:, i] silu(g_i) d``; the result
+    is the squared length of that for ``d = 1``.
 
     Args:
         gate_and_up: outputs of both projections, float32 ``[n, 2I]``.
@@ -73,7 +73,7 @@ def token_emphasis(sensitivity: torch.Tensor, weights: torch.Tensor) -> torch.Te
     The root of a token's sensitivity, not all of it, lest a few extreme tokens decide alone.
 
     Args:
-        sensitivity: of `inner_sensitivity`, ``[n, 2I]``.
+        sensitivity: from `inner_sensitivity`, ``[n, 2I]``.
         weights: ``[n]``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How close a quantised model is to its original: perplexity, divergence, and a plain baseline."""
+"""Closeness of a quantised model to its original: perplexity, divergence, and a plain baseline."""
 
 from erniequant.evaluate.images import ImageTextResult, image_perplexity
 from erniequant.evaluate.perplexity import PerplexityResult, perplexity

@@ -1,7 +1,7 @@
 """Perplexity of text given the images that go with it.
 
-Protocol: every record is a sequence of its own; scored are the tokens of text behind its first
-image, each given everything before it. Those of images, and the end of the text, are not.
+Protocol: every record is a sequence of its own; the text tokens after its first image are scored,
+each given everything before it. Image tokens and the end of the text are not.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from erniequant.models.registry import image_settings
 from erniequant.paths import expanded
 from erniequant.progress import Progress, observed
 
-# Beyond it, text of a record is cut.
+# Text of a record beyond this is cut.
 MAX_TOKENS = 4096
 
 
@@ -77,7 +77,7 @@ def image_perplexity(
     try:
         for number, entry in enumerate(inputs):
             _score(model, reference, entry, number, tokenizer, scores)
-            watch.advance(1, "scoring text of images")
+            watch.advance(1, "scoring text given images")
     finally:
         watch.finish()
     value, stderr = scores.perplexity()
@@ -87,7 +87,7 @@ def image_perplexity(
         nll=float(scores.nll.mean()),
         tokens=len(scores.nll),
         records=len(inputs),
-        images=sum(len(entry.pictures) for entry in inputs),
+        images=sum(len(entry.images) for entry in inputs),
         vision_tokens=sum(int(e.vision.sum()) for e in inputs if e.vision is not None),
         inputs_sha256=hash_inputs(inputs),
         reference=scores.compare(),
@@ -97,7 +97,7 @@ def image_perplexity(
 def evaluation_inputs(
     model: nn.Module, tokenizer: Any, records: str | Path | Iterable[Any]
 ) -> list[ModelInput]:
-    """What the model is given for each record.
+    """The model's input for each record.
 
     Raises:
         ErnieQuantError: as `image_perplexity`.
@@ -110,8 +110,8 @@ def evaluation_inputs(
 
             path = heldout_images()
         reader = reader_for(model, tokenizer, length=MAX_TOKENS)
-        found = read_records(path)
-        inputs = [reader.read(r, where, path.parent) for r, where in found if has_images(r)]
+        named_records = read_records(path)
+        inputs = [reader.read(r, where, path.parent) for r, where in named_records if has_images(r)]
     else:
         inputs = _given_inputs(model, tokenizer, source)
     if not any(_scored(entry, tokenizer).numel() for entry in inputs):
@@ -137,7 +137,7 @@ def _given_inputs(model: nn.Module, tokenizer: Any, source: Given) -> list[Model
 
 
 def _scored(entry: ModelInput, tokenizer: Any) -> Tensor:
-    """Places of the tokens to score, int64 ``[n]``."""
+    """Positions of the tokens to score, int64 ``[n]``."""
     if entry.vision is None:
         return torch.zeros(0, dtype=torch.int64)
     behind = entry.vision.cumsum(0) > 0

@@ -68,8 +68,8 @@ def perplexity(
     model, reference: called as `model(input_ids=[B, S] int64, use_cache=False)`, giving `.logits`
     [B, S, vocabulary] of any float type. context: tokens per window, default 2048 or the model's
     `max_position_embeddings` if that is less, never more than the text. stride: default context.
-    tokens: use only the first so many tokens of the text. text: the text itself, or the path of a
-    UTF-8 file, which is read a block at a time, and tokenised as far as it is used.
+    tokens: use only this many tokens from the start of the text. text: the text itself, or the path
+    of a UTF-8 file, which is read a block at a time, and tokenised as far as it is used.
 
     Standard errors are clustered by window: tokens of one window share their context, so their
     errors are correlated and a window counts as one observation. With a single window there is
@@ -78,8 +78,8 @@ def perplexity(
     through exp; the ratio's is paired, token by token. KL is KL(reference || model) over the
     whole vocabulary.
 
-    Raises ErnieQuantError for what is no text, a text too short, an impossible context or stride,
-    vocabularies that differ, and logits that are not finite.
+    Raises ErnieQuantError for anything that is not a text, a text too short, an impossible context
+    or stride, vocabularies that differ, and logits that are not finite.
     """
     token_ids, text_sha256 = _read(tokenizer, text, tokens)
     context = _choose_context(model, context)
@@ -113,7 +113,7 @@ def perplexity(
 def tokenize(tokenizer: Any, text: str | Path, at_most: int | None = None) -> Tensor:
     """The first token ids of a text, int64 [n], without BOS or any other added token.
 
-    Raises ErnieQuantError for what is no text, or cannot be read.
+    Raises ErnieQuantError if it is not a text or cannot be read.
     """
     return token_ids(tokenizer, _parts(text), at_most)
 
@@ -142,7 +142,7 @@ class _Hashed:
             yield part
 
     def finish(self) -> bool:
-        """Hash what was not asked for; whether there was more than space."""
+        """Hash the rest of the text; True if all of it held more than white space."""
         for _ in self:
             pass
         return self._has_words

@@ -1,7 +1,7 @@
-"""What a model thinks of tokens, and how far that is from a reference, token by token.
+"""Scores of tokens under a model and their distance to a reference, token by token.
 
 Standard errors are clustered: tokens of one window or record share their context, so their errors
-are correlated and it counts as one observation.
+are correlated and a window or record counts as one observation.
 """
 
 import math

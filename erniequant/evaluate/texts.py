@@ -12,7 +12,7 @@ def evaluation_text(*, file: Path | None = None, dataset: str | None = None) -> 
     """The text of `file`, of `dataset` ("NAME[:SPLIT[:COLUMN]]"), or the built-in one, in that
     order.
 
-    Raises ErnieQuantError for what cannot be read or holds no text.
+    Raises ErnieQuantError if it cannot be read or holds no text.
     """
     if file is not None:
         return read_text(expanded(file))

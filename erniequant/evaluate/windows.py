@@ -1,4 +1,4 @@
-"""Which tokens of a text are scored, in which window: the protocol behind every perplexity
+"""The windows of a text and the tokens scored in each: the protocol behind every perplexity
 figure."""
 
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
-"""The two things that a format is: `Format`, the verbs for checkpoints in it, and `OutputFormat`,
-the layout of one result: its tensors, where a matrix of an expert goes, how it is coded."""
+"""A format is two things: `Format`, the verbs for checkpoints in it, and `OutputFormat`, the layout
+of one result: its tensors, the slots of an expert's matrices, and their codes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -24,11 +24,11 @@ EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a reader is told of a checkpoint that its files may not say.
+    """Facts about a checkpoint that its files may not record.
 
     Attributes:
-        k_order: of FastDeploy's WINT2: "plain" or "mma64".
-        reference: the original, to find that by.
+        k_order: the order of inputs in FastDeploy's WINT2: "plain" or "mma64".
+        reference: the original, from which the order can be detected.
     """
 
     k_order: str | None = None
@@ -37,7 +37,7 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """Where one part of a coded matrix is stored: a tensor, or one row of it."""
+    """The storage of one part of a coded matrix: a tensor, or one row of it."""
 
     tensor: str
     row: int | None
@@ -66,15 +66,16 @@ class OutputFormat(ABC):
 
     @abstractmethod
     def quantizers(self, layer: int, group: ExpertGroup) -> dict[str, MatrixQuantizer]:
-        """How the matrices of a group of experts are coded, by projection."""
+        """Coders for the matrices of a group of experts, by projection."""
 
     @abstractmethod
     def write_shared(self, layer: int, group: ExpertGroup, shards: ShardFiles) -> None:
-        """Write what all experts of a group have in common."""
+        """Write the tensors that all experts of a group share."""
 
     @abstractmethod
     def places(self, layer: int, expert: int, projection: str) -> dict[str, TensorSlot]:
-        """Where the parts of an expert's matrix go, by suffix; ``expert`` counts within a layer."""
+        """Slots for the parts of an expert's matrix, by suffix; ``expert`` counts within a
+        layer."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -96,7 +97,7 @@ class Format(ABC):
 
     @abstractmethod
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json describes a checkpoint of this format."""
+        """True if a config.json describes a checkpoint of this format."""
 
     @abstractmethod
     def check(self, options: QuantizeOptions) -> None:
@@ -124,11 +125,11 @@ class Format(ABC):
 
     @abstractmethod
     def inspect(self, source: str | Path) -> ModelSummary:
-        """What a checkpoint holds, from its headers."""
+        """Summary of a checkpoint, from its headers."""
 
     @abstractmethod
     def verify(self, source: str | Path, reference: str | Path | None) -> VerifyReport:
-        """What is wrong with a checkpoint; against its original, the error of every matrix."""
+        """Problems of a checkpoint; with its original, also the error of every matrix."""
 
     @abstractmethod
     def export(
@@ -144,12 +145,13 @@ class Format(ABC):
     def reshard(
         self, source: str | Path, destination: str | Path, ranks: int, read: ReadOptions
     ) -> WrittenShards:
-        """Write a checkpoint of this format once more, cut for so many ranks."""
+        """Write a checkpoint of this format once more, cut for several ranks."""
         raise ErnieQuantError(f"checkpoints of the format {self.name} are not cut; use them whole")
 
     @abstractmethod
     def encoder_bytes(self, inputs: int) -> int:
-        """Memory that coding a matrix of so many inputs takes beside its moments and weights."""
+        """Memory that coding a matrix with ``inputs`` inputs takes beside its moments and
+        weights."""
 
     @abstractmethod
     def encode_rate(self, options: QuantizeOptions) -> float:
@@ -161,8 +163,6 @@ def stored_parts(
 ) -> dict[str, torch.Tensor]:
     """Parts of a matrix by suffix, from the bytes of their tensors by name."""
     return {
-        suffix: torch.frombuffer(bytearray(stored[place.tensor]), dtype=place.dtype).view(
-            place.shape
-        )
-        for suffix, place in places.items()
+        suffix: torch.frombuffer(bytearray(stored[slot.tensor]), dtype=slot.dtype).view(slot.shape)
+        for suffix, slot in places.items()
     }

@@ -24,7 +24,7 @@ def folder_notes(folder: Path) -> tuple[str, ...]:
 
 
 def provenance(folder: Path) -> dict[str, Any]:
-    """What the report beside the weights says of where they come from; empty without one."""
+    """The origin of the weights according to the report beside them; empty without one."""
     path = folder / REPORT_FILE
     if not path.is_file():
         return {}
@@ -33,8 +33,8 @@ def provenance(folder: Path) -> dict[str, Any]:
 
 
 def folder_problems(folder: Path) -> Iterator[str]:
-    """What keeps a checkpoint from being used that is not in its weights: an adapter, and files
-    that are only seemingly there."""
+    """Problems outside the weights that keep a checkpoint from being used: an adapter, and files
+    that only seem to be there."""
     problem = adapter_problem(folder)
     if problem is not None:
         yield problem
@@ -47,7 +47,8 @@ def folder_problems(folder: Path) -> Iterator[str]:
 def matrix_error(
     original: Checkpoint, name: str, weight: torch.Tensor, problems: list[str]
 ) -> MatrixError | None:
-    """The error of a decoded matrix; a line to ``problems`` if the original has no such one."""
+    """The error of a decoded matrix; adds a line to ``problems`` if the original has no such
+    matrix."""
     header = original.headers.get(name)
     if header is None or header.shape != tuple(weight.shape):
         problems.append(f"the reference has no tensor {name} of shape {list(weight.shape)}")

@@ -1,5 +1,4 @@
-"""What will happen to every tensor of a source checkpoint, decided from names and shapes before
-any work.
+"""The fate of every tensor of a source checkpoint, decided from names and shapes before any work.
 
 Every tensor is either one of the expert matrices or one of the model's others, which are copied;
 all of them must be there. Anything else stops the run: an unknown tensor must not be dropped or
@@ -27,7 +26,7 @@ _HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What to make of the experts.
+    """Options that decide what becomes of the experts.
 
     ``own`` are options that only the format has, by their names in `erniequant.quantize`; the
     format checks them (`Format.check`).
@@ -53,8 +52,8 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class PlanWording:
-    """What a format does with tensors, in words: one line for each code, how other tensors arrive
-    (``copy``, ``unchanged``), and what becomes of multi-token prediction."""
+    """A format's wording for what it does with tensors: one line for each code, how other tensors
+    arrive (``copy``, ``unchanged``), and what becomes of multi-token prediction."""
 
     codes: tuple[str, ...]
     verb: str
@@ -69,7 +68,7 @@ class Plan:
     ``packed`` are the tensors that take the place of ``quantized``; ``mtp`` those of ``copied``
     that transformers does not run. ``expert_bytes`` and ``copied_bytes`` are those of the output;
     ``source_bytes`` of the input. ``groups`` is the same list of tensors for people to read.
-    ``settings`` are the codes as JSON, ``wording`` how the format speaks of all this.
+    ``settings`` are the codes as JSON, ``wording`` the format's words for all this.
     """
 
     model: ModelSizes
@@ -106,8 +105,8 @@ class Plan:
 Contents = Callable[
     [tuple[str, ...]], tuple[tuple[OutputTensor, ...], int, Mapping[str, Any], PlanWording]
 ]
-"""From the names of the tensors that are not quantised to: the tensors that hold experts, bytes of
-all others, the codes as JSON, the wording."""
+"""Takes the names of the tensors that are not quantised; returns the tensors that hold experts, the
+bytes of all others, the codes as JSON, and the wording."""
 
 
 def make_plan(
@@ -133,11 +132,11 @@ def make_plan(
             f"config.json has hidden_act {model.config.hidden_act!r}; only silu can be calibrated"
         )
     expert_names = set(quantized)
-    known = {*expert_names, *model.required(), _HEAD}
+    expected = {*expert_names, *model.required(), _HEAD}
     for line in fused_experts(checkpoint.headers, model, str(checkpoint.folder)):
         raise ErnieQuantError(line)
     for name in checkpoint.names():
-        if name not in known and not _MTP.fullmatch(name):
+        if name not in expected and not _MTP.fullmatch(name):
             raise ErnieQuantError(not_part_of(name, model))
     for line in tensor_misfits(model, checkpoint.headers):
         raise ErnieQuantError(line)

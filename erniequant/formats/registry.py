@@ -19,13 +19,13 @@ def get_format(name: str) -> Format:
     """
     if name not in ROWS:
         raise ErnieQuantError(f"no format {name!r}; use {' or '.join(ROWS)}")
-    found: Format = importlib.import_module(ROWS[name]).FORMAT
-    return found
+    row: Format = importlib.import_module(ROWS[name]).FORMAT
+    return row
 
 
 def format_of(source: str | Path) -> Format:
-    """The format of a local folder or of a model on Hugging Face; of the latter, always the native
-    one, which has plain checkpoints too.
+    """The format of a local folder or of a model on Hugging Face; for the latter always the native
+    one, which covers plain checkpoints too.
 
     Raises:
         ErnieQuantError: its config.json cannot be read.
@@ -41,19 +41,19 @@ def format_of(source: str | Path) -> Format:
 
 
 def check_options(options: QuantizeOptions) -> Format:
-    """The format that is asked for, which has all the options.
+    """The requested format, once it is known to have all the options.
 
     Raises:
-        ErnieQuantError: it does not have one of them.
+        ErnieQuantError: it lacks one of them.
     """
-    found = get_format(options.format)
+    requested = get_format(options.format)
     for name in options.own:
-        if name not in found.own_options:
+        if name not in requested.own_options:
             owner = next((f for f in map(get_format, ROWS) if name in f.own_options), None)
             if owner is None:
                 raise ErnieQuantError(f"no format has the option {name}")
             names = " and ".join(option.replace("_", "-") for option in owner.own_options)
             are, them = ("are", "them") if len(owner.own_options) > 1 else ("is", "it")
             raise ErnieQuantError(f"{names} {are} of the format {owner.name}; leave {them} out")
-    found.check(options)
-    return found
+    requested.check(options)
+    return requested

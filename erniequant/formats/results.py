@@ -1,4 +1,4 @@
-"""What the verbs of every format give: a summary, a verification, an export."""
+"""Results of every format's verbs: a summary, a verification, an export."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +23,7 @@ class TensorSummary:
 
     @property
     def quantized(self) -> bool:
-        """Whether it holds part of quantised weights."""
+        """True if it holds part of quantised weights."""
         return self.code not in (None, GUARD_CODE)
 
 
@@ -62,15 +62,15 @@ class ModelSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        found = asdict(self)
-        for entry, tensor in zip(found["tensors"], self.tensors, strict=True):
+        result = asdict(self)
+        for entry, tensor in zip(result["tensors"], self.tensors, strict=True):
             entry["quantized"] = tensor.quantized
-        found["bits_per_weight"] = {
+        result["bits_per_weight"] = {
             "experts": self.expert_bits_per_weight,
             "total": self.total_bits_per_weight,
         }
-        found["gigabytes"] = self.total_bytes / 1e9
-        return found
+        result["gigabytes"] = self.total_bytes / 1e9
+        return result
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class MatrixError:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was checked and what is wrong (one line each).
+    """Outcome of a verification; problems are one line each.
 
     ``checksums`` gives "ok", "differs" or "missing" for every file that the report beside the
     weights lists; ``errors`` is empty without a reference."""
@@ -97,7 +97,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if nothing is wrong."""
         return not self.problems
 
     @property
@@ -114,7 +114,7 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written; ``left_behind`` names what else is in the source's folder."""
+    """Outcome of an export; ``left_behind`` names what else is in the source's folder."""
 
     folder: str
     to: str
@@ -130,7 +130,7 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class WrittenShards:
-    """What was written: sha256 of every shard by path below the folder, bytes and number of all
+    """Shards that were written: sha256 of each by path below the folder, bytes and number of all
     tensors; ``left_out`` are tensors of the original that the format has no place for."""
 
     folder: str

@@ -31,12 +31,13 @@ def load(
     Args:
         source: folder or Hugging Face id.
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
-        dtype: of activations and unquantised weights, for example "bfloat16"; None or "auto": as
-            stored.
+        dtype: type of activations and unquantised weights, for example "bfloat16"; None or "auto":
+            as stored.
         keep_decoded: keep experts decoded after first use (see `DecodingExperts`). None: on the
-            CPU, those that cannot be multiplied packed, where they fit in 2 GB.
-        k_order: of a FastDeploy WINT2 checkpoint whose files do not say: "plain" or "mma64".
-        reference: the original of such a checkpoint, to find its K order by.
+            CPU, those that cannot be multiplied packed, if they fit in 2 GB.
+        k_order: K order of a FastDeploy WINT2 checkpoint, if its files do not record it: "plain" or
+            "mma64".
+        reference: the original of such a checkpoint, from which its K order is detected.
 
     Returns:
         The transformers model, and the tokenizer or None if the checkpoint has none.
@@ -61,10 +62,10 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     """
     if dtype is None or dtype == "auto":
         return "auto"
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or found not in _DTYPES:
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(torch_dtype, torch.dtype) or torch_dtype not in _DTYPES:
         raise ErnieQuantError(f"no such dtype {dtype!r}; use bfloat16, float16 or float32")
-    return found
+    return torch_dtype
 
 
 def inspect(source: str | Path) -> ModelSummary:
@@ -99,8 +100,9 @@ def export(
     Args:
         to: "bf16" or "fp32"; fp32 also widens the tensors that are copied, so that a model
             computing in float32 is reproduced exactly.
-        k_order: of a FastDeploy WINT2 checkpoint whose files do not say: "plain" or "mma64".
-        reference: the original of such a checkpoint, to find its K order by.
+        k_order: K order of a FastDeploy WINT2 checkpoint, if its files do not record it: "plain" or
+            "mma64".
+        reference: the original of such a checkpoint, from which its K order is detected.
 
     Raises:
         ErnieQuantError: src is not a sound quantised checkpoint, its files are not those that its
@@ -120,8 +122,8 @@ def reshard(
     tensor_parallel: int = 1,
     k_order: str | None = None,
 ) -> WrittenShards:
-    """Write ``src``, which is of the format ``to``, into the new folder ``dst``, cut for so many
-    ranks. No weight changes.
+    """Write ``src``, a checkpoint of the format ``to``, into the new folder ``dst``, cut for
+    ``tensor_parallel`` ranks. No weight changes.
 
     Raises:
         ErnieQuantError: it is of another format, cut already, or cannot be cut so.

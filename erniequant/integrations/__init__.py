@@ -1,1 +1,1 @@
-"""What other libraries are told about packed models, when they are imported."""
+"""Registration of packed models with other libraries, when these are imported."""

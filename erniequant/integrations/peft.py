@@ -86,7 +86,7 @@ def _as_modules(experts: list[str]) -> Iterator[str]:
 
 
 def _covered(peft_config: Any, names: Iterable[str]) -> Iterator[bool]:
-    """Whether each of the names is among the targets."""
+    """True if each of the names is among the targets."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     return (bool(check_target_module_exists(peft_config, name)) for name in names)

@@ -1,7 +1,7 @@
 """Register with transformers and PEFT without making `import erniequant` wait for it.
 
-Importing transformers takes seconds, and `erniequant --help` has one. What is loaded already is
-told at once, the rest at the moment it has been imported.
+Importing transformers takes seconds, and `erniequant --help` has one. Libraries that are loaded
+already are told at once, the rest as soon as they are imported.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ def _register_vision_model() -> None:
 
     from erniequant.models.registry import FAMILIES
 
-    for family in FAMILIES.values():  # transformers lists those of text already
+    for family in FAMILIES.values():  # transformers lists text models already
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(family.model_type, family.model_class)
 
 
@@ -79,7 +79,8 @@ class _Watcher(MetaPathFinder):
 
 
 def register_when_loaded() -> None:
-    """Register now what is loaded, and the rest as soon as it is. Safe to call again."""
+    """Register now with libraries that are loaded, and with the rest as soon as they are. Safe to
+    call again."""
     waiting = {name for name in TRIGGERS if name not in sys.modules}
     for name, register in TRIGGERS.items():
         if name not in waiting:

@@ -1,1 +1,1 @@
-"""Architectures: what a checkpoint's tensors are called and how its layers run."""
+"""Architectures: the names of a checkpoint's tensors, and its layers run one at a time."""

@@ -1,5 +1,5 @@
-"""What quantisation needs to know of a model: sizes, tensor names on disk, and its decoder layers
-run one at a time.
+"""The facts about a model that quantisation needs: sizes, tensor names on disk, and its decoder
+layers run one at a time.
 
 The layers are transformers' own modules, built without memory and filled from the checkpoint, so
 attention, norms and routing are the stock ones. Matrices that are quantised are never part of
@@ -27,7 +27,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class TensorSource(Protocol):
-    """Where tensors come from by their name on disk."""
+    """A source of tensors by their names on disk."""
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -82,7 +82,7 @@ class ModelSizes:
 
 @dataclass(frozen=True, eq=False)
 class MoeInput:
-    """What a layer's experts see: inputs ``[T, H]``, expert ids and routing weights ``[T, k]``."""
+    """Inputs ``[T, H]`` of a layer's experts, with expert ids and routing weights ``[T, k]``."""
 
     x: torch.Tensor
     expert: torch.Tensor
@@ -102,15 +102,15 @@ class MoeInput:
 
 class Architecture(ABC):
     """One model with its config. Its class is the family, whose facts are the class's attributes;
-    those that are given here are of a mixture of experts.
+    the values here are those of a mixture of experts.
 
     Attributes:
-        model_type: what config.json calls it.
-        description: what messages call it.
+        model_type: its name in config.json.
+        description: its name in messages.
         model_class: the name of transformers' class of the whole model.
         auto_class: the name of transformers' class that loads it.
         stock_module: the name of transformers' class that a packed module replaces.
-        slots: places of a layer that take packed tensors, in the order in which checkpoints number
+        slots: places in a layer that take packed tensors, in the order in which checkpoints number
             their experts.
         matrix_pattern: name on disk of one matrix within a layer, with ``{expert}`` (numbered
             through all slots) and ``{matrix}``.
@@ -123,7 +123,7 @@ class Architecture(ABC):
         whole: the config in transformers.
         config: its part for the decoder.
         sizes: see `ModelSizes`.
-        images: how it takes images, None for a model of text alone.
+        images: its image settings, None for a text-only model.
     """
 
     model_type: ClassVar[str]
@@ -154,16 +154,16 @@ class Architecture(ABC):
     @classmethod
     @abstractmethod
     def config_class(cls) -> type[Any]:
-        """Of transformers."""
+        """The config class in transformers."""
 
     @classmethod
     def is_dense(cls) -> bool:
-        """Whether its MLPs take the place of experts."""
+        """True if its MLPs take the place of experts."""
         return any(slot.dense for slot in cls.slots)
 
     @classmethod
     def expert_count(cls, settings: Mapping[str, Any]) -> Any:
-        """What the decoder's part of a config.json gives as number of experts, None if nothing."""
+        """The number of experts in the decoder's part of a config.json, None if it gives none."""
         return next((settings[key] for key in cls.expert_count_keys if key in settings), None)
 
     @classmethod
@@ -177,17 +177,17 @@ class Architecture(ABC):
 
     @classmethod
     def image_settings(cls, config: Any) -> ImageSettings | None:
-        """How the model of a transformers config takes images; None if it takes none."""
+        """Image settings of the model of a transformers config; None for a text-only model."""
         return None
 
     @classmethod
     def optional(cls, name: str) -> bool:
-        """Whether a required tensor may be missing, and is zero then."""
+        """True if a required tensor may be missing, and is zero then."""
         return name.endswith(cls.optional_tensors)
 
     @classmethod
     def name_in_memory(cls, name: str) -> str:
-        """What transformers calls a tensor in memory, by its name on disk."""
+        """The name that transformers gives in memory to the tensor with this name on disk."""
         return name
 
     def expert_matrix_name(self, layer: int, expert: int, matrix: str) -> str:
@@ -205,8 +205,8 @@ class Architecture(ABC):
         """Split a quantised layer after attention: hidden states ``[1, T, H]`` with everything
         added but the experts' outputs, and the experts' input.
 
-        vision: bool ``[T]``, which tokens are of an image, in models that tell them apart; None
-        means none.
+        vision: bool ``[T]``, true for image tokens, in models that tell them apart; None means
+        none.
         """
 
     @abstractmethod
@@ -218,7 +218,8 @@ class Architecture(ABC):
         """The module of position embeddings."""
 
     def adapt(self, names: Collection[str]) -> "Architecture":
-        """Take over how a checkpoint with tensors of these names calls what has two names."""
+        """Adopt the names of a checkpoint with these tensors where a tensor has two possible
+        names."""
         return self
 
     def disk_name(self, layer: int, name: str) -> str:
@@ -239,17 +240,17 @@ class Architecture(ABC):
             return self._required
         config = self.config
         embedding = (self.sizes.vocabulary, self.sizes.hidden)
-        found: Shapes = {"model.embed_tokens.weight": embedding}
+        shapes: Shapes = {"model.embed_tokens.weight": embedding}
         for index in range(self.sizes.layers):
             for name, parameter in self._empty_layer(index).state_dict().items():
                 shape = self.disk_shape(name, tuple(parameter.shape))
-                found[self.disk_name(index, name)] = shape
-        found["model.norm.weight"] = (self.sizes.hidden,)
+                shapes[self.disk_name(index, name)] = shape
+        shapes["model.norm.weight"] = (self.sizes.hidden,)
         if not config.tie_word_embeddings:
-            found["lm_head.weight"] = embedding
+            shapes["lm_head.weight"] = embedding
         if self._head_bias():
-            found["lm_head.bias"] = (self.sizes.vocabulary,)
-        self._required = found | self._other_parts()
+            shapes["lm_head.bias"] = (self.sizes.vocabulary,)
+        self._required = shapes | self._other_parts()
         return self._required
 
     def _head_bias(self) -> bool:
@@ -291,7 +292,7 @@ class Architecture(ABC):
 
     def position_embeddings(self, positions: torch.Tensor, device: torch.device) -> Any:
         """Rotary cosine and sine of positions, int64 ``[1, T]``, or ``[3, 1, T]`` in models that
-        know images."""
+        take images."""
         return self._rotary().to(device)(torch.zeros(1, device=device), positions.to(device))
 
     def attend(
@@ -317,10 +318,10 @@ class Architecture(ABC):
         grid: torch.Tensor,
         device: torch.device,
     ) -> torch.Tensor:
-        """Embeddings float32 ``[P / merge**2, H]`` of the tokens of images, on the CPU.
+        """Embeddings float32 ``[P / merge**2, H]`` of the image tokens, on the CPU.
 
         Args:
-            patches: of all images, float32 ``[P, C * patch * patch]``.
+            patches: patches of all images, float32 ``[P, C * patch * patch]``.
             grid: int64 ``[images, 3]``: time, height and width of each in patches.
 
         Raises:
@@ -329,7 +330,7 @@ class Architecture(ABC):
         raise ErnieQuantError(f"an {self.description} takes no images")
 
     def image_bytes(self, patches: int) -> int:
-        """Peak bytes of passing so many patches through the vision tower at once."""
+        """Peak bytes of passing ``patches`` patches through the vision tower at once."""
         return 0
 
     def dense_mlp(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -341,7 +342,7 @@ def read_settings(family: type[Architecture], settings: dict[str, Any]) -> Any:
     """The transformers config of a family for the contents of a config.json.
 
     Raises:
-        ErnieQuantError: transformers refuses it, it does harm, or its sizes make no model.
+        ErnieQuantError: transformers refuses it, it is harmful, or its sizes make no model.
     """
     from transformers.activations import ACT2FN
 

@@ -1,4 +1,4 @@
-"""Does a config.json belong to the tensors beside it? Asked in plain arithmetic, before
+"""Check in plain arithmetic that a config.json belongs to the tensors beside it, before
 transformers builds a module for every layer that the file claims.
 
 A wrong number would otherwise cost memory without bound, or give a model that runs and is wrong:
@@ -114,10 +114,10 @@ def tensor_misfits(
     # A headless model is saved without "model."
     prefix = embedding.removesuffix("embed_tokens.weight")
     required, optional = _expected(model, prefix, headers, packed)
-    known = required | optional
+    expected = required | optional
     for name, header in headers.items():
-        if name in known:
-            yield from _misfit(header, known[name])
+        if name in expected:
+            yield from _misfit(header, expected[name])
         elif _NOT_RUN not in name and layer_key_of(name, model.is_dense()) not in packed:
             yield not_part_of(name, model)
     for name in required:
@@ -176,12 +176,12 @@ def _expected(
         if not name.startswith("model."):
             (required if prefix else optional)[name] = shape
             continue
-        found = prefix + name.removeprefix("model.")
+        stored_name = prefix + name.removeprefix("model.")
         if model.optional(name):
-            optional[found] = shape
-            optional[model.name_in_memory(found)] = shape
+            optional[stored_name] = shape
+            optional[model.name_in_memory(stored_name)] = shape
         else:
-            required[found] = shape
+            required[stored_name] = shape
     for layer in model.sizes.moe_layers:
         for group in model.sizes.groups:
             if group.layer_key(layer) not in packed:

@@ -18,7 +18,7 @@ from erniequant.models.architecture import (
 from erniequant.packing.layer_keys import EXPERTS
 
 BIAS = "e_score_correction_bias"
-"""Of routers. Models trained without it do not store it; transformers uses zeros as well."""
+"""Bias of routers. Models trained without it do not store it; transformers uses zeros as well."""
 
 
 class Ernie45Moe(Architecture):

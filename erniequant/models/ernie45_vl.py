@@ -1,8 +1,8 @@
 """ERNIE 4.5 vision-language mixture-of-experts, such as VL-28B-A3B: two sets of experts in a layer,
-one for tokens of text and one for those of images.
+one for text tokens and one for image tokens.
 
 On disk, experts of both sets are numbered one after the other, text first, and both routers are
-stored the other way round.
+stored transposed.
 """
 
 from collections.abc import Collection

@@ -32,7 +32,7 @@ _PACKED_NAME = re.compile(rf"\.({'|'.join(PROJECTIONS)})_({'|'.join(SUFFIXES)})$
 
 
 def is_dense(config: dict[str, Any]) -> bool:
-    """Whether a config.json describes a dense model, whose MLPs take the place of experts."""
+    """True if a config.json describes a dense model, whose MLPs take the place of experts."""
     family = family_of(config)
     return family is not None and family.is_dense()
 
@@ -74,11 +74,11 @@ def sound_if_quantized(checkpoint: Checkpoint) -> HeaderCheck | None:
 
 def require_sound(checkpoint: Checkpoint) -> HeaderCheck:
     """`check_headers`, raising ErnieQuantError with the first problem."""
-    found = check_headers(checkpoint)
-    if found.problems:
-        more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
-        raise ErnieQuantError(f"{checkpoint.folder}: {found.problems[0]}{more}")
-    return found
+    contents = check_headers(checkpoint)
+    if contents.problems:
+        more = f" (and {len(contents.problems) - 1} more)" if len(contents.problems) > 1 else ""
+        raise ErnieQuantError(f"{checkpoint.folder}: {contents.problems[0]}{more}")
+    return contents
 
 
 def kept_names(checkpoint: Checkpoint, layers: Iterable[QuantizedExperts]) -> list[str]:
@@ -146,7 +146,7 @@ def _family(config: dict[str, Any]) -> type[Architecture]:
 
 
 def _set_number(family: type[Architecture], key: str) -> int:
-    """Which of a layer's sets of experts a key means."""
+    """The set of a layer's experts that a key means."""
     slot = slot_of(key)
     return family.slots.index(slot) if slot in family.slots else 0
 
@@ -171,9 +171,9 @@ def _layer_problems(checkpoint: Checkpoint, layer: QuantizedExperts) -> Iterator
             yield f"tensor {name} has dtype {header.stored_dtype}, expected {wanted}"
         elif header.shape != shape:
             yield f"tensor {name} has shape {list(header.shape)}, expected {list(shape)}"
-    known = {layer.prefix + suffix for suffix in expected}
+    expected_names = {layer.prefix + suffix for suffix in expected}
     for name in checkpoint.names():
-        if layer_key_of(name, is_dense_key(layer.key)) == layer.key and name not in known:
+        if layer_key_of(name, is_dense_key(layer.key)) == layer.key and name not in expected_names:
             yield f"tensor {name} does not belong: its layer is quantised"
 
 

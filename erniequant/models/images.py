@@ -1,4 +1,4 @@
-"""How a model takes images: token ids, and sizes in pixels and patches."""
+"""Image settings of a model: token ids, and sizes in pixels and patches."""
 
 from dataclasses import dataclass
 

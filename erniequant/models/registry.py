@@ -25,8 +25,8 @@ FAMILIES: dict[str, type[Architecture]] = {
 
 def family_of(settings: dict[str, Any]) -> type[Architecture] | None:
     """The family that a config.json names, None if it is not one of `FAMILIES`."""
-    found = settings.get("model_type")
-    return FAMILIES.get(found) if isinstance(found, str) else None
+    name = settings.get("model_type")
+    return FAMILIES.get(name) if isinstance(name, str) else None
 
 
 def require_family(settings: dict[str, Any]) -> type[Architecture]:
@@ -54,7 +54,7 @@ def _of_transformers(model_type: Any) -> type[Architecture] | None:
 def with_stock_class(settings: dict[str, Any]) -> dict[str, Any]:
     """The same config.json, with transformers' own class where ``architectures`` names only others.
 
-    These are of the checkpoint's code, which a result does not have.
+    The others come from the checkpoint's code, which a result does not have.
     """
     import transformers
 
@@ -67,7 +67,7 @@ def with_stock_class(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def image_settings(config: Any) -> ImageSettings | None:
-    """How the model of a transformers config takes images; None if it takes none."""
+    """Image settings of the model of a transformers config; None for a text-only model."""
     family = _of_transformers(config.model_type)
     return None if family is None else family.image_settings(config)
 

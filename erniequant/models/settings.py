@@ -1,5 +1,5 @@
-"""Values of a config.json that no checkpoint needs and that do harm: numbers without bound, code or
-weights from elsewhere. Looked at before transformers sees them."""
+"""Harmful values of a config.json that no checkpoint needs: numbers without bound, code or weights
+from elsewhere. Refused before transformers sees them."""
 
 import math
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def require_possible(config: Any) -> None:
             continue  # a dense model has no experts
         value = getattr(config, name, None)
         least = 1 if name in _POSITIVE else 0
-        # Of text and of vision.
+        # Sizes of the text experts and of the vision experts.
         several = name == "moe_intermediate_size" and hasattr(config, "mlp_layer_types")
         numbers = value if several and isinstance(value, list) and len(value) == 2 else [value]
         if several and numbers is not value:
@@ -97,7 +97,7 @@ def require_possible(config: Any) -> None:
 
 
 def require_possible_vision(config: Any) -> None:
-    """Look at what a transformers config of a vision-language model has beside its decoder.
+    """Look at a transformers config of a vision-language model beyond its decoder.
 
     Raises:
         ErnieQuantError: it makes no model.

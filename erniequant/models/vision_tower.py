@@ -1,8 +1,8 @@
-"""The vision tower and the resampler of a vision-language model: from patches of images to
-embeddings of image tokens.
+"""The vision tower and the resampler of a vision-language model: from image patches to embeddings
+of image tokens.
 
 Both are transformers' own modules, which compute in float32. The blocks of the tower are read from
-the checkpoint one at a time, when it is their turn.
+the checkpoint one at a time, as they are needed.
 """
 
 import copy
@@ -21,7 +21,7 @@ from erniequant.models.linear import StoredLinear, store_linears
 
 Shapes = dict[str, tuple[int, ...]]
 Reader = Callable[[str], torch.Tensor]
-"""Gives the tensor of a name on disk, checked."""
+"""Returns the tensor with a name on disk, checked."""
 
 RESAMPLER = "model.resampler_model."
 # Layers of the resampler's two sequences, by their name in memory.
@@ -34,14 +34,14 @@ def required_tensors(config: Any, prefix: str) -> Shapes:
         block, resampler = _block(config), _resampler(config)
     vision = config.vision_config
     width = vision.in_channels * vision.patch_size**2
-    found: Shapes = {f"{prefix}patch_embed.proj.weight": (vision.hidden_size, width)}
+    shapes: Shapes = {f"{prefix}patch_embed.proj.weight": (vision.hidden_size, width)}
     for index in range(vision.depth):
         for name, parameter in block.state_dict().items():
-            found[f"{prefix}blocks.{index}.{name}"] = tuple(parameter.shape)
-    found |= {f"{prefix}ln.{name}": (vision.hidden_size,) for name in ("weight", "bias")}
+            shapes[f"{prefix}blocks.{index}.{name}"] = tuple(parameter.shape)
+    shapes |= {f"{prefix}ln.{name}": (vision.hidden_size,) for name in ("weight", "bias")}
     for name, parameter in resampler.state_dict().items():
-        found[_resampler_name(name)] = tuple(parameter.shape)
-    return found
+        shapes[_resampler_name(name)] = tuple(parameter.shape)
+    return shapes
 
 
 def embed_images(
@@ -55,9 +55,9 @@ def embed_images(
     """Embeddings of image tokens, one after the other in all images.
 
     Args:
-        config: of the whole model.
-        prefix: of the tower's tensors on disk.
-        read: where tensors come from.
+        config: config of the whole model.
+        prefix: prefix of the tower's tensors on disk.
+        read: source of the tensors.
         patches: float32 ``[P, C * p * p]``.
         grid: int64 ``[images, 3]``: time, height and width of each image in patches.
 
@@ -106,7 +106,8 @@ def _tower(vision: Any, prefix: str, read: Reader, device: torch.device) -> Any:
 
 
 def _loaded(module: Any, read: Reader, device: torch.device) -> Any:
-    """A module with its tensors: weights that are kept as stored so, others in float32."""
+    """A module with its tensors: weights of `StoredLinear` as they are stored, others in
+    float32."""
     stored = {f"{n}." for n, m in module.named_modules() if isinstance(m, StoredLinear)}
     state = {}
     for name in module.state_dict():

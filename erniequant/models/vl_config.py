@@ -22,7 +22,7 @@ _VISION_OPTIONAL = ("hidden_act", "in_channels")
 # Ids of the released tokenizer, which the original config leaves to it.
 _KEPT = ("image_start_token_id", "image_end_token_id", "video_start_token_id",
          "video_end_token_id", "video_token_id", "quantization_config")  # fmt: skip
-# Of the rotations of a head, how many turn with time; the rest is shared by height and width.
+# Rotations of a head that turn with time; height and width share the rest.
 _TIME_FREQUENCIES = 20
 
 
@@ -142,6 +142,6 @@ def _same(settings: dict[str, Any], name: str) -> int:
     if text != vision:
         raise ErnieQuantError(
             f"config.json has {name} [{text}, {vision}]; transformers runs only models with as "
-            "many experts for vision as for text"
+            "many vision experts as text experts"
         )
     return text

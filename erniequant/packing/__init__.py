@@ -1,1 +1,1 @@
-"""How packed weights are laid out: schema, rotation, decoding, and whether files keep to it."""
+"""The layout of packed weights: schema, rotation, decoding, and checks of files against it."""

@@ -37,7 +37,8 @@ class QuantizedExperts:
 
 @dataclass(frozen=True)
 class HeaderCheck:
-    """What a checkpoint says it holds, and everything that contradicts it (one line each)."""
+    """The contents that a checkpoint declares, and everything that contradicts them (one line
+    each)."""
 
     metadata: QuantizationMetadata
     layers: tuple[QuantizedExperts, ...]
@@ -45,6 +46,6 @@ class HeaderCheck:
 
 
 def is_quantized(config: dict[str, Any]) -> bool:
-    """Whether a config.json describes a checkpoint of this format, of any version."""
+    """True if a config.json describes a checkpoint of this format, of any version."""
     settings = config.get("quantization_config")
     return isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD

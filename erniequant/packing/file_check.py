@@ -1,4 +1,4 @@
-"""What the report beside the weights says about them: checksums of their files, and their codes."""
+"""Checks of weights against the report beside them: checksums of the files, and the codes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -40,7 +40,7 @@ def file_states(folder: Path) -> dict[str, str]:
 def report_problems(
     checkpoint: Checkpoint, check: HeaderCheck, states: Mapping[str, str]
 ) -> Iterator[str]:
-    """Everything in which a checkpoint is not as its report says; ``states`` from `file_states`."""
+    """Every deviation of a checkpoint from its report; ``states`` from `file_states`."""
     if not states:
         return
     for name, state in states.items():

@@ -47,7 +47,7 @@ _PATHS = [
 
 
 def is_layer_key(text: str) -> bool:
-    """Whether a text is a layer key of this version of the format."""
+    """True if a text is a layer key of this version of the format."""
     return _LAYER_KEY.fullmatch(text) is not None
 
 
@@ -61,7 +61,7 @@ def slot_of(layer_key: str) -> Slot:
 
 
 def is_dense_key(layer_key: str) -> bool:
-    """Whether a layer key means the MLP of a dense model: ``3.mlp``."""
+    """True if a layer key means the MLP of a dense model: ``3.mlp``."""
     return is_layer_key(layer_key) and slot_of(layer_key).dense
 
 

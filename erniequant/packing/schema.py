@@ -1,8 +1,8 @@
 """Names, shapes, dtypes and metadata of the on-disk format; docs/format.md specifies it.
 
 A quantised checkpoint is described by the `quantization_config` of its config.json. Parsing is
-strict: what this version cannot decode exactly it refuses, and says which layer is meant. The MLP
-of a dense model is stored as one expert.
+strict: this version refuses anything that it cannot decode exactly, and names the layer. The MLP of
+a dense model is stored as one expert.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ TensorInfo = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass(frozen=True)
 class MatrixSpec:
-    """How all matrices of one projection of one layer are coded."""
+    """The coding of all matrices of one projection of one layer."""
 
     code: str
     register_length: int
@@ -116,14 +116,14 @@ class QuantizationMetadata:
         if not isinstance(layers, Mapping) or not layers:
             raise ErnieQuantError("quantization_config has no layers; the config.json is damaged")
         parsed = {str(key): _parse_layer(str(key), value) for key, value in layers.items()}
-        found = cls(parsed, str(settings.get("producer", "")))
-        if version < found.format_version:
+        metadata = cls(parsed, str(settings.get("producer", "")))
+        if version < metadata.format_version:
             key = next(filter(is_dense_key, parsed))
             raise ErnieQuantError(
                 f"quantization_config has format_version {version}, but layer {key} needs "
-                f"{found.format_version}; the config.json is damaged"
+                f"{metadata.format_version}; the config.json is damaged"
             )
-        return found
+        return metadata
 
 
 def _parse_layer(key: str, value: Any) -> LayerSpec:
@@ -131,8 +131,8 @@ def _parse_layer(key: str, value: Any) -> LayerSpec:
     if not is_layer_key(key):
         raise ErnieQuantError(f"{where}: not a layer index")
     if not isinstance(value, Mapping) or set(value) != set(PROJECTIONS):
-        found = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
-        raise ErnieQuantError(f"{where}: expected {' and '.join(PROJECTIONS)}, found {found}")
+        given = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
+        raise ErnieQuantError(f"{where}: expected {' and '.join(PROJECTIONS)}, found {given}")
     return LayerSpec(*(_parse_matrix(f"{where} {name}", value[name]) for name in PROJECTIONS))
 
 
@@ -140,8 +140,8 @@ def _parse_matrix(where: str, value: Any) -> MatrixSpec:
     fields = list(MatrixSpec.__dataclass_fields__)
     if not isinstance(value, Mapping) or set(value) != set(fields):
         # An entry that this version does not know may change what the words mean.
-        found = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
-        raise ErnieQuantError(f"{where}: expected {', '.join(fields)}, found {found}")
+        given = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
+        raise ErnieQuantError(f"{where}: expected {', '.join(fields)}, found {given}")
     if not isinstance(value["code"], str):
         raise ErnieQuantError(f"{where}: code {value['code']!r} is not a name")
     for name in fields[1:]:
@@ -149,8 +149,8 @@ def _parse_matrix(where: str, value: Any) -> MatrixSpec:
             raise ErnieQuantError(f"{where}: {name} {value[name]!r} is not an integer")
     spec = MatrixSpec(**value)
     if spec.tile not in TILES:
-        known = ", ".join(map(str, TILES))
-        raise ErnieQuantError(f"{where}: tile {spec.tile} is not one of {known}")
+        tiles = ", ".join(map(str, TILES))
+        raise ErnieQuantError(f"{where}: tile {spec.tile} is not one of {tiles}")
     block = spec.rotation_block
     if not 1 <= block <= MAX_ROTATION_BLOCK or block & (block - 1):
         raise ErnieQuantError(
@@ -203,14 +203,14 @@ def layer_params(
     Raises:
         ErnieQuantError: a tile or block does not fit the sizes; ``where`` names the layer.
     """
-    found: dict[str, TensorInfo] = {guard: ((1,), torch.bfloat16)}
+    params: dict[str, TensorInfo] = {guard: ((1,), torch.bfloat16)}
     for name, (outputs, inputs) in matrix_shapes(hidden, inner).items():
         spec, parts = layer.projection(name), 2 if name == "gate_up_proj" else 1
         # No sequence may cross from gate to up: each half is a whole number of tiles.
         spec.check(outputs // parts, inputs, f"{where} {name}")
         info = param_info(experts, outputs, inputs, spec, parts=parts)
-        found |= {f"{name}_{suffix}": value for suffix, value in info.items()}
-    return found
+        params |= {f"{name}_{suffix}": value for suffix, value in info.items()}
+    return params
 
 
 def tile_size(outputs: int, what: str) -> int:

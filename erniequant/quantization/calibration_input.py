@@ -1,4 +1,4 @@
-"""What a run is calibrated on: read, checked against the model, and announced."""
+"""The calibration data of a run: read, checked against the model, and announced."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,18 +20,18 @@ from erniequant.progress import Progress
 from erniequant.quantization.report import CalibrationReport
 
 UNSEEN_IMAGES = (
-    "experts for images are quantised for what experts for text see, and count as degraded "
+    "vision experts are quantised for the inputs of the text experts, and count as degraded "
     "(exit code 3)"
 )
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is known about the calibration data before the plan is made.
+    """The calibration data, as far as it is known before the plan is made.
 
     Attributes:
-        data: Python's objects, of one ``kind``; None where ``config.source`` names the data.
-        windows: of batches, which need no tokenizer.
+        data: Python objects, of one ``kind``; None where ``config.source`` names the data.
+        windows: windows of batches, which need no tokenizer.
         images: most records or batches with images; None where only reading all would tell.
     """
 
@@ -45,10 +45,10 @@ class Calibration:
 def prepare(
     calib: Any, config: CalibrationConfig, model: Architecture, dry_run: bool
 ) -> Calibration:
-    """Look at what is given. A dry run takes nothing out of an iterator.
+    """Look at the data that is given. A dry run takes nothing out of an iterator.
 
     Raises:
-        ErnieQuantError: it is nothing to calibrate on, or not for this model.
+        ErnieQuantError: it cannot be calibrated on, or not with this model.
     """
     source = given(
         calib, "calib", "leave it out to calibrate on the built-in text, or give no_calib=True"
@@ -57,16 +57,16 @@ def prepare(
         config = replace(config, source=source)
         if model.images is None:
             return Calibration(config)
-        found = image_records(config)
-        return Calibration(config, images=None if found is None else min(found, config.samples))
+        records = image_records(config)
+        return Calibration(config, images=None if records is None else min(records, config.samples))
     if dry_run and source.once:
         return Calibration(replace(config, source="an iterator"), source, images=None)
     kind, data = kind_of_members(source)
     config = replace(config, source=kind)
     if kind == BATCHES:
         windows = batched_windows(data, model.images, model.sizes.vocabulary, config.samples)
-        pictured = sum(bool(window.pictures) for window in windows.windows)
-        return Calibration(config, data, kind, windows, pictured)
+        with_images = sum(bool(window.images) for window in windows.windows)
+        return Calibration(config, data, kind, windows, with_images)
     if model.images is None:
         return Calibration(config, data, kind)
     if kind == FILES or not data.sized:
@@ -78,7 +78,7 @@ def prepare(
 def read_windows(
     checkpoint: Checkpoint, model: Architecture, calibration: Calibration, watch: Progress
 ) -> CalibrationWindows:
-    """What to calibrate on, announced.
+    """The windows to calibrate on, announced.
 
     Raises:
         ErnieQuantError: it cannot be read, or is not for this model.
@@ -95,7 +95,7 @@ def read_windows(
         watch.message(f"skipped {windows.empty} empty {rows} of {config.source}")
     if model.images is not None:
         watch.message(
-            f"{windows.images} images in it, {windows.vision_tokens} tokens for experts for images"
+            f"{windows.images} images in it, {windows.vision_tokens} tokens for vision experts"
             if windows.images
             else f"no images in it: {UNSEEN_IMAGES}"
         )
@@ -126,35 +126,37 @@ def _reader(
 ) -> ImageTextReader | None:
     if model.images is None:
         return None
-    pictures = ImageReader(model.images, checkpoint.folder)
-    return ImageTextReader(tokenizer, model.images, pictures, config.chat_template, config.length)
+    image_reader = ImageReader(model.images, checkpoint.folder)
+    return ImageTextReader(
+        tokenizer, model.images, image_reader, config.chat_template, config.length
+    )
 
 
 def amounts(calibration: Calibration, model: Architecture) -> tuple[int, int, int]:
-    """The most tokens, the longest window and the most patches of images that there can be.
+    """The most tokens, the longest window and the most image patches that there can be.
 
-    Where nobody knows how many records have images, as many as windows of text.
+    If the number of records with images is unknown, it is taken to be that of text windows.
     """
     windows, config = calibration.windows, calibration.config
     if windows is not None:
-        pictures = [picture for window in windows.windows for picture in window.pictures]
+        images = [image for window in windows.windows for image in window.images]
         longest = max(map(len, windows.windows))
-        return windows.tokens, longest, sum(len(picture.patches) for picture in pictures)
-    known = config.samples if calibration.images is None else calibration.images
-    known = known if model.images else 0
+        return windows.tokens, longest, sum(len(image.patches) for image in images)
+    image_windows = config.samples if calibration.images is None else calibration.images
+    image_windows = image_windows if model.images else 0
     of_image = config.length // 2 * (model.images.merge**2 if model.images else 0)
-    return (config.samples + known) * config.length, config.length, known * of_image
+    return (config.samples + image_windows) * config.length, config.length, image_windows * of_image
 
 
 def image_note(calibration: Calibration) -> str:
-    """What experts for images will be calibrated on."""
+    """A line on what the vision experts will be calibrated on."""
     images, source = calibration.images, calibration.config.source
     if images is None:
-        return f"experts for images are calibrated on the images of {source}, if it has any"
+        return f"vision experts are calibrated on the images of {source}, if it has any"
     if not images:
         return f"no images in {source}: {UNSEEN_IMAGES}"
     what = "sequences" if calibration.windows is not None else "records"
-    return f"experts for images are calibrated on {images} {what} with images of {source}"
+    return f"vision experts are calibrated on {images} {what} with images of {source}"
 
 
 def calibration_report(

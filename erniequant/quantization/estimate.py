@@ -24,7 +24,7 @@ class Estimate:
 
 def estimate(plan: Plan, memory: MemoryPlan, tokens: int, rate: float) -> Estimate:
     """Predict a run over ``tokens`` calibration tokens that goes as ``memory`` says, computing on
-    the CPU; ``rate`` of `Format.encode_rate`."""
+    the CPU; ``rate`` from `Format.encode_rate`."""
     disk = plan.output_bytes + memory.scratch_bytes
     disk += 4 * tokens * plan.model.hidden * _STATES_KEPT
     seconds = _work_seconds(plan, tokens, rate) / memory.experts_at_once

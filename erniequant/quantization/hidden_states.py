@@ -25,12 +25,12 @@ EMBEDDING_ROWS = 4096
 """Rows of the embedding read at once."""
 
 Step = Callable[[Rows, slice, ModelInput], None]
-"""Moves one window on: hidden states, its place in them, and what it is."""
+"""Moves one window on, given all hidden states, the window's rows among them, and the window."""
 
 
 class HiddenStates:
     """Hidden states of all windows in the quantised and in the original model, float32 ``[T, H]``
-    each; without windows, of no tokens."""
+    each; empty without windows."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class HiddenStates:
         self._quantized = pool.empty(self.tokens, hidden)
         self._original = pool.empty(self.tokens, hidden)
         ends = list(accumulate(map(len, self._windows)))
-        self._places = [
+        self._window_rows = [
             slice(end - len(window), end) for end, window in zip(ends, self._windows, strict=True)
         ]
 
@@ -75,24 +75,24 @@ class HiddenStates:
             if rows.numel():
                 table = self._checkpoint.rows(name, start, stop)
                 for part in rows.split(EMBEDDING_ROWS):
-                    found = table[ids[part] - start].float()
-                    self._quantized.tensor[part] = found
-                    self._original.tensor[part] = found
+                    embedded = table[ids[part] - start].float()
+                    self._quantized.tensor[part] = embedded
+                    self._original.tensor[part] = embedded
                     self._quantized.release()
                     self._original.release()
 
     def _embed_images(self) -> None:
-        """Put the embeddings of images in the place of their tokens, a few windows at a time."""
+        """Put image embeddings in the place of image tokens, a few windows at a time."""
 
         def embed(group: list[int]) -> None:
             torch.set_num_threads(1)
             windows = [self._windows[i] for i in group]
-            pictures = [picture for window in windows for picture in window.pictures]
+            images = [image for window in windows for image in window.images]
             with torch.no_grad():
                 embedded = self._architecture.embed_images(
                     self._checkpoint,
-                    torch.cat([picture.patches for picture in pictures]),
-                    torch.tensor([picture.grid for picture in pictures]),
+                    torch.cat([image.patches for image in images]),
+                    torch.tensor([image.grid for image in images]),
                     self._device,
                 )
             start = 0
@@ -102,7 +102,7 @@ class HiddenStates:
                 part = embedded[start : start + rows.numel()]
                 start += rows.numel()
                 for states in (self._quantized, self._original):
-                    states.tensor[self._places[i]][rows] = part
+                    states.tensor[self._window_rows[i]][rows] = part
                     states.release()
 
         groups = _by_patches(self._windows)
@@ -118,10 +118,10 @@ class HiddenStates:
         model = self._architecture
         layer = model.load_layer(self._checkpoint, index, self._device)
 
-        def step(states: Rows, place: slice, window: ModelInput) -> None:
-            text = states.tensor[place][None].to(self._device)
+        def step(states: Rows, rows: slice, window: ModelInput) -> None:
+            text = states.tensor[rows][None].to(self._device)
             attended = model.attend(layer, text, window.positions)
-            states.tensor[place] = model.dense_mlp(layer, attended)[0].cpu()
+            states.tensor[rows] = model.dense_mlp(layer, attended)[0].cpu()
             states.release()
 
         self._advance(self._quantized, step)
@@ -136,24 +136,24 @@ class HiddenStates:
         finite = torch.ones(self.tokens, dtype=torch.bool)
 
         def step_into(inputs: _InputTables) -> Step:
-            def step(states: Rows, place: slice, window: ModelInput) -> None:
-                text = states.tensor[place][None].to(self._device)
+            def step(states: Rows, rows: slice, window: ModelInput) -> None:
+                text = states.tensor[rows][None].to(self._device)
                 attended = model.attend(layer, text, window.positions)
-                moved, found = model.route(layer, attended, window.vision)
-                states.tensor[place] = moved[0].cpu()
-                inputs.put(place, found)
+                moved, expert_input = model.route(layer, attended, window.vision)
+                states.tensor[rows] = moved[0].cpu()
+                inputs.put(rows, expert_input)
                 states.release()
 
             return step
 
         self._advance(self._quantized, step_into(quantized))
         self._advance(self._original, step_into(original))
-        for place in self._places:
-            lacking = self._original.tensor[place] - self._quantized.tensor[place]
-            drift.tensor[place] = lacking
-            finite[place] = finite_rows(lacking)
-            finite[place] &= finite_rows(quantized.x.tensor[place])
-            finite[place] &= finite_rows(original.x.tensor[place])
+        for rows in self._window_rows:
+            lacking = self._original.tensor[rows] - self._quantized.tensor[rows]
+            drift.tensor[rows] = lacking
+            finite[rows] = finite_rows(lacking)
+            finite[rows] &= finite_rows(quantized.x.tensor[rows])
+            finite[rows] &= finite_rows(original.x.tensor[rows])
             for table in (drift, quantized.x, original.x, self._quantized, self._original):
                 table.release()
         tables = (quantized.x, original.x, drift)
@@ -170,17 +170,17 @@ class HiddenStates:
 
     def _advance(self, states: Rows, step: Step) -> None:
         """Move every window of ``states`` on, in place: all windows twice would be gigabytes."""
-        jobs = list(zip(self._places, self._windows, strict=True))
+        jobs = list(zip(self._window_rows, self._windows, strict=True))
         if self._device.type != "cpu":
-            for place, window in jobs:
-                step(states, place, window)
+            for rows, window in jobs:
+                step(states, rows, window)
             return
 
-        def one(place: slice, window: ModelInput) -> None:
+        def one(rows: slice, window: ModelInput) -> None:
             # Both settings belong to a thread.
             torch.set_num_threads(1)
             with torch.no_grad():
-                step(states, place, window)
+                step(states, rows, window)
 
         with ThreadPoolExecutor(self._threads) as workers:
             for done in [workers.submit(one, *job) for job in jobs]:
@@ -192,7 +192,7 @@ def _by_patches(windows: Sequence[ModelInput]) -> list[list[int]]:
     groups: list[list[int]] = []
     size = 0
     for number, window in enumerate(windows):
-        patches = sum(len(picture.patches) for picture in window.pictures)
+        patches = sum(len(image.patches) for image in window.images)
         if not patches:
             continue
         if not groups or size + patches > PATCHES_AT_ONCE:
@@ -204,7 +204,7 @@ def _by_patches(windows: Sequence[ModelInput]) -> list[list[int]]:
 
 
 class _InputTables:
-    """What a layer's experts see of all windows, filled window by window."""
+    """The inputs of a layer's experts for all windows, filled window by window."""
 
     def __init__(self, tokens: int, architecture: Architecture, pool: RowPool):
         sizes = architecture.sizes
@@ -215,8 +215,8 @@ class _InputTables:
             torch.zeros(tokens, sizes.top_k),
         )
 
-    def put(self, place: slice, found: MoeInput) -> None:
-        self.input.x[place] = found.x.float().cpu()
-        self.input.expert[place] = found.expert.cpu()
-        self.input.weight[place] = found.weight.float().cpu()
+    def put(self, rows: slice, expert_input: MoeInput) -> None:
+        self.input.x[rows] = expert_input.x.float().cpu()
+        self.input.expert[rows] = expert_input.expert.cpu()
+        self.input.weight[rows] = expert_input.weight.float().cpu()
         self.x.release()

@@ -36,7 +36,7 @@ from erniequant.system import resolve_device
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """What to calibrate on, as it is given to `erniequant.quantize`."""
+    """The calibration request, as it is given to `erniequant.quantize`."""
 
     data: Any
     config: CalibrationConfig
@@ -48,7 +48,7 @@ class Job:
 
     Attributes:
         calibration: None without calibration.
-        left_behind: names of what is in the source's folder and not in the result.
+        left_behind: names of files that are in the source's folder and not in the result.
         text: the plan for people.
     """
 
@@ -119,8 +119,8 @@ def _vocabulary_note(tokens: int, vocabulary: int) -> str:
     if tokens <= vocabulary:
         return ""
     return (
-        f"the tokenizer has {tokens} tokens, the model {vocabulary}: text with any of the others "
-        "cannot be run"
+        f"the tokenizer has {tokens} tokens, the model {vocabulary}: text with any of the extra "
+        "tokens cannot be run"
     )
 
 
@@ -131,14 +131,15 @@ def _fit(
     max_memory: str | int | None,
     device: torch.device,
 ) -> MemoryPlan:
-    """How the run goes within its memory; an explicit bound that is too small is refused."""
+    """The plan that keeps the run within its memory; an explicit bound that is too small is
+    refused."""
     asked = parse_size(str(max_memory)) if max_memory is not None else None
     budget = default_budget() if asked is None else asked
-    found = plan_memory(model, needs, threads, budget, device.type == "cpu")
-    if asked is not None and found.peak_bytes > asked:
+    memory = plan_memory(model, needs, threads, budget, device.type == "cpu")
+    if asked is not None and memory.peak_bytes > asked:
         raise ErnieQuantError(
             f"--max-memory {max_memory} is too little: with one expert at a time and activations "
-            f"on disk the run takes about {found.peak_bytes / 1e9:.1f} GB; give that, or use "
+            f"on disk the run takes about {memory.peak_bytes / 1e9:.1f} GB; give that, or use "
             "shorter windows (--calib-length)"
         )
-    return found
+    return memory

@@ -60,7 +60,7 @@ def layer_context(
 ) -> LayerContext:
     """Pool the tokens of a group of experts: shared prior moments and an evenly spaced sample.
 
-    A group that no token was routed to, such as the experts for images where there were none,
+    A group that no token was routed to, such as the vision experts where there were no images,
     takes the tokens of all groups.
     """
     counts = inputs.quantized.weight.float().square().sum(-1)

@@ -1,4 +1,4 @@
-"""How a run fits into memory: how many experts are under way at once, and whether tables of
+"""Fit a run into memory: choose how many experts are under way at once, and whether tables of
 activations go to disk.
 
 Neither changes a bit of the result.
@@ -21,7 +21,7 @@ BASE_BYTES = 700_000_000
 what its allocator keeps."""
 
 SHARE_OF_AVAILABLE = 0.85
-"""Of the memory that is free when a run starts, what it takes at most unless told otherwise."""
+"""Default limit of a run, as a share of the memory that is free when it starts."""
 
 POPULARITY = 2.0
 """Tokens of the experts under way over the mean, with which their tables are predicted."""
@@ -32,10 +32,10 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run is given, and its predicted peaks in bytes.
+    """The resources of a run and its predicted peaks in bytes.
 
     ``tables_on_disk``: hidden states and activations are in mapped files, so that their pages do
-    not count. ``scratch_bytes``: of these files.
+    not count. ``scratch_bytes``: the size of these files.
     """
 
     experts_at_once: int
@@ -51,14 +51,14 @@ def _nothing(inputs: int) -> int:
 
 @dataclass(frozen=True)
 class MemoryInputs:
-    """What decides about memory beside the model.
+    """The inputs of the memory plan beside the model.
 
     Attributes:
-        tokens: of the calibration text, at most.
-        length: of its longest window.
-        patches: of all images, at most.
-        layer: of `largest_layer`.
-        encoder_bytes: what coding takes for a number of inputs, of `Format.encoder_bytes`.
+        tokens: most tokens of the calibration text.
+        length: tokens of its longest window.
+        patches: most patches of all images.
+        layer: bytes from `largest_layer`.
+        encoder_bytes: bytes that coding takes for a number of inputs, from `Format.encoder_bytes`.
     """
 
     tokens: int
@@ -95,10 +95,10 @@ def plan_memory(
     # Without tokens there are no tables to put on disk.
     ways = [(most, False), *((at_once, tokens > 0) for at_once in range(most, 0, -1))]
     for at_once, on_disk in ways:
-        found = _way(parts, at_once, on_disk, threads if on_cpu else 1, on_cpu)
-        if found.peak_bytes <= budget:
-            return found
-    return found
+        plan = _way(parts, at_once, on_disk, threads if on_cpu else 1, on_cpu)
+        if plan.peak_bytes <= budget:
+            return plan
+    return plan
 
 
 def _way(parts: _Parts, at_once: int, on_disk: bool, threads: int, on_cpu: bool) -> MemoryPlan:
@@ -156,7 +156,7 @@ def largest_layer(checkpoint: Checkpoint, model: Architecture) -> int:
 
 
 def default_budget() -> int:
-    """Bytes that a run may take when nobody says."""
+    """Bytes that a run may take by default."""
     return int(SHARE_OF_AVAILABLE * available_memory())
 
 

@@ -1,4 +1,4 @@
-"""How a run goes, as far as it does not change the result."""
+"""The options of a run that do not change the result."""
 
 from dataclasses import dataclass
 from pathlib import Path

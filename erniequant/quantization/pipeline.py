@@ -60,7 +60,7 @@ def quantize(
     max_degraded: int = 0,
     progress: Progress | None = None,
 ) -> QuantizationReport:
-    """Make a quantised copy of an ERNIE 4.5 checkpoint, of text or of vision and language.
+    """Make a quantised copy of an ERNIE 4.5 checkpoint, text-only or vision-language.
 
     The output depends on the inputs, the options and the kind of processor, not on ``threads``,
     ``max_memory``, or whether the run was interrupted.
@@ -69,10 +69,10 @@ def quantize(
         src: folder or Hugging Face id of the bf16 checkpoint.
         dst: new or empty folder, or that of an unfinished run with the same options.
         bits: 2, 3 or 4 bits per expert weight.
-        format: ``native``, or ``fastdeploy-wint2`` (2 bits): what FastDeploy serves.
-        k_order: ``mma64`` (default) or ``plain``: of WINT2, see docs/fastdeploy.md.
-        w4_layers: of FastDeploy's format, the number of first MoE layers with experts of 4 bits; by
-            default one in thirteen.
+        format: ``native``, or ``fastdeploy-wint2`` (2 bits) for FastDeploy.
+        k_order: K order of WINT2, ``mma64`` (default) or ``plain``; see docs/fastdeploy.md.
+        w4_layers: number of first MoE layers with 4-bit experts in FastDeploy's format; by default
+            one in thirteen.
         format_options: options of a format that have no parameter of their own here.
         calib, calib_samples, calib_length, chat_template: see `CalibrationConfig`. ``calib`` may
             also be texts, chats (lists of messages), records, paths, token ids or batches that
@@ -84,11 +84,11 @@ def quantize(
         max_tp: tensor parallelism that the result must split into.
         device: where layers run (``auto``, ``cpu``, ``cuda``); codes are searched on the CPU.
         threads: CPU threads; all cores by default.
-        seed: of the rotation signs and the choice of calibration windows.
-        work_dir: folder for the journal and the hidden states of an unfinished run; inside
-            ``dst`` by default. It has to be one of its own.
-        max_memory: bytes, or text such as "16GB": what the run may take. 85 % of the free memory
-            by default.
+        seed: seed of the rotation signs and of the choice of calibration windows.
+        work_dir: folder for the journal and the hidden states of an unfinished run; inside ``dst``
+            by default. It must hold nothing else.
+        max_memory: limit of the run's memory in bytes, or text such as "16GB"; by default 85 % of
+            the free memory.
         resume: True: only continue an unfinished run. False: discard it and start over. None:
             continue one if it is there.
         dry_run: plan, report, and write nothing.
@@ -146,7 +146,7 @@ def quantize_checkpoint(
 
 
 def _execute(run: Run, windows: CalibrationWindows | None) -> None:
-    """Everything that takes long."""
+    """The long part of a run."""
     sizes = run.model.sizes
     run.watch.start(len(sizes.moe_layers) * sizes.experts)
     try:
@@ -191,12 +191,13 @@ def _config(job: Job) -> CalibrationConfig | None:
 
 
 def _note_processor(work: WorkFolder, watch: Progress) -> None:
-    known = {event["processor"] for event in work.journal.of("processor")}
-    if processor() not in known:
-        if known:
+    processors = {event["processor"] for event in work.journal.of("processor")}
+    if processor() not in processors:
+        if processors:
+            others = ", ".join(sorted(processors))
             watch.message(
-                f"this run was begun on another kind of processor ({', '.join(sorted(known))}); "
-                "the result is sound, but not to the last bit that of either"
+                f"this run was begun on another kind of processor ({others}); "
+                "the result is sound, but not bit-identical to a result of either"
             )
         work.journal.append("processor", processor=processor())
 

@@ -1,4 +1,4 @@
-"""What a quantisation did: sizes, errors, tokens per expert, fallbacks; also written as JSON
+"""The report of a quantisation: sizes, errors, tokens per expert, fallbacks; also written as JSON
 beside the weights."""
 
 from collections.abc import Mapping, Sequence
@@ -36,13 +36,13 @@ class MatrixReport:
     def from_event(
         cls, event: Mapping[str, Any], projection: str, groups: Sequence[ExpertGroup], where: Path
     ) -> "MatrixReport":
-        """What a line of the journal ``where`` says of one matrix of an expert.
+        """The report of one matrix from an expert's event in the journal; ``where`` names the line.
 
         Raises:
             ErnieQuantError: the line is not of this program.
         """
-        found = event[projection]
-        error, damping, fallback = (found.get(key) for key in ("error", "damping", "fallback"))
+        outcome = event[projection]
+        error, damping, fallback = (outcome.get(key) for key in ("error", "damping", "fallback"))
         if not isinstance(error, float | int) or not isinstance(damping, float | int):
             raise ErnieQuantError(
                 f"{where} has no error of layer {event['layer']} expert {event['expert']}; "
@@ -75,8 +75,8 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """The text that was used; ``None`` in its place means no calibration. ``vision_tokens`` are
-    those that went to experts for images."""
+    """The text that was used; ``None`` in its place means no calibration. ``vision_tokens`` went to
+    vision experts."""
 
     source: str
     windows: int
@@ -126,7 +126,7 @@ class QuantizationReport:
 
     @property
     def is_degraded(self) -> bool:
-        """Whether more matrices are degraded than ``max_degraded``."""
+        """True if more matrices are degraded than ``max_degraded``."""
         return self.degraded > self.max_degraded
 
     def layer_errors(self) -> dict[int | str, dict[str, float]]:

@@ -1,5 +1,5 @@
-"""What a continued run has to have in common with its beginning, so that the result is the one
-that an uninterrupted run would have given."""
+"""The facts in which a continued run must agree with its beginning, so that the result is that of
+an uninterrupted run."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def run_identity(
     """Options, versions, and hashes of the source and the calibration text, by the name under which
     a user knows them. The weights themselves are hashed later, shard by shard."""
     headers = [[h.name, h.stored_dtype, *h.shape] for h in checkpoint.headers.values()]
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "--bits": plan.options.bits,
         "--effort": plan.options.effort,
         "--max-tp": plan.options.max_tp,
@@ -45,23 +45,24 @@ def run_identity(
         "the source's other files": _files_digest(checkpoint.folder),
     }
     if windows is not None and calibration is not None:
-        found |= {
+        facts |= {
             "--calib": calibration.source,
             "--calib-samples": calibration.samples,
             "--calib-length": calibration.length,
             "--chat-template": calibration.chat_template,
             "the calibration text": windows.sha256,
         }
-    return found | {f"{name} version": version(name) for name in ("erniequant", *_PACKAGES)}
+    return facts | {f"{name} version": version(name) for name in ("erniequant", *_PACKAGES)}
 
 
 def processor() -> str:
-    """What kind of processor computes; another one rounds differently."""
+    """The kind of processor; another one rounds differently."""
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _plan_digest(plan: Plan) -> str:
-    """Of what is written: codes and every tensor. The options alone do not say it for ever."""
+    """Digest of the codes and of every tensor to be written: later versions may make others from
+    the same options."""
     tensors = [[t.name, t.stored_dtype, *t.shape] for t in plan.packed]
     return _digest([json.dumps([dict(plan.settings), tensors, plan.copied]).encode()])
 

@@ -11,8 +11,8 @@ CHUNK = 1024
 """Tokens in memory at once. At the largest model's size that is 33 MB for each table."""
 
 PATCHES_AT_ONCE = 4096
-"""Patches of images that pass through the vision tower together: its weights are read once for all
-of them, and the widest of their activations has 84 MB in the largest tower."""
+"""Image patches that pass through the vision tower together: its weights are read once for all of
+them, and the widest of their activations has 84 MB in the largest tower."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +22,9 @@ class TokenBatch:
     Attributes:
         x: their inputs in the quantised model, float32 ``[n, H]``.
         original: their inputs in the original model, float32 ``[n, H]``.
-        drift: what their hidden states lack at this layer, original minus quantised, ``[n, H]``.
-        weights: how much each counts, ``[n]``.
+        drift: difference of their hidden states at this layer, original minus quantised, ``[n,
+            H]``.
+        weights: weight of each token, ``[n]``.
     """
 
     x: torch.Tensor
@@ -53,7 +54,7 @@ class Tokens(Protocol):
 
     @property
     def weights(self) -> torch.Tensor:
-        """How much each token counts, ``[n]``."""
+        """Weight of each token, ``[n]``."""
 
     def chunks(self) -> Iterator[TokenBatch]:
         """All tokens, at most `CHUNK` at a time."""
@@ -63,7 +64,7 @@ class Tokens(Protocol):
 class TableTokens:
     """Tokens by their rows in the tables of a layer.
 
-    ``read`` gives the evidence of some rows (int64 ``[n]``) with their weights.
+    ``read`` returns the batch of some rows (int64 ``[n]``) with their weights.
     """
 
     read: Callable[[torch.Tensor, torch.Tensor], TokenBatch]

@@ -1,1 +1,1 @@
-"""What lets a run of hours continue after a kill: a lock, a journal, hidden states."""
+"""Continuing a run of hours after a kill: a lock, a journal, hidden states."""

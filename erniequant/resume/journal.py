@@ -22,7 +22,7 @@ class Journal:
     """The journal of one run.
 
     Attributes:
-        identity: what a continuation has to agree in, by name.
+        identity: the facts in which a continuation must agree, by name.
         events: everything recorded, oldest first; ``event`` says what, ``t`` when, in seconds
             from the beginning of its session.
     """
@@ -122,13 +122,13 @@ class Journal:
 
     def _worked(self) -> list[float]:
         total = last = 0.0
-        found = []
+        times = []
         for entry in self.events:
             if entry["event"] == "session":
                 total += last
             last = entry["t"]
-            found.append(total + last)
-        return found
+            times.append(total + last)
+        return times
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -72,7 +72,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _holder(descriptor: int) -> dict[str, Any]:
     try:
-        found = json.loads(os.pread(descriptor, 1000, 0))
+        holder = json.loads(os.pread(descriptor, 1000, 0))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}

@@ -38,7 +38,7 @@ class WorkFolder:
     """A locked work folder.
 
     Attributes:
-        journal: of the run, once `begin` was called.
+        journal: journal of the run, once `begin` was called.
     """
 
     def __init__(self, folder: Path):
@@ -52,14 +52,14 @@ class WorkFolder:
             raise disk_error(folder, error) from error
         if foreign:
             raise ErnieQuantError(
-                f"the work folder {folder} holds {foreign[0]}, which is not of erniequant; give "
+                f"the work folder {folder} holds {foreign[0]}, which is not erniequant's; give "
                 "a folder of its own with --work-dir"
             )
         self._lock = Lock(folder / _LOCK)
         self.journal: Journal
 
     def unfinished(self) -> bool:
-        """Whether a run was begun here and not completed."""
+        """True if a run was begun here and not completed."""
         return (self.folder / _JOURNAL).exists()
 
     def begin(self, identity: dict[str, Any]) -> None:
@@ -126,13 +126,13 @@ class WorkFolder:
         except OSError as error:
             raise disk_error(path, error, "read") from error
         if not whole or digest.hexdigest() != saved[-1]["sha256"]:
-            raise ErnieQuantError(f"{path} is damaged: its sha256 is another; use --restart")
+            raise ErnieQuantError(f"{path} is damaged: its sha256 differs; use --restart")
         return int(saved[-1]["layer"])
 
     def release(self) -> None:
-        """Unlock; a folder that was made for nothing goes."""
+        """Unlock; a folder that was made for nothing is removed."""
         try:
-            # Once removed, whatever is there is of another run.
+            # Once it is removed, anything there belongs to another run.
             if not self._removed and not self.unfinished():
                 self.remove()
         finally:
@@ -162,8 +162,8 @@ _SOURCE, _TEXT = "--calib", "the calibration text"
 
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two identities, one phrase each. The same text is no other one for
-    lying elsewhere."""
+    """Differences between two identities, one phrase each. The same text in another file is no
+    difference."""
     names = [*before, *(name for name in now if name not in before)]
     same_text = before.get(_TEXT) is not None and before.get(_TEXT) == now.get(_TEXT)
     return [

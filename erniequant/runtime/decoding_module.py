@@ -11,7 +11,7 @@ from erniequant.packing.products import DIFFERENTIABLE, DecodedProduct, experts_
 
 
 class DecodingExperts(nn.Module):
-    """What experts modules of every format have in common.
+    """The common base of every format's experts modules.
 
     Attributes:
         keep_decoded: keep every expert's weights after first use, at the memory of the original
@@ -63,7 +63,7 @@ class DecodingExperts(nn.Module):
 
     @property
     def keep_decoded(self) -> bool:
-        """Whether decoded weights are kept."""
+        """True if decoded weights are kept."""
         return self._keep_decoded
 
     @keep_decoded.setter
@@ -83,14 +83,14 @@ class DecodingExperts(nn.Module):
     def weight(self, projection: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Weights ``[N, K]`` of one expert, decoded in float32 and rounded to ``dtype``."""
         key = (projection, expert, dtype)
-        found = self._decoded.get(key)
-        if found is None:
-            # What is kept serves training too, in whatever mode the first caller was.
+        decoded = self._decoded.get(key)
+        if decoded is None:
+            # Kept weights serve training too, whatever mode the first caller was in.
             with torch.inference_mode(False), torch.no_grad():
-                found = self.decode(projection, expert).to(dtype)
+                decoded = self.decode(projection, expert).to(dtype)
             if self._keep_decoded:
-                self._decoded[key] = found
-        return found
+                self._decoded[key] = decoded
+        return decoded
 
     # Decoding goes through numpy, and which experts are chosen is known only when it runs.
     @torch.compiler.disable

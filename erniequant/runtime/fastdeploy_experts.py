@@ -25,7 +25,7 @@ _NAMES = {"gate_up_proj": "up_gate_proj", "down_proj": "down_proj"}
 
 
 class FastDeployExperts(DecodingExperts):
-    """All experts of a layer; parameters ``{up_gate_proj,down_proj}_{suffix}`` are ``[E, ...]`` of
+    """All experts of a layer; parameters ``{up_gate_proj,down_proj}_{suffix}`` ``[E, ...]`` stack
     what a checkpoint stores for each.
     """
 
@@ -78,7 +78,7 @@ class FastDeployExperts(DecodingExperts):
     def multiply(
         self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
     ) -> torch.Tensor:
-        """Packed where it can, without gradient; else decoded weights."""
+        """Runs packed where it can, without gradient; else on decoded weights."""
         trained = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
         if not self._keep_decoded and not trained:
             if self._on_kernels(x):

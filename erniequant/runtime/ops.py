@@ -2,7 +2,7 @@
 elsewhere and for what they do not take.
 
 `erniequant::moe_experts` is opaque to `torch.compile` and can be captured in a CUDA graph. On a GPU
-its workspace is what `erniequant_kernels.moe.Plan.workspace_bytes` says; weights stay packed,
+the size of its workspace is `erniequant_kernels.moe.Plan.workspace_bytes`; weights stay packed,
 except where many tokens per expert make it cheaper to decode a few experts at a time into that
 workspace. On the CPU they always stay packed.
 """

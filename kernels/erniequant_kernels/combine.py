@@ -42,7 +42,7 @@ def combine_kernel(
     for slot in tl.static_range(TOP_K):
         assignment = token * TOP_K + slot
         expert = tl.load(expert_index_ptr + assignment).to(tl.int64)
-        # What belongs to no expert may be anything in memory: masked, not multiplied by zero.
+        # Values of no expert may be anything in memory: masked, not multiplied by zero.
         valid = output < tl.where((expert >= 0) & (expert < EXPERTS), OUTPUTS, 0)
         weight = tl.load(routing_ptr + assignment).to(tl.float32)
         y = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -51,8 +51,8 @@ def combine_kernel(
             y += tl.load(partial_ptr + row * OUTPUTS + output, mask=valid, other=0).to(tl.float32)
         scale = from_pattern(tl.load(scale_ptr + expert * OUTPUTS + output, mask=valid, other=0))
         total += tl.where(valid, y * scale * weight, 0.0)
-    place = out_ptr + token * OUTPUTS + output
-    tl.store(place, rounded(total, out_ptr.dtype.element_ty), mask=output < OUTPUTS)
+    pointers = out_ptr + token * OUTPUTS + output
+    tl.store(pointers, rounded(total, out_ptr.dtype.element_ty), mask=output < OUTPUTS)
 
 
 def combine(

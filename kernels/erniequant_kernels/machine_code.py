@@ -161,8 +161,8 @@ def measure(compiled: Any, arch: int, *, weights_per_iteration: int, num_warps: 
             or in all where there is none.
     """
     listing, usage = disassemble(compiled.asm["cubin"])
-    found, looped = _main_loop(listing)
-    body = [op for op in found if op != "NOP"]
+    instructions, looped = _main_loop(listing)
+    body = [op for op in instructions if op != "NOP"]
     roots = Counter(op.split(".")[0] for op in body)
 
     def total(names: set[str]) -> int:

@@ -1,4 +1,4 @@
-"""What every kernel costs in machine code, as the shipped tuning tables run it on 21B shapes.
+"""The cost of every kernel in machine code, as the shipped tuning tables run it on 21B shapes.
 
 Small-batch decoding on fast-memory cards is bound by instruction issue, so instructions per decoded
 weight are the cost to watch. `check` compares them with the recorded budget (budget.json).
@@ -212,7 +212,7 @@ def new_budget(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def check(measured: Sequence[Mapping[str, Any]], allowed: Mapping[str, Any]) -> list[str]:
-    """What is wrong, one line each: spills, no matrix instruction, more than the budget.
+    """Problems, one line each: spills, no matrix instruction, more than the budget.
 
     Costs belong to one compiler: with another minor version of Triton only spills and matrix
     instructions are checked.

@@ -98,7 +98,7 @@ def row_tiles_kernel(
     start = 0
     while start < assignments:
         chosen = tl.load(index_ptr + start + lane, mask=start + lane < assignments, other=-1)
-        # What belongs to no expert, and the padding of the last scan, counts as one beyond.
+        # Assignments to no expert, and the padding of the last scan, count as one beyond.
         nobody = (chosen < 0) | (chosen >= EXPERTS)
         counts += tl.histogram(tl.where(nobody, EXPERTS, chosen).to(tl.int32), BINS)
         start += SCAN
@@ -129,8 +129,8 @@ def row_tiles_kernel(
     while start < assignments:
         chosen = tl.load(index_ptr + start + lane, mask=start + lane < assignments, other=-1)
         is_mine = (chosen == mine).to(tl.int32)
-        place = position + tl.cumsum(is_mine, axis=0) - 1
-        tl.store(order_ptr + place, start + lane, mask=is_mine == 1)
+        rank = position + tl.cumsum(is_mine, axis=0) - 1
+        tl.store(order_ptr + rank, start + lane, mask=is_mine == 1)
         position += tl.sum(is_mine, axis=0)
         start += SCAN
 

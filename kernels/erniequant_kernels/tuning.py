@@ -1,4 +1,4 @@
-"""Which kernel runs with which tile sizes: read from tuning.json, one table per architecture.
+"""The choice of kernels and tile sizes, read from tuning.json: one table per architecture.
 
 A choice depends on sizes and architecture alone, never on a measurement at run time, so the same
 model gives the same numbers on every card of a kind.

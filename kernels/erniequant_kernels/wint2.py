@@ -50,7 +50,7 @@ def label(word, SHIFT: tl.constexpr):
 
 @triton.jit
 def natural_rows(MMA64: tl.constexpr):
-    """Which row of its group each of the 64 stored positions holds."""
+    """The row of its group that each of the 64 stored positions holds."""
     p = tl.arange(0, GROUP)
     if MMA64:
         return (p // 2 % 8) * 8 + (p // 16) * 2 + p % 2
@@ -93,9 +93,9 @@ def expand_wint2_kernel(
     odd = tl.join(label(word, 6), label(word, 0))
     labels = tl.reshape(tl.join(even, odd), (BLOCK_N, GROUP))
     weight = rounded(labels * scale[:, None], tl.bfloat16)
-    place = out_ptr + expert * OUTPUTS * INPUTS + safe.to(tl.int64)[:, None] * INPUTS
-    place += (group * GROUP + natural_rows(MMA64))[None, :]
-    tl.store(place, weight, mask=inside[:, None])
+    pointers = out_ptr + expert * OUTPUTS * INPUTS + safe.to(tl.int64)[:, None] * INPUTS
+    pointers += (group * GROUP + natural_rows(MMA64))[None, :]
+    tl.store(pointers, weight, mask=inside[:, None])
 
 
 def expand_wint2(
@@ -112,7 +112,7 @@ def expand_wint2(
     """Decode experts.
 
     Args:
-        quant_weight, weight_scale, super_scales, code_scale, code_zp: of `decode_wint2` with one
+        quant_weight, weight_scale, super_scales, code_scale, code_zp: as in `decode_wint2` with one
             leading axis of experts, contiguous; words have to lie in int32.
         out: bfloat16 ``[E, N, K]``, contiguous; receives the weights.
         k_order: ``plain`` or ``mma64``.

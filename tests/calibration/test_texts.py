@@ -116,7 +116,7 @@ def test_the_built_in_text_has_a_third_chinese() -> None:
         ("a.jsonl", '{"text": "a"}\n{oops', "line 2 is not JSON"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', "line 1 has neither"),
         ("a.jsonl", "", "holds no text"),
-        ("a.md", "text", "none of builtin"),
+        ("a.md", "text", "not one of builtin"),
         ("a.txt", None, "cannot read"),
         ("a.txt", b"ab\xff", "not UTF-8 \\(byte 2\\)"),
     ],

@@ -86,7 +86,7 @@ def test_nothing_is_left_of_a_file_that_the_disk_refuses(
             refuse()
 
     path = re.escape(str(tmp_path / "a.bin"))
-    refused = rf"^cannot write {path}: Input/output error; check space and rights\Z"
+    refused = rf"^cannot write {path}: Input/output error; check space and permissions\Z"
     with pytest.raises(ErnieQuantError, match=refused):
         write_file(tmp_path / "a.bin", write)
     assert contents(tmp_path) == before
@@ -155,5 +155,5 @@ def test_the_hash_is_that_of_the_whole_file(tmp_path: Path, size: int) -> None:
 
 def test_an_error_without_a_reason_of_the_system_gives_its_own() -> None:
     assert str(disk_error(Path("a"), ValueError("odd"), "read")) == (
-        "cannot read a: odd; check space and rights"
+        "cannot read a: odd; check space and permissions"
     )

@@ -298,7 +298,7 @@ def test_a_vanished_folder_is_one_line(tmp_path: Path, behind: str) -> None:
         shutil.rmtree(folder)
         if behind == "a file":
             folder.write_text("mine")
-        gone = r": (No such file or directory|Not a directory); check space and rights\Z"
+        gone = r": (No such file or directory|Not a directory); check space and permissions\Z"
         # The shard is open, so that its name fails and not its bytes.
         with pytest.raises(ErnieQuantError, match=f"^cannot write .*{gone}"):
             opened.finish(opened.shards[0])
@@ -334,7 +334,7 @@ def test_a_vanished_source_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_read_only_folder_is_one_line(read_only: ReadOnly) -> None:
-    denied = r"^cannot {} \S+: Permission denied; check space and rights\Z"
+    denied = r"^cannot {} \S+: Permission denied; check space and permissions\Z"
     with ShardFiles(Path(), shards_of_rows()) as files:
         with read_only(), pytest.raises(ErnieQuantError, match=denied.format("write")):
             files.prepare()

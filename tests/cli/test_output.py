@@ -150,7 +150,7 @@ def test_ctrl_c_while_printing_says_that_the_work_is_done(run, library, monkeypa
     out = tmp_path / "report.json"
     result = run("quantize", "a", "b", "--bits", 2, "--json", out)
     assert result.exit_code == 130
-    assert result.stderr == "erniequant: interrupted while printing; all else is done\n"
+    assert result.stderr == "erniequant: interrupted while printing; everything else is done\n"
     assert json.loads(out.read_text()) == {"degraded": 0}
 
 

@@ -82,7 +82,7 @@ def test_ctrl_c_says_how_to_go_on(run, library, monkeypatch):
     result = run("quantize", "a", "b", "--bits", 2)
     assert result.exit_code == 130
     assert result.stderr.strip() == (
-        "erniequant: interrupted; repeat the command to go on where it stopped"
+        "erniequant: interrupted; repeat the command to continue where it stopped"
     )
 
 

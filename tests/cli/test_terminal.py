@@ -69,7 +69,7 @@ def test_closed_streams_neither_stop_the_work_nor_get_into_it(run, micro_vl, tmp
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = start("quantize", micro_vl, tmp_path / "a", *FAST, shell=">&- <&-", **ascii_only)
     assert done.returncode == 1
-    assert done.stderr == b"erniequant: cannot print: it is closed; all else is done\n"
+    assert done.stderr == b"erniequant: cannot print: it is closed; everything else is done\n"
     # The number of a closed stream goes to the next file that is opened, such as one of weights.
     assert run("verify", tmp_path / "a").exit_code == 0
 
@@ -78,7 +78,10 @@ def test_a_full_disk_behind_stdout_is_one_line_and_1(packed_ernie, tmp_path):
     out = tmp_path / "out.json"
     done = start("inspect", packed_ernie, "--json", out, shell="> /dev/full")
     assert done.returncode == 1
-    assert done.stderr == b"erniequant: cannot print: No space left on device; all else is done\n"
+    assert (
+        done.stderr
+        == b"erniequant: cannot print: No space left on device; everything else is done\n"
+    )
     assert json.loads(out.read_text())["tensors"]
 
 

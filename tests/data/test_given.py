@@ -189,8 +189,8 @@ def test_sequences_of_other_lengths() -> None:
         (torch.tensor(3), r"shape \[\]"),
         (np.array([1.5]), "numbers of type torch.float64"),
         ([torch.ones(2, 3).long(), torch.ones(2, 3).long()], "a list of 2 tensors"),
-        ({"input_ids": "words"}, "input_ids is no table"),
-        ({"input_ids": [["a"]]}, "input_ids is no table"),
+        ({"input_ids": "words"}, "input_ids is not a table"),
+        ({"input_ids": [["a"]]}, "input_ids is not a table"),
     ],
 )
 def test_what_are_no_token_ids(member: Any, message: str) -> None:

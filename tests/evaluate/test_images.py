@@ -44,8 +44,8 @@ def by_hand(model: Any, tokenizer: Any, path: Path) -> tuple[list[list[float]], 
         with torch.no_grad():
             logits = model(
                 input_ids=entry.ids[None],
-                pixel_values=torch.cat([p.patches for p in entry.pictures]),
-                image_grid_thw=torch.tensor([p.grid for p in entry.pictures]),
+                pixel_values=torch.cat([p.patches for p in entry.images]),
+                image_grid_thw=torch.tensor([p.grid for p in entry.images]),
                 mm_token_type_ids=torch.tensor([[int(i == IMAGE) for i in ids]]),
                 moe_mm_token_type_ids=torch.tensor([types]),
             ).logits[0]
@@ -107,10 +107,10 @@ def test_images_and_their_experts_matter(loaded: tuple[Any, Any], micro_records:
     inputs = evaluation_inputs(model, tokenizer, micro_records)
     right = image_perplexity(model, tokenizer, inputs)
     assert right == image_perplexity(model, tokenizer, micro_records)
-    pictures = [entry.pictures for entry in inputs]
+    images = [entry.images for entry in inputs]
     # Records of one kind repeat every twelve, with images of the same shapes.
     swapped = [
-        ModelInput(e.ids, e.placeholder, e.vision, e.positions, pictures[(i + 9) % 18])
+        ModelInput(e.ids, e.placeholder, e.vision, e.positions, images[(i + 9) % 18])
         for i, e in enumerate(inputs)
     ]
     wrong = image_perplexity(model, tokenizer, swapped)
@@ -128,7 +128,7 @@ def test_what_cannot_be_scored(
     with pytest.raises(ErnieQuantError, match="cannot read"):
         image_perplexity(model, tokenizer, tmp_path / "none.jsonl")
     text, letters = erniequant.load(micro_source, device="cpu")
-    with pytest.raises(ErnieQuantError, match="the model takes text alone"):
+    with pytest.raises(ErnieQuantError, match="the model is text-only"):
         image_perplexity(text, letters, micro_records)
 
 
@@ -163,7 +163,7 @@ def test_images_for_a_model_of_text_are_refused(
                  str(micro_text), "--images", str(micro_records)]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
-    assert "the model takes text alone" in result.output
+    assert "the model is text-only" in result.output
 
 
 def test_generation_sees_the_image(
@@ -194,7 +194,7 @@ def test_generation_sees_the_image(
             batch[name] = torch.cat([batch[name], more], dim=1)
     assert found.text == tokenizer.decode(expected, skip_special_tokens=True)
     text, letters = erniequant.load(micro_source, device="cpu")
-    with pytest.raises(ErnieQuantError, match="the model takes text alone"):
+    with pytest.raises(ErnieQuantError, match="the model is text-only"):
         generate(text, letters, "what?", images=images)
 
 

@@ -123,7 +123,7 @@ def test_reader_agrees_to_the_last_bit(reader: ModuleType, name: str, length: in
     assert theirs.dtype == np.float32 and np.array_equal(ours, theirs)
 
 
-# Two layers: of eight experts, of one MLP, or of four experts for text and four for images.
+# Two layers: of eight experts, of one MLP, or of four text and four vision experts.
 @pytest.mark.parametrize(
     ("packed", "matrices"), [("packed_ernie", 48), ("packed_dense", 6), ("packed_vl", 48)]
 )

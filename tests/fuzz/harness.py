@@ -32,7 +32,7 @@ from erniequant.formats.verbs import inspect, verify
 SECONDS = 10
 TARGETS = {"load": 6, "inspect": 3, "verify": 4, "export": 4, "dry_run": 4, "calibration": 2}
 IDS = torch.tensor([[1, 5, 9, 30, 77, 77, 2]])
-# Tokens for the experts for images, and an image of 2 x 4 patches of 4 x 4 pixels.
+# Tokens for the vision experts, and an image of 2 x 4 patches of 4 x 4 pixels.
 VISION = torch.tensor([[0, 0, 1, 1, 1, 0, 0]])
 PATCHES = torch.linspace(-1, 1, 8 * 48).view(8, 48).to(torch.bfloat16)
 GRID = torch.tensor([[1, 2, 4]])

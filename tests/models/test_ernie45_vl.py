@@ -55,8 +55,8 @@ def test_layer_by_layer_equals_the_stock_model(
     assert sizes.moe_layers == (1, 2)
     hidden = source.tensor("model.embed_tokens.weight").float()[entry.ids][None]
     if entry.placeholder is not None:
-        patches = torch.cat([picture.patches for picture in entry.pictures])
-        grid = torch.tensor([picture.grid for picture in entry.pictures])
+        patches = torch.cat([image.patches for image in entry.images])
+        grid = torch.tensor([image.grid for image in entry.images])
         hidden[0, entry.placeholder] = model.embed_images(source, patches, grid, CPU)
     for index in range(sizes.layers):
         torch.testing.assert_close(hidden, expected[index], rtol=1e-4, atol=1e-4)
@@ -91,15 +91,15 @@ def model_norm(source: Any, hidden: torch.Tensor, stock: Any) -> torch.Tensor:
 def test_both_names_of_the_tower(
     micro_vl: Path, stock: Any, inputs: list[ModelInput], tmp_path: Path
 ) -> None:
-    picture = inputs[0].pictures[0]
-    grid = torch.tensor([picture.grid])
+    image = inputs[0].images[0]
+    grid = torch.tensor([image.grid])
     with torch.no_grad():
-        expected = stock.model.get_image_features(picture.patches, grid).pooler_output[0]
+        expected = stock.model.get_image_features(image.patches, grid).pooler_output[0]
     for folder in (micro_vl, as_baidu_releases_it(micro_vl, tmp_path / "baidu")):
         source = open_checkpoint(folder)
         require_fit(source.config, source.headers)
         model = bounded_architecture(source.config, source.headers)
-        found = model.embed_images(source, picture.patches, grid, CPU)
+        found = model.embed_images(source, image.patches, grid, CPU)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

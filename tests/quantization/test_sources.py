@@ -324,7 +324,7 @@ def test_tokens_that_the_model_lacks_are_told_of(kind: str, source: Source, tmp_
         told.append(erniequant.quantize(folder, tmp_path / "q", dry_run=True, **OPTIONS).plan_text)
     assert "tokenizer" not in told[0]
     assert told[1].endswith("the tokenizer has 129 tokens, the model 128: text with any of the "
-                            "others cannot be run")  # fmt: skip
+                            "extra tokens cannot be run")  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""What images in the calibration are worth to the experts for images, on the embedded trained
+"""The benefit of calibration images for the vision experts, on the embedded trained
 model; docs/vision_language.md has the figures."""
 
 from typing import Any
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The original, and two models of 2 bits: calibrated with images, and on text alone."""
+    """The original, and two models of 2 bits: calibrated with images, and text-only."""
     folder = tmp_path_factory.mktemp("vl")
     (folder / "text.txt").write_text(erniequant_data.calibration_text(), "utf-8")
     source = erniequant_data.tiny_vl_model_dir()

@@ -151,7 +151,7 @@ def test_tokens_per_expert_are_those_that_a_forward_pass_routes(
     assert found == {key: count.tolist() for key, count in counts.items()}
     calibration = report.calibration
     assert calibration is not None
-    assert calibration.images == sum(len(entry.pictures) for entry in inputs) == 24
+    assert calibration.images == sum(len(entry.images) for entry in inputs) == 24
     assert calibration.vision_tokens == sum(int(entry.vision.sum()) for entry in inputs)
     assert sum(found[1, "vision_moe"]) == 2 * calibration.vision_tokens
 
@@ -191,7 +191,7 @@ def test_text_alone_is_announced_and_degraded(
     assert 0 < errors["gate_up_proj"] < 0.2 and 0 < errors["down_proj"] < 0.2
 
 
-# Among the experts for text of the first layer, between both sets, among those for images, and in
+# Among the text experts of the first layer, between both sets, among the vision experts, and in
 # the last layer.
 @pytest.mark.parametrize("done", [2, 4, 7, 14])
 def test_stopped_anywhere_it_goes_on_to_the_same_bytes(

@@ -88,7 +88,7 @@ def test_a_disk_that_fills_up_later_is_one_line_and_can_be_gone_on_from(
 ) -> None:
     # Among the experts, and while the files beside the weights are written.
     outcome = driver.run(micro_source, tmp_path / "q", options, full_at=place)
-    assert "No space left on device; check space and rights" in outcome["error"]
+    assert "No space left on device; check space and permissions" in outcome["error"]
     assert driver.run(micro_source, tmp_path / "q", options | {"resume": True})["ok"]
     assert contents(tmp_path / "q") == whole[0]
 
@@ -271,7 +271,7 @@ def test_the_work_folder_may_be_elsewhere_but_of_its_own(
     assert list(work.iterdir()) == []
     (work / "mine.txt").write_text("mine")
     error = driver.run(micro_source, tmp_path / "third", elsewhere)["error"]
-    assert "holds mine.txt, which is not of erniequant" in error
+    assert "holds mine.txt, which is not erniequant's" in error
 
 
 def _flip(path: Path, position: int) -> None:

@@ -129,7 +129,7 @@ def test_damaged_states_are_refused(work: WorkFolder) -> None:
     swapped = sound[4 * 45 :] + sound[: 4 * 45]
     for data in (*flipped, sound[:100], sound[:-1], b"", sound + b"\0", swapped):
         path.write_bytes(data)
-        refused = rf"^{re.escape(str(path))} is damaged: its sha256 is another; use --restart\Z"
+        refused = rf"^{re.escape(str(path))} is damaged: its sha256 differs; use --restart\Z"
         # The old contents of the tables must not stand in for what is missing.
         with pytest.raises(ErnieQuantError, match=refused):
             work.load_states(tables(1))
@@ -187,7 +187,7 @@ def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path, n
     (tmp_path / name).write_text("mine")
     with pytest.raises(ErnieQuantError) as caught:
         WorkFolder(tmp_path)
-    assert f"{tmp_path} holds {name}, which is not of erniequant" in str(caught.value)
+    assert f"{tmp_path} holds {name}, which is not erniequant's" in str(caught.value)
     assert names(tmp_path) == [name]
 
 

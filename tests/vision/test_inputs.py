@@ -37,10 +37,10 @@ def test_a_padded_batch_is_taken_apart() -> None:
     first, second = from_batch(batch(), IMAGES, "batch 0")
     assert first.ids.tolist() == [5, 97, 96, 96, 98, 6, 97, 96, 98, 7]
     assert second.ids.tolist() == [97, 96, 96, 96, 98, 8, 9, 10, 11]
-    assert [len(entry.pictures) for entry in (first, second)] == [2, 1]
+    assert [len(entry.images) for entry in (first, second)] == [2, 1]
     # Patches go to the images in order: 8, 4, then 12 rows.
-    assert first.pictures[1].patches[:, 0].tolist() == [WIDTH * i for i in range(8, 12)]
-    assert second.pictures[0].patches[:, 0].tolist() == [WIDTH * i for i in range(12, 24)]
+    assert first.images[1].patches[:, 0].tolist() == [WIDTH * i for i in range(8, 12)]
+    assert second.images[0].patches[:, 0].tolist() == [WIDTH * i for i in range(12, 24)]
     assert second.vision.tolist() == [True] * 5 + [False] * 4
     assert second.placeholder.tolist() == [False] + [True] * 3 + [False] * 5
     # One row of tokens three rows high and one wide: text goes on behind the three.
@@ -85,7 +85,7 @@ def bad_number(given: dict[str, Any]) -> None:
     ("edit", "message"),
     [
         (drop("moe_mm_token_type_ids"), "no moe_mm_token_type_ids, without which a model sends"),
-        (unmark_start, "moe_mm_token_type_ids do not mark the tokens of images"),
+        (unmark_start, "moe_mm_token_type_ids do not mark the image tokens"),
         (change("moe_mm_token_type_ids", torch.zeros(2, 12)), "moe_mm_token_type_ids has shape"),
         (drop("pixel_values"), "needs both pixel_values and image_grid_thw"),
         (drop("input_ids"), "batch 3 has no input_ids"),
@@ -116,21 +116,21 @@ def test_an_image_too_many_or_none_at_all() -> None:
     more["pixel_values"] = torch.zeros(28, WIDTH)
     with pytest.raises(ErnieQuantError, match="has 4 images, but its text has 3"):
         from_batch(more, IMAGES, "batch 0")
-    with pytest.raises(ErnieQuantError, match="the model takes text alone"):
+    with pytest.raises(ErnieQuantError, match="the model is text-only"):
         from_batch(batch(), None, "batch 0")
     text = {"input_ids": torch.tensor([[3, 96]]), "moe_mm_token_type_ids": torch.tensor([[0, 1]])}
-    with pytest.raises(ErnieQuantError, match="tokens of images but no pixel_values"):
+    with pytest.raises(ErnieQuantError, match="image tokens but no pixel_values"):
         from_batch(text, IMAGES, "batch 0")
 
 
 def test_the_hash_sees_pixels_and_shape() -> None:
     entry = from_batch(batch(), IMAGES, "batch 0")[1]
-    picture = entry.pictures[0]
-    moved = picture.patches.clone()
+    image = entry.images[0]
+    moved = image.patches.clone()
     moved[11, 11] += 1
     others = [
-        ModelInput(entry.ids, pictures=(type(picture)(moved, picture.grid),)),
-        ModelInput(entry.ids, pictures=(type(picture)(picture.patches, (1, 2, 6)),)),
+        ModelInput(entry.ids, images=(type(image)(moved, image.grid),)),
+        ModelInput(entry.ids, images=(type(image)(image.patches, (1, 2, 6)),)),
         ModelInput(entry.ids),
     ]
     assert len({hash_inputs([e]) for e in [entry, *others]}) == 4

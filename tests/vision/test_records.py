@@ -18,7 +18,7 @@ from erniequant.models.registry import image_settings
 from tests.foreign import POINTER
 from tests.micro_vl import write_image
 
-START, PICTURE, END = 97, 96, 98
+START, IMAGE, END = 97, 96, 98
 HELLO = [ord(letter) - 30 for letter in "hello"]
 EOS = 1
 
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def image(tokens: int) -> list[int]:
-    return [START, *[PICTURE] * tokens, END]
+    return [START, *[IMAGE] * tokens, END]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_records(reader: ImageTextReader, folder: Path, record: Any, expected: l
     found = reader.read(record, "line 1", folder)
     assert found.ids.tolist() == expected
     assert found.vision is not None
-    assert found.vision.tolist() == [i in (START, PICTURE, END) for i in expected]
+    assert found.vision.tolist() == [i in (START, IMAGE, END) for i in expected]
 
 
 def chat(*content: Any) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def test_images_come_as_paths_bytes_or_opened(reader: ImageTextReader, folder: P
     ):  # fmt: skip
         found = reader.read({"image": given, "text": "hello"}, "line 1", folder)
         assert found.ids.tolist() == expected.ids.tolist()
-        assert torch.equal(found.pictures[0].patches, expected.pictures[0].patches)
+        assert torch.equal(found.images[0].patches, expected.images[0].patches)
 
 
 def test_columns_with_images(reader: ImageTextReader, folder: Path) -> None:
@@ -150,7 +150,7 @@ def test_columns_with_images(reader: ImageTextReader, folder: Path) -> None:
 def test_chats_without_a_template_are_joined(
     reader: ImageTextReader, folder: Path, settings: ImageSettings
 ) -> None:
-    plain = ImageTextReader(reader.tokenizer, settings, reader.pictures, chat_template="none")
+    plain = ImageTextReader(reader.tokenizer, settings, reader.image_reader, chat_template="none")
     record = chat({"type": "text", "text": "hello"}, {"type": "image", "image": "a.png"})
     found = plain.read(record, "line 1", folder)
     assert found.ids.tolist() == [*HELLO, *image(4), NEWLINE, *HI, EOS]
@@ -170,15 +170,15 @@ def test_images_shrink_to_half_the_length_and_text_is_cut(
     reader: ImageTextReader, settings: ImageSettings, folder: Path
 ) -> None:
     write_image(folder / "large.png", 200, 100)
-    short = ImageTextReader(reader.tokenizer, settings, reader.pictures, length=32)
+    short = ImageTextReader(reader.tokenizer, settings, reader.image_reader, length=32)
     found = short.read({"image": "large.png", "text": "x" * 100}, "line 1", folder)
     assert len(found) == 32
     assert found.placeholder is not None and 8 <= int(found.placeholder.sum()) <= 16
-    (picture,) = found.pictures
+    (image,) = found.images
     # Twice as wide as high, as it was.
-    assert picture.grid[2] / picture.grid[1] == pytest.approx(2, rel=0.3)
+    assert image.grid[2] / image.grid[1] == pytest.approx(2, rel=0.3)
     both = short.read({"images": ["large.png"] * 2, "text": "x" * 9}, "line 1", folder)
-    assert all(picture.tokens(2) <= 8 for picture in both.pictures)
+    assert all(image.tokens(2) <= 8 for image in both.images)
 
 
 def test_pixels_are_those_of_transformers_own_processor(
@@ -187,14 +187,14 @@ def test_pixels_are_those_of_transformers_own_processor(
     from PIL import Image
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-    (picture,) = reader.read({"image": "b.png", "text": "x"}, "line 1", folder).pictures
-    assert picture.grid == (1, 4, 6)
+    (image,) = reader.read({"image": "b.png", "text": "x"}, "line 1", folder).images
+    assert image.grid == (1, 4, 6)
     pixels = torch.tensor(list(Image.open(folder / "b.png").getdata())).view(16, 24, 3) / 255
     pixels = (pixels - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)
     # The second token of the second row of tokens, its lower left patch: all channels of it.
     patch = pixels[12:16, 8:12].permute(2, 0, 1).reshape(-1)
     row = (1 * 3 + 1) * 4 + 2
-    torch.testing.assert_close(picture.patches[row], patch, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(image.patches[row], patch, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -262,8 +262,8 @@ def test_settings_of_the_processor(
 ) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    picture = ImageReader(settings, tmp_path).read(write_image(tmp_path / "a.png", 640, 640))
-    pixels = picture.grid[1] * picture.grid[2] * settings.patch**2
+    image = ImageReader(settings, tmp_path).read(write_image(tmp_path / "a.png", 640, 640))
+    pixels = image.grid[1] * image.grid[2] * settings.patch**2
     assert pixels <= min(largest, 640 * 640)
     assert pixels >= 0.7 * min(largest, 640 * 640)
 
@@ -280,9 +280,7 @@ def test_a_pointer_in_place_of_an_image_is_named(settings: ImageSettings, tmp_pa
         ImageReader(settings, tmp_path).read(tmp_path / "a.png")
 
 
-def test_pictures_turn_upright_and_lose_their_alpha(
-    settings: ImageSettings, tmp_path: Path
-) -> None:
+def test_images_turn_upright_and_lose_their_alpha(settings: ImageSettings, tmp_path: Path) -> None:
     from PIL import Image
 
     wide = Image.open(write_image(tmp_path / "a.png", 32, 16)).convert("RGBA")

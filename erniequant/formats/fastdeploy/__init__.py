@@ -1,6 +1,6 @@
 """Checkpoints that FastDeploy serves: experts in WINT2 and wint4, everything else in wint8.
 
-docs/fastdeploy.md describes the layout, and what of it is verified. Everything is imported on first
+docs/fastdeploy.md describes the layout and how far it is verified. Everything is imported on first
 use: `recognise` is asked of every folder, also where nothing else here is needed.
 """
 

@@ -17,7 +17,8 @@ from erniequant.version import PRODUCER
 
 K_ORDERS = ("plain", "mma64")
 DEFAULT_K_ORDER = "mma64"
-"""What FastDeploy's kernels read since 23 July 2025 (pull request 2990); see docs/fastdeploy.md."""
+"""The K order that FastDeploy's kernels read since 23 July 2025 (pull request 2990); see
+docs/fastdeploy.md."""
 
 RECORD = "erniequant"
 """Our entry of config.json; FastDeploy keeps entries that it does not know and uses none."""
@@ -33,10 +34,10 @@ _DROPPED = ("torch_dtype", "dtype", "transformers_version", "rope_parameters", "
 
 @dataclass(frozen=True)
 class FastDeploySettings:
-    """How a checkpoint's experts are coded.
+    """The coding of a checkpoint's experts.
 
     ``w4_end_layer`` is the last layer with wint4 experts. ``k_order``, ``producer`` and
-    ``tensor_parallel`` are of our record, None in files of others.
+    ``tensor_parallel`` come from our record and are None in files by others.
     """
 
     w4_end_layer: int
@@ -51,9 +52,9 @@ def fastdeploy_config(
     """config.json of a checkpoint for FastDeploy.
 
     Args:
-        source: config.json of the original; what FastDeploy does not look at is kept.
-        architecture: what that describes.
-        model: what is written.
+        source: config.json of the original; entries that FastDeploy ignores are kept.
+        architecture: the architecture that it describes.
+        model: the sizes and coding that are written.
         k_order: one of `K_ORDERS`.
     """
     config = architecture.config
@@ -120,7 +121,7 @@ def _quantization(model: FastDeployModel) -> dict[str, Any]:
 
 
 def read_settings(config: Mapping[str, Any]) -> FastDeploySettings:
-    """How the experts of a checkpoint are coded, as FastDeploy would understand its config.json.
+    """The coding of a checkpoint's experts, as FastDeploy would read its config.json.
 
     Raises:
         ErnieQuantError: no WINT2, another type of weights than we read, or an entry of a wrong
@@ -183,7 +184,7 @@ def choose_k_order(recorded: str | None, given: str | None) -> str | None:
 
 
 def _object(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = entries.get(name, {})
-    if not isinstance(found, dict):
-        raise ErnieQuantError(f"config.json has {name} {found!r}; expected an object")
-    return found
+    value = entries.get(name, {})
+    if not isinstance(value, dict):
+        raise ErnieQuantError(f"config.json has {name} {value!r}; expected an object")
+    return value

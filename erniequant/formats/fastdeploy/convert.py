@@ -19,7 +19,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def plain_to_rank(part: Plain, tensor: torch.Tensor | None, rank: int, ranks: int) -> torch.Tensor:
-    """What a rank stores of an unquantised tensor of the original; None stands for zeros.
+    """The part of an unquantised tensor of the original that a rank stores; None stands for zeros.
 
     Raises:
         ErnieQuantError: it has another shape than ``part.shape``.
@@ -53,7 +53,7 @@ def plain_from_ranks(part: Plain, tensors: Sequence[torch.Tensor]) -> torch.Tens
 
 
 def rank_outputs(part: Matrix, rank: int, ranks: int) -> torch.Tensor:
-    """Which outputs of the whole matrix a rank holds, int64, in its order."""
+    """Outputs of the whole matrix that a rank holds, int64, in its order."""
     if part.cut == "inputs":
         return torch.arange(sum(part.outputs))
     pieces, begin = [], 0
@@ -65,7 +65,7 @@ def rank_outputs(part: Matrix, rank: int, ranks: int) -> torch.Tensor:
 
 
 def rank_inputs(part: Matrix, rank: int, ranks: int) -> slice:
-    """Which inputs of the whole matrix a rank holds."""
+    """Inputs of the whole matrix that a rank holds."""
     if part.cut == "outputs":
         return slice(0, part.inputs)
     piece = part.inputs // ranks
@@ -104,9 +104,9 @@ def encoded_to_rank(
         ValueError: a tensor is missing or of another shape or dtype, or one is too many.
     """
     expected = part.keys(1)
-    found = {name: (tuple(t.shape), t.dtype) for name, t in encoded.items()}
-    if found != expected:
-        raise ValueError(f"{part.prefix}: encoded tensors are {found}, expected {expected}")
+    actual = {name: (tuple(t.shape), t.dtype) for name, t in encoded.items()}
+    if actual != expected:
+        raise ValueError(f"{part.prefix}: encoded tensors are {actual}, expected {expected}")
     if ranks == 1:
         return dict(encoded)
     outputs, inputs = rank_outputs(part, rank, ranks), rank_inputs(part, rank, ranks)
@@ -129,7 +129,7 @@ def encoded_to_rank(
 def decode_rank(part: Matrix, tensors: Tensors, k_order: str) -> torch.Tensor:
     """The weights that a rank's keys stand for: float32 ``[N, K]`` of its outputs and inputs.
 
-    k_order: of WINT2, "plain" or "mma64".
+    k_order: the K order of WINT2, "plain" or "mma64".
     """
     if part.format == "wint2":
         ccq: Any = importlib.import_module("erniequant.ccq")
@@ -149,7 +149,7 @@ def matrix_from_ranks(
 ) -> dict[str, torch.Tensor]:
     """The original's tensors, float32 ``[n, K]``, by name, from the keys of every rank.
 
-    k_order: of WINT2, "plain" or "mma64".
+    k_order: the K order of WINT2, "plain" or "mma64".
     """
     whole = torch.empty(sum(part.outputs), part.inputs)
     for rank, tensors in enumerate(ranks):

@@ -1,4 +1,4 @@
-"""From a checkpoint of FastDeploy to a plain one of transformers, and which K order it has."""
+"""Export of a FastDeploy checkpoint to a plain transformers one, and detection of its K order."""
 
 from pathlib import Path
 
@@ -33,14 +33,14 @@ def export_bf16(
     reference: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ExportReport:
-    """Decode the checkpoint of FastDeploy ``src`` into the new folder ``dst``, under the names of
-    the original.
+    """Decode the FastDeploy checkpoint ``src`` into the new folder ``dst``, under the names of the
+    original.
 
     Args:
         to: "bf16" or "fp32"; fp32 also widens what is not quantised, so a model computing in
             float32 is reproduced exactly.
-        k_order: of its WINT2 codes, where its files do not say.
-        reference: the original, to find the K order by, where neither says.
+        k_order: K order of its WINT2 codes, if its files do not record it.
+        reference: the original, from which the K order is detected if it is not known otherwise.
 
     Raises:
         ErnieQuantError: as `open_fastdeploy` and `detect_k_order`, or dst is not a new folder.
@@ -75,11 +75,11 @@ def export_bf16(
 
 
 def detect_k_order(source: FastDeployCheckpoint, original: Checkpoint) -> str:
-    """The K order in which the first WINT2 matrix is like that of the original.
+    """The K order in which the first WINT2 matrix matches that of the original.
 
     Raises:
-        ErnieQuantError: it is so in neither: another model; or there is no such matrix, and no
-            order is needed.
+        ErnieQuantError: it matches in neither, so the original is another model; or there is no
+            such matrix, and no order is needed.
     """
     parts = source.parts.values()
     part = next((p for p in parts if isinstance(p, Matrix) and p.format == "wint2"), None)
@@ -88,10 +88,10 @@ def detect_k_order(source: FastDeployCheckpoint, original: Checkpoint) -> str:
     errors = {order: _error(source, part, original, order) for order in K_ORDERS}
     best = min(errors, key=lambda order: errors[order])
     if not errors[best] < _LIKE:
-        found = ", ".join(f"{order} {error:.2f}" for order, error in errors.items())
+        listed = ", ".join(f"{order} {error:.2f}" for order, error in errors.items())
         raise ErnieQuantError(
-            f"{part.sources[0]} of {source.folder} is like that of the original in no k_order "
-            f"(relative squared errors: {found}); give the model that it was made from"
+            f"{part.sources[0]} of {source.folder} matches that of the original in no k_order "
+            f"(relative squared errors: {listed}); give the model that it was made from"
         )
     return best
 

@@ -1,4 +1,4 @@
-"""Say what a checkpoint of FastDeploy holds, from headers alone."""
+"""Say what a FastDeploy checkpoint holds, from headers alone."""
 
 import math
 from collections import Counter
@@ -12,7 +12,7 @@ from erniequant.formats.results import ModelSummary, TensorSummary
 
 
 def inspect_fastdeploy(source: str | Path) -> ModelSummary:
-    """Summary of a checkpoint of FastDeploy; tensors of rank folders are listed by rank.
+    """Summary of a FastDeploy checkpoint; tensors of rank folders are listed by rank.
 
     Raises:
         ErnieQuantError: it cannot be read, or lacks what FastDeploy asks for.

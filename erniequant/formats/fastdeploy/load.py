@@ -1,4 +1,4 @@
-"""Run a checkpoint of FastDeploy in transformers, its experts packed as they are stored."""
+"""Run a FastDeploy checkpoint in transformers, its experts packed as they are stored."""
 
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ def load_fastdeploy(
 
     Args:
         source: folder, with or without rank folders, or Hugging Face id.
-        dtype: of weights and activations; "auto" is bfloat16.
-        k_order: of WINT2, where the files do not say.
-        reference: the original, to find the K order by.
+        dtype: type of weights and activations; "auto" is bfloat16.
+        k_order: K order of WINT2, if the files do not record it.
+        reference: the original, from which the K order is detected.
 
     Raises:
         ErnieQuantError: a tensor is missing, left over, or of another kind than FastDeploy asks

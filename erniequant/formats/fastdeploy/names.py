@@ -1,4 +1,4 @@
-"""What FastDeploy's loader asks for, and of which tensors of the original it is made.
+"""Keys that FastDeploy's loader asks for, and the tensors of the original that they are made from.
 
 A checkpoint consists of *matrices* (packed weights of a product with their scales: several keys)
 and *plain* tensors (one key). Names come from FastDeploy's models/ernie4_5_moe.py and
@@ -30,13 +30,13 @@ class Matrix:
     """Weights of one product, ``[outputs, inputs]`` in the orientation of ``nn.Linear``.
 
     Attributes:
-        prefix: of its keys, without the dot.
-        format: how it is coded.
+        prefix: prefix of its keys, without the dot.
+        format: its coding.
         sources: names of the original's tensors, which follow one another along the outputs.
-        outputs: of each of them.
-        cut: along what tensor parallel divides it. Each source is cut by itself: a rank's outputs
-            are its part of the first source, then its part of the second.
-        expert: layer, expert and one of `PROJECTIONS`, of a matrix of a routed expert.
+        outputs: number of outputs of each source.
+        cut: the dimension that tensor parallelism divides. Each source is cut by itself: a rank's
+            outputs are its part of the first source, then its part of the second.
+        expert: layer, expert and one of `PROJECTIONS` for a matrix of a routed expert.
     """
 
     prefix: str
@@ -82,12 +82,12 @@ class Plain:
 
     Attributes:
         key: its name.
-        source: of the original's tensor.
-        shape: of that tensor.
-        dtype: as it is written; the loader converts any other float type to it.
-        transposed: whether the key holds the transpose, ``[in, out]``.
-        cut: the dimension of the *source* that tensor parallel divides; None: each rank has all.
-        optional: whether the original may lack it, which means zeros.
+        source: name of the original's tensor.
+        shape: shape of that tensor.
+        dtype: type in which it is written; the loader converts any other float type to it.
+        transposed: true if the key holds the transpose, ``[in, out]``.
+        cut: the dimension of the *source* that tensor parallelism divides; None: each rank has all.
+        optional: true if the original may lack it, which means zeros.
     """
 
     key: str
@@ -124,14 +124,14 @@ def parts_of(model: FastDeployModel) -> Iterator[Part]:
 
 def rank_keys(model: FastDeployModel) -> dict[str, TensorInfo]:
     """Shape and dtype of every key of one rank, by name; all ranks have the same."""
-    found: dict[str, TensorInfo] = {}
+    keys: dict[str, TensorInfo] = {}
     for part in parts_of(model):
         if isinstance(part, Plain):
-            found[part.key] = (part.rank_shape(model.tensor_parallel), part.dtype)
+            keys[part.key] = (part.rank_shape(model.tensor_parallel), part.dtype)
             continue
         for suffix, info in part.keys(model.tensor_parallel).items():
-            found[f"{part.prefix}.{suffix}"] = info
-    return found
+            keys[f"{part.prefix}.{suffix}"] = info
+    return keys
 
 
 def _layer(model: FastDeployModel, layer: int) -> Iterator[Part]:

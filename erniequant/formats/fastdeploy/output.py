@@ -39,10 +39,10 @@ from erniequant.formats.plan import Plan, PlanWording, QuantizeOptions, make_pla
 from erniequant.models.architecture import Architecture, ExpertGroup
 
 WINT4_SHARE = 4 / 51
-"""Of the layers with experts, how many have 4 bits unless told otherwise: as in Baidu's 300B, where
-these are layers 3 to 6 of 3 to 53."""
+"""Default share of 4-bit layers among those with experts: as in Baidu's 300B, where these are
+layers 3 to 6 of 3 to 53."""
 
-# Their projections by the names that the rest of the library has for them.
+# FastDeploy's projections by their names in the rest of the library.
 _LEAVE_OUT = "; leave out --format"
 _PROJECTIONS = {"gate_up_proj": "up_gate_proj", "down_proj": "down_proj"}
 
@@ -58,9 +58,9 @@ class Wint2Quantizer:
         self, weight: torch.Tensor, hessian: torch.Tensor, importance: torch.Tensor
     ) -> QuantizedMatrix:
         """See `MatrixQuantizer`; outputs share nothing, so ``importance`` changes nothing."""
-        found = encode_matrix(weight, hessian, k_order=self.k_order)
+        encoded = encode_matrix(weight, hessian, k_order=self.k_order)
         return QuantizedMatrix(
-            found.tensors(), found.effective, found.error, found.damping, found.fallback
+            encoded.tensors(), encoded.effective, encoded.error, encoded.damping, encoded.fallback
         )
 
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -137,15 +137,15 @@ class FastDeployOutput(OutputFormat):
         )
 
     def quantizers(self, layer: int, group: ExpertGroup) -> dict[str, MatrixQuantizer]:
-        found: dict[str, MatrixQuantizer] = {}
+        by_projection: dict[str, MatrixQuantizer] = {}
         for ours, theirs in _PROJECTIONS.items():
             part = self._experts[layer, group.first, theirs]
-            found[ours] = (
+            by_projection[ours] = (
                 Wint4Quantizer(part.inputs)
                 if part.format == "wint4"
                 else Wint2Quantizer(part.inputs, self._k_order)
             )
-        return found
+        return by_projection
 
     def write_shared(self, layer: int, group: ExpertGroup, shards: ShardFiles) -> None:
         """Experts share nothing."""

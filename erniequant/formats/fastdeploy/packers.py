@@ -52,7 +52,7 @@ class Packing:
 
     @property
     def order(self) -> list[int]:
-        """Which row of each ``period`` lies at a position: wint8 0, 8, 1, 9...; wint4 0, 8, 16, 24,
+        """The row of each ``period`` at each position: wint8 0, 8, 1, 9...; wint4 0, 8, 16, 24,
         1..."""
         return [start + step for step in range(8) for start in range(0, self.period, 8)]
 
@@ -119,7 +119,7 @@ class Packing:
 
         Args:
             weight: rounded to ``dtype`` first, as Paddle's function takes no float32.
-            dtype: of the model, bfloat16 or float16.
+            dtype: type of the model, bfloat16 or float16.
 
         Raises:
             ValueError: the layout does not cover its shape.

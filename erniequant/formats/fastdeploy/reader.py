@@ -1,4 +1,4 @@
-"""Read a checkpoint of FastDeploy as if it were the original: its names, shapes and orientation.
+"""Read a FastDeploy checkpoint as if it were the original: its names, shapes and orientation.
 
 Matrices are decoded one at a time as they are asked for; those of rank folders are joined. Headers
 are checked when it is opened, so a wrong file is named before anything is decoded.
@@ -44,15 +44,15 @@ _COUNTS = ("num_hidden_layers", *Ernie45Moe.expert_count_keys)
 
 
 class FastDeployCheckpoint:
-    """A checkpoint of FastDeploy under the original's names; a `TensorSource`.
+    """A FastDeploy checkpoint under the original's names; a `TensorSource`.
 
     Attributes:
         folder: where it is.
         config: config.json that the original would have.
-        model: its sizes and how its experts are coded.
+        model: its sizes and the coding of its experts.
         settings: see `FastDeploySettings`.
         ranks: the files of each rank.
-        k_order: of its WINT2 codes; None if unknown, and then experts cannot be decoded.
+        k_order: K order of its WINT2 codes; None if unknown, and then experts cannot be decoded.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class FastDeployCheckpoint:
         return part.outputs[part.sources.index(name)], part.inputs
 
     def is_decoded(self, name: str) -> bool:
-        """Whether a tensor is stored quantised. Raises ErnieQuantError as `tensor`."""
+        """True if a tensor is stored quantised. Raises ErnieQuantError as `tensor`."""
         return isinstance(self._part(name), Matrix)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -139,11 +139,11 @@ class FastDeployCheckpoint:
 
 
 def open_fastdeploy(source: str | Path, k_order: str | None = None) -> FastDeployCheckpoint:
-    """Open a checkpoint of FastDeploy, reading headers only.
+    """Open a FastDeploy checkpoint, reading headers only.
 
     Args:
         source: folder, or Hugging Face id of one without rank folders.
-        k_order: of its WINT2 codes, "plain" or "mma64"; None: as its files say.
+        k_order: K order of its WINT2 codes, "plain" or "mma64"; None: as its files record.
 
     Raises:
         ErnieQuantError: no such checkpoint, a tensor is missing, left over or of another shape or
@@ -156,8 +156,8 @@ def open_fastdeploy(source: str | Path, k_order: str | None = None) -> FastDeplo
 
 
 def check_folder(source: str | Path) -> tuple[str, ...]:
-    """Everything in a checkpoint that is not as we write it and FastDeploy asks for it, one line
-    each: see `schema.check_keys`.
+    """Every deviation of a checkpoint from what we write and FastDeploy asks for, one line each:
+    see `schema.check_keys`.
 
     Raises:
         ErnieQuantError: it cannot be opened at all.
@@ -206,19 +206,24 @@ def _open_ranks(folder: Path) -> tuple[Checkpoint, ...]:
     if not folder.is_dir():
         return ()
     named = ((_RANK.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
-    found = {int(match[1]): path for match, path in named if match}
-    if not found:
+    rank_folders = {int(match[1]): path for match, path in named if match}
+    if not rank_folders:
         return ()
-    if set(found) != set(range(len(found))) or len(found) < 2:
-        missing = next((n for n in range(max(found)) if n not in found), len(found))
-        raise ErnieQuantError(f"{folder} has {len(found)} rank folders, but no rank{missing}")
+    if set(rank_folders) != set(range(len(rank_folders))) or len(rank_folders) < 2:
+        missing = next(
+            (n for n in range(max(rank_folders)) if n not in rank_folders), len(rank_folders)
+        )
+        raise ErnieQuantError(
+            f"{folder} has {len(rank_folders)} rank folders, but no rank{missing}"
+        )
     if any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
         raise ErnieQuantError(
             f"{folder} has both rank folders and weights of its own; remove one or the other"
         )
     config = read_config(folder)
     return tuple(
-        Checkpoint(found[rank], config, _rank_headers(found[rank])) for rank in sorted(found)
+        Checkpoint(rank_folders[rank], config, _rank_headers(rank_folders[rank]))
+        for rank in sorted(rank_folders)
     )
 
 
@@ -245,13 +250,13 @@ def _recorded_k_order(
     folder: Path, settings: FastDeploySettings, ranks: tuple[Checkpoint, ...]
 ) -> str | None:
     """The K order that config.json and the header of each rank's first file record."""
-    found = {settings.k_order}
+    orders = {settings.k_order}
     for rank in ranks:
         path = rank.folder / rank.shards[0]
         if path.is_file():  # otherwise not downloaded yet
             with wrap_errors(f"{path} cannot be read"), safe_open(path, framework="pt") as file:
-                found.add((file.metadata() or {}).get("k_order"))
-    recorded = sorted(order for order in found if order is not None)
+                orders.add((file.metadata() or {}).get("k_order"))
+    recorded = sorted(order for order in orders if order is not None)
     if len(recorded) > 1:
         raise ErnieQuantError(
             f"{folder} has files of k_order {' and '.join(recorded)}; they do not belong together"

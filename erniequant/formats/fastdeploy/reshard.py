@@ -1,4 +1,4 @@
-"""Cut a checkpoint of FastDeploy for more ranks: the same codes and scales, so the same weights."""
+"""Cut a FastDeploy checkpoint for more ranks: the same codes and scales, so the same weights."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ def reshard(
     """Write ``src``, which is whole, into the new folder ``dst``, cut for several ranks.
 
     Args:
-        k_order: of WINT2, where the files do not say.
+        k_order: K order of WINT2, if the files do not record it.
 
     Raises:
         ErnieQuantError: ``src`` is cut already, nobody knows its K order, a size does not divide,

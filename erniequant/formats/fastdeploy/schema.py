@@ -1,7 +1,7 @@
-"""Are the tensors of a folder the ones that FastDeploy's loader asks for? Answered from headers.
+"""Check, from headers, that a folder has the tensors that FastDeploy's loader asks for.
 
-FastDeploy pops keys from a dictionary and sets parameters whose shape and dtype are fixed by then:
-what is missing or of another kind ends its start after minutes, what is left over it never
+FastDeploy pops keys from a dictionary and sets parameters whose shape and dtype are already fixed:
+a tensor that is missing or of another kind ends its start after minutes; tensors left over it never
 mentions.
 """
 
@@ -20,7 +20,7 @@ _MTP = "ernie.mtp_"
 
 
 def check_keys(headers: Mapping[str, TensorHeader], model: FastDeployModel) -> tuple[str, ...]:
-    """Everything about the tensors of one rank that is not as we write it, one line each.
+    """Every deviation of one rank's tensors from what we write, one line each.
 
     Every key is there once, of exactly the shape and dtype that the loader's parameters have, and
     nothing else is.
@@ -31,8 +31,8 @@ def check_keys(headers: Mapping[str, TensorHeader], model: FastDeployModel) -> t
 def check_readable(headers: Mapping[str, TensorHeader], model: FastDeployModel) -> tuple[str, ...]:
     """Everything that keeps the tensors of one rank from being read, one line each.
 
-    As `check_keys`, but with what the loader forgives in files of others: any float type where it
-    converts (what is not quantised, and scales of wint8), no correction bias, one of shape
+    Like `check_keys`, but allows what the loader accepts in files by others: any float type where
+    it converts (what is not quantised, and scales of wint8), no correction bias, one of shape
     ``[E]``, and the tensors of a speculative head.
     """
     converted, optional = set(), set()
@@ -42,8 +42,8 @@ def check_readable(headers: Mapping[str, TensorHeader], model: FastDeployModel) 
             optional |= {part.key} if part.optional else set()
         elif part.format == "wint8":
             converted.add(f"{part.prefix}.weight_scale")
-    known = {name: header for name, header in headers.items() if not name.startswith(_MTP)}
-    return tuple(_problems(known, rank_keys(model), optional, converted))
+    without_mtp = {name: header for name, header in headers.items() if not name.startswith(_MTP)}
+    return tuple(_problems(without_mtp, rank_keys(model), optional, converted))
 
 
 def _problems(

@@ -1,7 +1,7 @@
 """The sizes of a model as FastDeploy sees it, and whether it can be served so.
 
 FastDeploy builds its ERNIE 4.5 from fewer settings than transformers has, and its products take
-only some sizes: what does not fit is refused here, before a tensor is read.
+only some sizes: a model that does not fit is refused here, before a tensor is read.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from erniequant.models.ernie45_moe import Ernie45Moe
 from erniequant.models.registry import architecture_of
 
 WINT2_INPUTS = 128
-"""Inputs of a WINT2 product come in multiples of it: a byte of ``weight_scale`` covers so many."""
+"""Inputs of a WINT2 product come in multiples of it: a byte of ``weight_scale`` covers this
+many."""
 
 VOCABULARY_MULTIPLE = 64
 """FastDeploy pads the vocabulary to it, and its pre-quantised loader then wants the padding."""
@@ -25,7 +26,7 @@ NO_WINT4 = -1
 
 @dataclass(frozen=True)
 class FastDeployModel:
-    """Sizes of a text MoE, undivided, and how its experts are coded.
+    """Sizes of a text MoE, undivided, and the coding of its experts.
 
     ``inner``, ``shared_inner`` and ``dense_inner`` are the inner sizes of a routed expert, of all
     shared experts of a layer together (0: none), and of the MLP of layers below ``first_moe``.
@@ -54,7 +55,7 @@ class FastDeployModel:
         return range(self.first_moe, self.layers)
 
     def expert_format(self, layer: int) -> str:
-        """How the experts of a layer are coded: "wint4" or "wint2"."""
+        """The coding of a layer's experts: "wint4" or "wint2"."""
         return "wint4" if layer <= self.w4_end_layer else "wint2"
 
 
@@ -62,7 +63,7 @@ def text_moe(config: dict[str, Any]) -> Ernie45Moe:
     """The architecture of an original that FastDeploy can serve with WINT2.
 
     Raises:
-        ErnieQuantError: it is no text MoE. FastDeploy has no WINT2 for vision-language models.
+        ErnieQuantError: it is not a text MoE. FastDeploy has no WINT2 for vision-language models.
     """
     return text_moe_of(architecture_of(config))
 
@@ -88,7 +89,7 @@ def fastdeploy_model(
     """Sizes of a model for FastDeploy.
 
     Args:
-        architecture: what its config.json describes.
+        architecture: the architecture that its config.json describes.
         w4_end_layer: last layer whose experts are wint4; anything below the first MoE layer: none.
         tensor_parallel: number of ranks that the checkpoint is cut for.
 

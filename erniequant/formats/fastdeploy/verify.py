@@ -1,5 +1,5 @@
-"""Verify a checkpoint of FastDeploy: every key is there, and everything decodes; against the
-original, the error of every matrix."""
+"""Verify a FastDeploy checkpoint: every key is there, and everything decodes; with the original,
+also the error of every matrix."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from erniequant.packing.file_check import file_states
 
 
 def verify_fastdeploy(source: str | Path, reference: str | Path | None = None) -> VerifyReport:
-    """Check a checkpoint of FastDeploy, against its original when given.
+    """Check a FastDeploy checkpoint, against its original when given.
 
     Raises:
         ErnieQuantError: it cannot be read at all, or the original is another model.

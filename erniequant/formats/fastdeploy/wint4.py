@@ -2,7 +2,7 @@
 
 The format has one symmetric scale per output over all inputs, so an output channel is encoded from
 a few starts and keeps what leaves the least error under the Hessian. One of them is plain rounding:
-no channel becomes worse than that, also where feedback fails (one or two massive inputs).
+no channel becomes worse than that, even where feedback fails (one or two massive inputs).
 """
 
 from collections.abc import Iterable

@@ -73,7 +73,7 @@ def write_parts(
 def written(
     folder: Path, model: FastDeployModel, digests: dict[str, str], left_out: tuple[str, ...] = ()
 ) -> WrittenShards:
-    """What there is to say of a folder that was written."""
+    """Summary of a folder that was written."""
     outputs = [OutputTensor.of(key, *info) for key, info in rank_keys(model).items()]
     ranks = model.tensor_parallel
     total = ranks * sum(tensor.n_bytes for tensor in outputs)
@@ -81,7 +81,7 @@ def written(
 
 
 def rank_folders(folder: Path, ranks: int) -> list[Path]:
-    """Where each rank's files are: in the folder itself if there is one rank."""
+    """The folder of each rank's files: the folder itself if there is one rank."""
     return [folder] if ranks == 1 else [folder / f"rank{rank}" for rank in range(ranks)]
 
 
@@ -119,7 +119,7 @@ def tensors_of(
 
 
 def source_name(part: Plain, source: Checkpoint) -> str | None:
-    """What the original calls a tensor, None if it may lack it and does."""
+    """The original's name for a tensor; None if it is optional and absent."""
     if part.source in source.headers or not part.optional:
         return part.source
     other = Ernie45Moe.name_in_memory(part.source)
@@ -132,7 +132,7 @@ def _named(part: Matrix, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
 
 @contextmanager
 def _removed_on_error(files: ShardFiles, root: Path) -> Iterator[ShardFiles]:
-    """Around the writing of shards: they and their rank's folder go if it ends in an error."""
+    """Wrap the writing of shards: if it fails, they and their rank's folder are deleted."""
     try:
         with files:
             yield files

@@ -43,10 +43,10 @@ def _from_pretrained(
     family = require_family(config)
     settings = family.in_terms_of_transformers(config)
     auto: Any = getattr(transformers, family.auto_class)
-    # transformers does not know the original's name of the architecture, nor take every null.
+    # transformers neither knows the original's name of the architecture nor accepts every null.
     as_stored = settings == read_json(folder / CONFIG_FILE)
     with wrap_errors(f"{folder / CONFIG_FILE} is not valid"):
-        known = (
+        own_config = (
             {}
             if as_stored
             else {"config": transformers.AutoConfig.for_model(**copy.deepcopy(settings))}
@@ -54,7 +54,7 @@ def _from_pretrained(
     with wrap_errors(f"transformers cannot load {folder}"):
         model, info = auto.from_pretrained(
             folder, dtype=dtype, output_loading_info=True,
-            trust_remote_code=False, local_files_only=True, use_safetensors=True, **known,
+            trust_remote_code=False, local_files_only=True, use_safetensors=True, **own_config,
         )  # fmt: skip
     # transformers fills in zeros, which is right.
     missing = {name for name in info["missing_keys"] if not family.optional(name)}

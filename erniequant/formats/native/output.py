@@ -29,7 +29,7 @@ class NativeOutput(OutputFormat):
         self._shapes = {tensor.name: tensor.shape for tensor in plan.packed}
 
     def shards(self, max_bytes: int) -> tuple[PlannedShard, ...]:
-        """What is copied comes first, then layer after layer."""
+        """Copied tensors come first, then layer after layer."""
         copied = (OutputTensor.copy_of(self._checkpoint.header(n)) for n in self._plan.copied)
         return plan_shards([*copied, *self._plan.packed], max_bytes)
 
@@ -84,10 +84,12 @@ class NativeOutput(OutputFormat):
         return settings
 
     def _trellises(self, layer: int, group: ExpertGroup) -> Iterator[tuple[str, TrellisQuantizer]]:
-        spec, place = self._specs[group.name], self._sizes.groups.index(group)
+        spec, group_index = self._specs[group.name], self._sizes.groups.index(group)
         inputs = {"gate_up_proj": self._sizes.hidden, "down_proj": group.inner}
         for projection, name in enumerate(PROJECTIONS):
-            seed = (self._plan.options.seed * 1_000_003 + layer) * 2 + projection + place * 2**40
+            seed = (
+                (self._plan.options.seed * 1_000_003 + layer) * 2 + projection + group_index * 2**40
+            )
             signs = random_signs(inputs[name], torch.Generator().manual_seed(seed))
             matrix = spec.projection(name)
             yield name, TrellisQuantizer(matrix, Rotation(signs, matrix.rotation_block))

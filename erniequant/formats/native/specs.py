@@ -33,7 +33,7 @@ def settings_of(specs: Specs) -> dict[str, Any]:
 
 
 def wording_of(sizes: ModelSizes, specs: Specs) -> PlanWording:
-    """How the plan speaks of our own layout."""
+    """The plan's wording for our own layout."""
     lines = tuple(line for group in sizes.groups for line in _code_lines(sizes, group, specs))
     return PlanWording(lines, "copy", "unchanged", "transformers does not run")
 
@@ -74,7 +74,7 @@ def packed_tensors(
 
 
 def packed_prefix(layer_key: str) -> str:
-    """What the names of a quantised layer's tensors begin with."""
+    """Prefix of the names of a quantised layer's tensors."""
     return f"model.{experts_module(layer_key)}."
 
 

@@ -47,14 +47,14 @@ class ErnieQuantConfig(QuantizationConfigMixin):
         self.metadata = QuantizationMetadata.from_dict({"quant_method": QUANT_METHOD, **settings})
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes back into config.json."""
+        """The dictionary that goes back into config.json."""
         return self.metadata.to_dict()
 
 
 class ErnieQuantizer(HfQuantizer):
-    """Replaces what is quantised before weights are loaded, and checks it after.
+    """Replaces the quantised modules before weights are loaded, and checks them after.
 
-    That is the experts of a layer, in a dense model its MLP.
+    These are the experts of a layer or, in a dense model, its MLP.
     """
 
     requires_calibration = True
@@ -144,11 +144,11 @@ class ErnieQuantizer(HfQuantizer):
             del plan[rule]
 
     def update_tp_plan(self, config: Any) -> Any:
-        """What older versions of transformers call instead of `update_parallel_plan`."""
+        """Called by older versions of transformers instead of `update_parallel_plan`."""
         return _without_packed_rules(config, "base_model_tp_plan", self._dense)
 
     def update_ep_plan(self, config: Any) -> Any:
-        """As `update_tp_plan`, for expert parallelism."""
+        """Like `update_tp_plan`, for expert parallelism."""
         return _without_packed_rules(config, "base_model_ep_plan", self._dense)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -200,7 +200,7 @@ class _Keep(ConversionOps):
 
 
 def _require_sound(files: Sequence[str]) -> None:
-    """Ask of the files of a checkpoint what `erniequant.load` asks.
+    """Check the files of a checkpoint as `erniequant.load` does.
 
     transformers alone fills what is missing with random numbers, and only warns.
     """
@@ -219,7 +219,7 @@ def _require_sound(files: Sequence[str]) -> None:
 
 
 def _packed(stock: Any, key: str, spec: LayerSpec, config: Any) -> PackedExperts:
-    """What takes the place of a stock module of a quantised layer."""
+    """The replacement for a stock module of a quantised layer."""
     activation = config.get_text_config().hidden_act
     if is_dense_key(key):
         from erniequant.models.header_check import expert_sizes

@@ -1,7 +1,7 @@
 """Ways to compute a layer's experts: ours, and the best of bfloat16 that can be had.
 
-Each is a function of experts and batch that returns the function to time; what it prepares before
-is not timed. ``capturable`` says whether it may run in a CUDA graph.
+Each is a function of experts and batch that returns the function to time; its own preparation is
+not timed. ``capturable`` says whether it may run in a CUDA graph.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ TRITON_CONFIGS = (
 
 @dataclass(frozen=True)
 class Method:
-    """A name for tables, and how to set the method up."""
+    """A name for tables, and the function that sets the method up."""
 
     name: str
     prepare: Callable[[Experts, Batch], Run]

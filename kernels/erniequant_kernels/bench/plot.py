@@ -10,14 +10,14 @@ from erniequant_kernels.bench.run import Row
 
 def curves(rows: Sequence[Row], shape: str) -> dict[str, list[tuple[int, float]]]:
     """Tokens and microseconds by label; of bfloat16 the fastest method for each batch."""
-    found: dict[str, dict[int, float]] = {}
+    times: dict[str, dict[int, float]] = {}
     for row in rows:
         if row.shape != shape or row.microseconds is None:
             continue
         label = "bf16, fastest" if row.bits == BFLOAT16_BITS else row.method
-        best = found.setdefault(label, {})
+        best = times.setdefault(label, {})
         best[row.tokens] = min(row.microseconds, best.get(row.tokens, row.microseconds))
-    return {label: sorted(points.items()) for label, points in found.items()}
+    return {label: sorted(points.items()) for label, points in times.items()}
 
 
 def save_plot(rows: Sequence[Row], card: str, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is measured: a layer of experts of a published model, a batch of tokens, a routing."""
+"""The problem to measure: a layer of experts of a published model, a batch of tokens, a routing."""
 
 import math
 from dataclasses import dataclass
@@ -94,8 +94,8 @@ def make_experts(shape: Shape, bits: int, device: torch.device) -> Experts:
         dense = torch.empty(shape.experts, outputs, inputs, dtype=torch.bfloat16, device=device)
         for expert in range(shape.experts):
             dense[expert] = decode_weight(packed[expert], scale[expert], signs, how)
-        found = PackedMatrices(packed, scale, signs, code, how.tile, how.rotation_block)
-        return found, dense
+        packed_matrices = PackedMatrices(packed, scale, signs, code, how.tile, how.rotation_block)
+        return packed_matrices, dense
 
     gate_up, gate_up_bf16 = matrices(2 * shape.inner, shape.hidden)
     down, down_bf16 = matrices(shape.hidden, shape.inner)
@@ -107,7 +107,7 @@ def _tile(shape: Shape) -> int:
 
 
 def bytes_read(shape: Shape, batch: Batch, bits: int) -> int:
-    """What no method can avoid: active experts' weights and scales, inputs, outputs."""
+    """Bytes that no method can avoid: active experts' weights and scales, inputs, outputs."""
     expert = shape.weights_per_expert * bits // 8
     if bits != BFLOAT16_BITS:
         expert += 2 * (2 * shape.inner + shape.hidden)

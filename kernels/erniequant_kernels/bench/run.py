@@ -34,8 +34,8 @@ class Row:
 
     Attributes:
         bits: per stored weight; 16 for bfloat16.
-        microseconds, low, high: of a call: median and the range of eight tenths; None where it did
-            not run.
+        microseconds, low, high: time of a call: median and the range of eight tenths; None where it
+            did not run.
         gigabytes_per_second: bytes that no method with these weights can avoid, over the median.
         memory_limit_percent: that, relative to the copy bandwidth of the card.
         error: largest deviation from the float32 loop, relative to the largest output.
@@ -130,7 +130,7 @@ def measure(
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """Speed-ups over the fastest bfloat16 method, batch by batch."""
-    found = []
+    compared = []
     for row in rows:
         if row.bits == BFLOAT16_BITS or row.microseconds is None:
             continue
@@ -143,8 +143,8 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         ]
         if rivals:
             time, name = min(rivals)
-            found.append(Verdict(row.shape, row.tokens, row.bits, name, time / row.microseconds))
-    return found
+            compared.append(Verdict(row.shape, row.tokens, row.bits, name, time / row.microseconds))
+    return compared
 
 
 def wrong(rows: Sequence[Row]) -> list[str]:

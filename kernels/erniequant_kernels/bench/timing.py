@@ -22,7 +22,7 @@ class Time:
 
 
 Timer = Callable[[Callable[[], torch.Tensor], bool], Time]
-"""Takes what to time and whether it may be captured in a CUDA graph."""
+"""Takes the function to time, and whether it may be captured in a CUDA graph."""
 
 
 def summarize(seconds: list[float]) -> Time:

@@ -1,4 +1,4 @@
-"""Code books of the WINT2 encoder: what the affine map from a byte to a word may be used for.
+"""Code books of the WINT2 encoder: uses of the affine map from a byte to a word.
 
 WINT2 stores two numbers per output channel and makes the word of a byte as ``byte * code_scale +
 code_zp``. The published recipe spreads the 256 words evenly over the 32768 that there are, which
@@ -22,10 +22,11 @@ from erniequant.codes.reference import decode_words
 Book = tuple[float, int]
 """``code_scale`` and ``code_zp``, with `is_exact`."""
 
-# Of 130,000 strides with twelve offsets each, and then of the best 500 with all offsets, the 200
-# least errors on Gaussian vectors, and 24 from a search among integers; of these, one by one, the
-# book that lowers most the error when every channel of 1024 takes its best: Gaussian with even and
-# with uneven metrics, and Laplace (`benchmarks.wint2.study`). So any first few are a good set.
+# Candidates are the 200 least errors on Gaussian vectors, out of 130,000 strides with twelve
+# offsets each and then the best 500 with all offsets, and 24 from a search among integers. Of
+# these, one by one, the book was taken that most lowers the error when every channel of 1024 takes
+# its best: Gaussian with even and with uneven metrics, and Laplace (`benchmarks.wint2.study`). So
+# any first few are a good set.
 BOOKS: tuple[Book, ...] = (
     (639.5, 25725),
     (120.9375, 861),
@@ -75,8 +76,8 @@ def book_labels(books: tuple[Book, ...] = BOOKS) -> NDArray[np.float32]:
 
 
 def is_exact(book: Book) -> bool:
-    """Whether no byte's word depends on how its arithmetic rounds: float32 step by step, a fused
-    multiply-add and exact arithmetic agree, and no word is negative."""
+    """True if no byte's word depends on rounding: float32 step by step, a fused multiply-add and
+    exact arithmetic agree, and no word is negative."""
     stride, offset = Fraction(book[0]), Fraction(book[1])
     everything = torch.arange(256, dtype=torch.uint8)[:, None]
     scale, zero = torch.tensor([[book[0]], [book[1]]], dtype=torch.float32)

@@ -18,13 +18,13 @@ DRY_NIBBLE = 12
 """The nibble that stands for the guessed scale while units are still free."""
 
 RACE = 0.2
-"""How far behind the best of its output a pair may be: by this times the root of the sum of squares
-of the losses that the dry run saw in the groups to come, a measure of how much those may change."""
+"""A pair may be behind the best of its output by this times the root of the sum of squares of the
+losses that the dry run saw in the groups to come, a measure of how much those may change."""
 
 
 @dataclass(eq=False)
 class Candidates:
-    """Pairs of an output and a code book, and what they have come to.
+    """Pairs of an output and a code book, and their codes and errors so far.
 
     ``output`` and ``book`` int64 ``[n]``; ``codes`` uint8 ``[n, K / 4]``, ``nibbles`` uint8
     ``[n, K / 64]``, ``error`` float32 ``[n, K]`` and ``loss`` float64 ``[n]``, all in encoding
@@ -63,8 +63,7 @@ class Candidates:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is the same for all outputs of a matrix: code books, the factor and what follows from
-    it."""
+    """Data that all outputs of a matrix share: code books, the factor and what follows from it."""
 
     books: tuple[Book, ...]
     factor: BlockFactor
@@ -74,7 +73,8 @@ class Plan:
     @staticmethod
     def of(factor: BlockFactor, books: tuple[Book, ...]) -> "Plan":
         """The plan that follows from a factor."""
-        # The root of what a row counts: with all of it, a massive row alone would choose the scale.
+        # The root of a row's weight: with the full weight, a massive row alone would choose the
+        # scale.
         counts = factor.local.diagonal(dim1=1, dim2=2).flatten().sqrt().float()
         return Plan(books, factor, roots(factor.local), counts)
 
@@ -85,8 +85,8 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class DryRun:
-    """What groups come to while each may have any scale: ``scales`` and ``losses`` float32
-    ``[n, K / 64]``, in encoding order."""
+    """Outcome of the groups while each may take any scale, ``scales`` and ``losses`` float32 ``[n,
+    K / 64]`` in encoding order."""
 
     scales: torch.Tensor
     losses: torch.Tensor
@@ -95,14 +95,14 @@ class DryRun:
 def dry_run(plan: Plan, weight: torch.Tensor, tries: int) -> DryRun:
     """Encode outputs ``[n, K]`` with the first code book and a unit for each group that puts its
     guessed scale at nibble `DRY_NIBBLE`."""
-    found = _all_pairs(len(weight), 1, weight.shape[1])
+    candidates = _all_pairs(len(weight), 1, weight.shape[1])
     groups = weight.shape[1] // GROUP
     scales, losses = torch.zeros(len(weight), groups), torch.zeros(len(weight), groups)
     for group in reversed(range(groups)):
-        before = found.loss.clone()
-        unit = _encode_group(plan, weight, found, group, None, tries)
-        scales[:, group] = found.nibbles[:, group] * unit
-        losses[:, group] = found.loss - before
+        before = candidates.loss.clone()
+        unit = _encode_group(plan, weight, candidates, group, None, tries)
+        scales[:, group] = candidates.nibbles[:, group] * unit
+        losses[:, group] = candidates.loss - before
     return DryRun(scales, losses)
 
 
@@ -112,20 +112,20 @@ def race(
     """Encode outputs with every code book; the best candidate of each output.
 
     Args:
-        plan: of the matrix.
+        plan: the matrix's plan.
         weight: float32 ``[n, K]`` in encoding order.
         unit: float32 ``[n]``, the scale of nibble 1.
-        losses: of `DryRun`.
-        tries: how many nibbles a group tries.
+        losses: from `DryRun`.
+        tries: number of nibbles that a group tries.
     """
     outputs, inputs = weight.shape
-    found = _all_pairs(outputs, len(plan.books), inputs)
+    candidates = _all_pairs(outputs, len(plan.books), inputs)
     to_come = losses.double().square().cumsum(1).sqrt()
     for group in reversed(range(inputs // GROUP)):
-        _encode_group(plan, weight, found, group, unit, tries)
+        _encode_group(plan, weight, candidates, group, unit, tries)
         if group and len(plan.books) > 1:
-            found = found.without_stragglers(RACE * to_come[:, group - 1])
-    return found.best(outputs)
+            candidates = candidates.without_stragglers(RACE * to_come[:, group - 1])
+    return candidates.best(outputs)
 
 
 def _all_pairs(outputs: int, books: int, inputs: int) -> Candidates:
@@ -144,7 +144,7 @@ def _all_pairs(outputs: int, books: int, inputs: int) -> Candidates:
 def _encode_group(
     plan: Plan,
     weight: torch.Tensor,
-    found: Candidates,
+    candidates: Candidates,
     group: int,
     unit: torch.Tensor | None,
     tries: int,
@@ -153,10 +153,10 @@ def _encode_group(
     start, end = group * GROUP, (group + 1) * GROUP
     rows, blocks = slice(start, end), slice(start // BYTE_WEIGHTS, end // BYTE_WEIGHTS)
     feedback, counts = plan.factor.feedback, plan.emphasis[rows]
-    own = weight[found.output, rows]
-    aim = torch.addmm(own, found.error[:, end:], feedback[end:, rows])
+    own = weight[candidates.output, rows]
+    aim = torch.addmm(own, candidates.error[:, end:], feedback[end:, rows])
     guess = (aim.square() @ counts / counts.sum()).sqrt() * STEPS_PER_SCALE
-    each = guess / DRY_NIBBLE if unit is None else unit[found.output]
+    each = guess / DRY_NIBBLE if unit is None else unit[candidates.output]
     first = (guess / each).nan_to_num_(0).add_(0.5).floor_().clamp_(0, 15)
     codes = torch.zeros(len(own), BLOCKS, dtype=torch.uint8)
     nibbles = torch.zeros(len(own), dtype=torch.uint8)
@@ -168,18 +168,18 @@ def _encode_group(
         plan.roots[blocks].numpy(),
         plan.points(plan.roots[blocks]),
         book_labels(plan.books),
-        found.book.numpy(),
+        candidates.book.numpy(),
         each.numpy(),
         first.long().numpy(),
         tries,
         codes.numpy(),
         nibbles.numpy(),
         error.numpy(),
-        found.loss.numpy(),
+        candidates.loss.numpy(),
     )
-    found.codes[:, blocks] = codes
-    found.error[:, rows] = error
-    found.nibbles[:, group] = nibbles
+    candidates.codes[:, blocks] = codes
+    candidates.error[:, rows] = error
+    candidates.nibbles[:, group] = nibbles
     return each
 
 

@@ -43,7 +43,7 @@ Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
 
 @dataclass(frozen=True)
 class Settings:
-    """What the encoder may do; the defaults are what it should, others are for comparison."""
+    """Settings of the encoder; values other than the defaults are for comparison."""
 
     books: tuple[Book, ...] = BOOKS
     dry_tries: int = DRY_TRIES
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class EncodedWint2:
-    """A WINT2 matrix and what became of it.
+    """A WINT2 matrix and its error.
 
     Attributes:
         quant_weight: uint8 ``[K / 4, N]``.
@@ -64,8 +64,8 @@ class EncodedWint2:
         effective: float32 ``[N, K]``: the weights that these stand for, to the last bit.
         error: ``tr(E H E^T) / tr(W H W^T)``, with the identity where the Hessian is not finite or
             has no energy; 0 for a zero matrix.
-        damping: of the Hessian, as a fraction of the mean energy of ordinary inputs.
-        fallback: why there was no feedback, or None.
+        damping: damping of the Hessian, as a fraction of the mean energy of ordinary inputs.
+        fallback: the reason why there was no feedback, or None.
     """
 
     quant_weight: torch.Tensor
@@ -199,13 +199,13 @@ def _encode_outputs(
     weight = weight / size[:, None]
     dry = dry_run(plan, weight, settings.dry_tries)
     unit = _bfloat16_scale(common_unit(dry.scales), size)
-    found = race(plan, weight, unit, dry.losses, settings.tries)
+    best = race(plan, weight, unit, dry.losses, settings.tries)
     for _ in range(settings.sweeps):
-        _improve(found, weight, unit, moments, plan)
-        unit = _refit(found, weight, unit, moments, size)
+        _improve(best, weight, unit, moments, plan)
+        unit = _refit(best, weight, unit, moments, size)
     if not settings.sweeps:
-        unit = _refit(found, weight, unit, moments, size)
-    return found.codes, found.nibbles, unit * size, found.book
+        unit = _refit(best, weight, unit, moments, size)
+    return best.codes, best.nibbles, unit * size, best.book
 
 
 def _bfloat16_scale(unit: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
@@ -239,47 +239,47 @@ def common_unit(scales: torch.Tensor) -> torch.Tensor:
 
 
 def _improve(
-    found: Candidates, weight: torch.Tensor, unit: torch.Tensor, moments: torch.Tensor, plan: Plan
+    best: Candidates, weight: torch.Tensor, unit: torch.Tensor, moments: torch.Tensor, plan: Plan
 ) -> None:
-    """One round of coordinate descent over all bytes and nibbles; updates ``found``."""
+    """One round of coordinate descent over all bytes and nibbles; updates ``best``."""
     for start in range(weight.shape[1] - GROUP, -1, -GROUP):
         rows = slice(start, start + GROUP)
         blocks = slice(start // BYTE_WEIGHTS, (start + GROUP) // BYTE_WEIGHTS)
         own = moments[rows, rows].contiguous()
         forms = diagonal_blocks(own).double()
         metric = roots(forms)
-        codes = found.codes[:, blocks].contiguous()
-        nibbles = found.nibbles[:, start // GROUP].contiguous()
-        error = found.error[:, rows].contiguous()
+        codes = best.codes[:, blocks].contiguous()
+        nibbles = best.nibbles[:, start // GROUP].contiguous()
+        error = best.error[:, rows].contiguous()
         improve_group(
             weight[:, rows].contiguous().numpy(),
-            (found.error @ moments[:, rows]).numpy(),
+            (best.error @ moments[:, rows]).numpy(),
             own.numpy(),
             metric.numpy(),
             torch.linalg.inv(forms).float().contiguous().numpy(),
             plan.points(metric),
             book_labels(plan.books),
-            found.book.numpy(),
+            best.book.numpy(),
             unit.numpy(),
             codes.numpy(),
             nibbles.numpy(),
             error.numpy(),
         )
-        found.nibbles[:, start // GROUP] = nibbles
-        found.codes[:, blocks] = codes
-        found.error[:, rows] = error
+        best.nibbles[:, start // GROUP] = nibbles
+        best.codes[:, blocks] = codes
+        best.error[:, rows] = error
 
 
 def _refit(
-    found: Candidates,
+    best: Candidates,
     weight: torch.Tensor,
     unit: torch.Tensor,
     moments: torch.Tensor,
     size: torch.Tensor,
 ) -> torch.Tensor:
     """The least-squares unit of each output given its codes and nibbles, ``(q^T H w) / (q^T H q)``
-    times the present one; updates the errors of ``found``."""
-    value = weight - found.error
+    times the present one; updates the errors of ``best``."""
+    value = weight - best.error
     of_value = value @ moments
     fitted = (of_value * weight).sum(1, dtype=torch.float64) / (of_value * value).sum(
         1, dtype=torch.float64
@@ -287,7 +287,7 @@ def _refit(
     usable = torch.isfinite(fitted) & (fitted > 0.5) & (fitted < 2)
     new = _bfloat16_scale(torch.where(usable, fitted, 1.0).float() * unit, size)
     ratio = torch.where(unit > 0, new / unit, 0.0)
-    found.error = weight - value * ratio[:, None]
+    best.error = weight - value * ratio[:, None]
     return new
 
 
@@ -323,11 +323,11 @@ def _decode_by_outputs(tensors: Stored, k_order: str) -> torch.Tensor:
     """`decode_wint2`, ``[N, K]``; some outputs at a time, since decoding takes six times the
     space of its result."""
     inputs, outputs = BYTE_WEIGHTS * tensors[0].shape[0], tensors[0].shape[1]
-    found = torch.empty(outputs, inputs)
+    decoded = torch.empty(outputs, inputs)
     for start in range(0, outputs, ROW_BLOCK):
         part = slice(start, start + ROW_BLOCK)
-        found[part] = decode_wint2(*(tensor[..., part] for tensor in tensors), k_order=k_order).T
-    return found
+        decoded[part] = decode_wint2(*(tensor[..., part] for tensor in tensors), k_order=k_order).T
+    return decoded
 
 
 def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor) -> float:

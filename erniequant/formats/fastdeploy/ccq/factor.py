@@ -31,9 +31,9 @@ class BlockFactor:
     Attributes:
         feedback: ``M``, float32 ``[K, K]``.
         local: ``D``, float64 ``[K / 4, 4, 4]``, positive definite.
-        damping: what was added to the diagonal, as a fraction of `ordinary_energy`.
+        damping: the amount added to the diagonal, as a fraction of `ordinary_energy`.
         ridge: the same, as it was added.
-        fallback: why there is no feedback (``M = I``), or None.
+        fallback: the reason why there is no feedback (``M = I``), or None.
     """
 
     feedback: torch.Tensor
@@ -44,14 +44,14 @@ class BlockFactor:
 
 
 def encoding_order(energy: torch.Tensor, k_order: str) -> torch.Tensor:
-    """Which row is encoded when, from the last to the first: int64 ``[K]``.
+    """Encoding order of the rows, from the last to the first: int64 ``[K]``.
 
     Groups, and blocks inside a group, with most energy go first, which leaves the others to mend
     their errors: 5 % less error with massive inputs, nothing without.
 
     Args:
         energy: diagonal of the Hessian, ``[K]``.
-        k_order: the stored order, which says what four rows make a block.
+        k_order: the stored order, which decides the four rows of a block.
     """
     stored = stored_rows(energy.numel(), k_order)
     blocks = stored.view(-1, GROUP // BYTE_WEIGHTS, BYTE_WEIGHTS)

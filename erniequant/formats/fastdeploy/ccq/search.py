@@ -3,8 +3,8 @@
 Outputs do not share anything, so rows of the arrays here, one per output (or per output and code
 book), are independent; the input rows of one group of 64 are columns. The best of the 256 points of
 a block is found at full vector width: distances go to a buffer, and the number of a point replaces
-the low byte of its distance, which makes the search for the smallest one a minimum of integers.
-What the low byte is worth, 2^-15 of the distance, decides between equals only.
+the low byte of its distance, which makes the search for the smallest one a minimum of integers. The
+low byte, 2^-15 of the distance, only decides between equals.
 """
 
 import numba
@@ -57,7 +57,7 @@ def encode_group(
     """Encode a group with feedback inside it, for several nibbles; keep the best.
 
     Args:
-        weight: ``[n, 64]``, what errors are counted from.
+        weight: ``[n, 64]``, from which errors are counted.
         aim: ``[n, 64]``, the weights plus the feedback of the groups before.
         feedback: ``[64, 64]``: row ``k`` holds what the error of row ``k`` adds to earlier rows.
         roots: ``[16, 4, 4]``, upper triangular: the metric of each block.
@@ -66,7 +66,7 @@ def encode_group(
         book: ``[n]``.
         unit: ``[n]``: the scale of nibble 1, not negative.
         first: ``[n]``: the nibble tried first; then its neighbours on both sides in turn.
-        tries: how many; nibble 0 is tried besides.
+        tries: number of nibbles tried, besides nibble 0.
         codes, nibbles, error: ``[n, 16]``, ``[n]`` and ``[n, 64]``, results.
         loss: ``[n]``, to which the loss of the group is added.
     """
