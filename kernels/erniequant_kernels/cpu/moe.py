@@ -6,15 +6,19 @@ they are multiplied, whatever the number of tokens, so nothing is ever kept deco
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch.nn import functional
 
+from erniequant_kernels.cpu.combine import combine
 from erniequant_kernels.cpu.machine import Machine, machine
 from erniequant_kernels.cpu.product import ProductSpec, most_tokens, product, takes_bfloat16
 from erniequant_kernels.cpu.rotation import RotationSpec, rotation
 from erniequant_kernels.cpu.threads import run_items
 from erniequant_kernels.matrices import PackedMatrices
+
+FEW_ASSIGNMENTS = 64
+"""Up to so many are sorted in Python, which takes less time than ten small operators."""
 
 BLOCK_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 """Tokens of a block. More sizes would fit an expert's tokens better, and take longer to compile."""
@@ -54,9 +58,9 @@ def cut_into_blocks(counts: list[int], most: int) -> list[Blocks]:
     ]  # fmt: skip
 
 
-Multiply = Callable[[torch.Tensor, torch.Tensor, list[int]], torch.Tensor]
-"""Rows of float32 inputs by number, sorted by expert, and how many each expert has, to their
-products, float32 ``[rows, N]``."""
+Multiply = Callable[[torch.Tensor, torch.Tensor, list[int], bool], torch.Tensor]
+"""Float32 rows, which of them to multiply, sorted by expert, how many each expert has, and whether
+SwiGLU comes first, to the products, float32 ``[rows, N]``."""
 
 
 def moe_experts_cpu(
@@ -73,16 +77,16 @@ def moe_experts_cpu(
     chosen = on or machine()
 
     def multiply(matrix: PackedMatrices) -> Multiply:
-        return lambda x_rows, rows, counts: _multiply(
-            x_rows, rows, matrix, counts, x.dtype == torch.bfloat16, chosen
-        )
+        return partial(_multiply, matrix, x.dtype == torch.bfloat16, chosen)
 
-    return run_experts(x, expert_index, routing, gate_up.experts, multiply(gate_up), multiply(down))
+    return run_experts(
+        x, expert_index, routing, gate_up.experts, multiply(gate_up), multiply(down), chosen
+    )
 
 
 def run_experts(
     x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor, experts: int,
-    gate_up: Multiply, down: Multiply,
+    gate_up: Multiply, down: Multiply, on: Machine,
 ) -> torch.Tensor:  # fmt: skip
     """Weighted sum of ``down(silu(gate(x)) * up(x))`` over the chosen experts of each token; sums
     are float32.
@@ -95,32 +99,44 @@ def run_experts(
     Returns:
         ``[T, H]`` in the dtype of ``x``; the same bits for any number of threads.
     """
-    top_k = expert_index.shape[1]
-    chosen = expert_index.reshape(-1)
-    inside = (chosen >= 0) & (chosen < experts)
-    order = torch.where(inside, chosen, experts).argsort(stable=True)
-    counts = torch.bincount(chosen[inside], minlength=experts).tolist()
-    order = order[: sum(counts)]
-    out = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+    top_k, width = expert_index.shape[1], x.shape[1]
+    order, counts = _by_expert(expert_index, experts)
+    out = torch.zeros(x.shape)
     if not order.numel():
         return out.to(x.dtype)
-    token = order // top_k
-    gate, up = gate_up(x.float(), token, counts).chunk(2, dim=-1)
-    inner = functional.silu(gate).mul_(up)
-    result = down(inner, torch.arange(order.numel()), counts)
+    token = order if top_k == 1 else order // top_k
+    hidden = gate_up(x.float().contiguous(), token, counts, False)
+    result = down(hidden, torch.arange(len(order)), counts, True)
     weights = routing.reshape(-1)[order].float()
-    return out.index_add_(0, token, result.mul_(weights[:, None])).to(x.dtype)
+    combine(width, on)(len(order), *(part.data_ptr() for part in (result, weights, token, out)))
+    return out.to(x.dtype)
+
+
+def _by_expert(expert_index: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]:
+    """Assignments sorted by expert, int64, without those to no expert, and how many each has."""
+    chosen = expert_index.reshape(-1)
+    if chosen.numel() <= FEW_ASSIGNMENTS:
+        listed = chosen.tolist()
+        inside = [i for i, expert in enumerate(listed) if 0 <= expert < experts]
+        counts = [0] * experts
+        for i in inside:
+            counts[listed[i]] += 1
+        return torch.tensor(sorted(inside, key=listed.__getitem__), dtype=torch.int64), counts
+    within = (chosen >= 0) & (chosen < experts)
+    order = torch.where(within, chosen, experts).argsort(stable=True)
+    counts = torch.bincount(chosen[within], minlength=experts).tolist()
+    return order[: sum(counts)], counts
 
 
 def _multiply(
-    x: torch.Tensor, rows: torch.Tensor, matrix: PackedMatrices, counts: list[int],
-    bfloat16: bool, on: Machine,
+    matrix: PackedMatrices, bfloat16: bool, on: Machine, x: torch.Tensor, rows: torch.Tensor,
+    counts: list[int], swiglu: bool,
 ) -> torch.Tensor:  # fmt: skip
     code, tile, inputs = matrix.code, matrix.tile, matrix.inputs
     bfloat16 = bfloat16 and takes_bfloat16(code, tile, inputs, on)
     rotated = torch.empty(len(rows), inputs, dtype=torch.bfloat16 if bfloat16 else torch.float32)
-    x, signs = x.contiguous(), matrix.signs.contiguous()
-    rotate = rotation(RotationSpec(inputs, matrix.rotation_block, bfloat16), on)
+    signs = matrix.signs.contiguous()
+    rotate = rotation(RotationSpec(inputs, matrix.rotation_block, bfloat16, swiglu), on)
     rotate(len(rows), *(tensor.data_ptr() for tensor in (rows, x, signs, rotated)))
     out = torch.empty(len(rows), matrix.outputs)
     scale, packed = matrix.scale.contiguous(), matrix.packed.contiguous()

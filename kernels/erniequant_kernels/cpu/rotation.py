@@ -1,11 +1,15 @@
-"""Rotate rows of inputs: signs, then the Hadamard transform of blocks of channels, in registers."""
+"""Rotate rows of inputs in registers: signs, then the Hadamard transform of blocks of channels; or
+SwiGLU before both.
+"""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from llvmlite import ir
+from torch.nn import functional
 
 from erniequant.packing.rotation import rotate as rotate_plain
 from erniequant.packing.rotation import unpack_signs
@@ -23,15 +27,25 @@ from erniequant_kernels.cpu.vector_code import (
     vector,
 )
 
+LN2_HIGH = 0.693145751953125
+"""ln(2) in 16 bits, so that its product with a power of two is exact."""
+
 
 @dataclass(frozen=True)
 class RotationSpec:
-    """One compiled rotation: rows of ``inputs`` float32 channels in blocks of ``block``, written as
-    bfloat16 or float32."""
+    """One compiled rotation.
+
+    Attributes:
+        inputs: channels of a row.
+        block: channels that are transformed together.
+        bfloat16: the result is bfloat16, else float32.
+        swiglu: what is rotated is ``silu(gate) * up``, of rows with gate before up.
+    """
 
     inputs: int
     block: int
     bfloat16: bool
+    swiglu: bool = False
 
 
 def rotate_reference(
@@ -41,13 +55,19 @@ def rotate_reference(
     return rotate_plain(x, unpack_signs(signs, x.shape[-1]), block).to(dtype)
 
 
+def swiglu_reference(x: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of float32 ``[rows, 2 * K]`` in plain torch."""
+    gate, up = x.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
 @cache
 def rotation(spec: RotationSpec, machine: Machine) -> Callable[..., None]:
     """The compiled rotation.
 
     Its arguments are integers: number of rows, address of ``rows``, int64, the row of ``x`` that
-    each row of the result is made of; addresses of ``x`` float32 ``[any, K]``, of ``signs`` int32
-    ``[ceil(K / 32)]`` and of the result.
+    each row of the result is made of; addresses of ``x`` float32 ``[any, K]``, or ``[any, 2 * K]``
+    with SwiGLU, of ``signs`` int32 ``[ceil(K / 32)]`` and of the result.
     """
     return compile_function(rotation_module(spec), "rotation", machine)
 
@@ -57,16 +77,19 @@ def rotation_module(spec: RotationSpec) -> ir.Module:
     code = Code("rotation", [I64, *[POINTER] * 4])
     count, rows, x, signs, out = code.function.args
     out_bytes = 2 if spec.bfloat16 else 4
+    width = spec.inputs * (2 if spec.swiglu else 1)
 
     def one_row(row: ir.Value, _: object) -> list[ir.Value]:
         source = code.load(I64, code.address(rows, code.at.mul(row, integer(8))))
-        source = code.address(x, code.at.mul(source, integer(4 * spec.inputs)))
+        source = code.address(x, code.at.mul(source, integer(4 * width)))
         target = code.address(out, code.at.mul(row, integer(out_bytes * spec.inputs)))
 
         def one_block(channel: ir.Value, _: object) -> list[ir.Value]:
-            values = code.load(
-                vector(F32, spec.block), code.address(source, code.at.mul(channel, integer(4)))
-            )
+            place = code.address(source, code.at.mul(channel, integer(4)))
+            values = code.load(vector(F32, spec.block), place)
+            if spec.swiglu:
+                up = code.load(vector(F32, spec.block), code.address(place, 4 * spec.inputs))
+                values = code.at.fmul(_silu(code, values), up)
             values = _hadamard(code, _signed(code, values, signs, channel), spec.block)
             place = code.address(target, code.at.mul(channel, integer(out_bytes)))
             code.store(_rounded(code, values) if spec.bfloat16 else values, place)
@@ -117,3 +140,31 @@ def _rounded(code: Code, values: ir.Value) -> ir.Value:
     is_nan = at.fcmp_unordered("uno", values, values)
     kept = at.select(is_nan, splat(I32, lanes, 0x7FC00000), rounded)
     return at.trunc(at.lshr(kept, splat(I32, lanes, 16)), vector(I16, lanes))
+
+
+def _silu(code: Code, x: ir.Value) -> ir.Value:
+    """``x / (1 + exp(-x))``."""
+    one = splat(F32, x.type.count, 1.0)
+    return code.at.fdiv(x, code.at.fadd(one, _exp(code, code.at.fneg(x))))
+
+
+def _exp(code: Code, x: ir.Value) -> ir.Value:
+    """The exponential function, to two units in the last place; of less than -87 and more than 88,
+    which float32 hardly holds, that of these."""
+    at, lanes = code.at, x.type.count
+
+    def number(value: float) -> ir.Constant:
+        return splat(F32, lanes, value)
+
+    x = at.select(at.fcmp_ordered("<", x, number(-87.0)), number(-87.0), x)
+    x = at.select(at.fcmp_ordered(">", x, number(88.0)), number(88.0), x)
+    # exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, where seven terms of the series leave 5e-9.
+    power = code.intrinsic(f"llvm.rint.v{lanes}f32", x.type, [at.fmul(x, number(1 / math.log(2)))])
+    rest = code.fused(power, number(-LN2_HIGH), x)
+    rest = code.fused(power, number(-(math.log(2) - LN2_HIGH)), rest)
+    series = number(1 / math.factorial(7))
+    for term in range(6, -1, -1):
+        series = code.fused(series, rest, number(1 / math.factorial(term)))
+    exponent = at.add(at.fptosi(power, vector(I32, lanes)), splat(I32, lanes, 127))
+    scale = at.bitcast(at.shl(exponent, splat(I32, lanes, 23)), x.type)
+    return at.fmul(series, scale)

@@ -1,6 +1,9 @@
 """The experts of a layer in Baidu's WINT2 format, on the CPU, on packed weights."""
 
+from functools import partial
+
 import torch
+from torch.nn import functional
 
 from erniequant.codes.ccq.order import stored_rows
 from erniequant_kernels.cpu.machine import Machine, machine
@@ -26,15 +29,21 @@ def moe_experts_wint2_cpu(
     chosen = on or machine()
 
     def multiply(matrix: Wint2Matrices) -> Multiply:
-        return lambda x_rows, rows, counts: _multiply(x_rows, rows, matrix, counts, chosen)
+        return partial(_multiply, matrix, chosen)
 
-    return run_experts(x, expert_index, routing, gate_up.experts, multiply(gate_up), multiply(down))
+    return run_experts(
+        x, expert_index, routing, gate_up.experts, multiply(gate_up), multiply(down), chosen
+    )
 
 
 def _multiply(
-    x: torch.Tensor, rows: torch.Tensor, matrix: Wint2Matrices, counts: list[int], on: Machine
-) -> torch.Tensor:
+    matrix: Wint2Matrices, on: Machine, x: torch.Tensor, rows: torch.Tensor, counts: list[int],
+    swiglu: bool,
+) -> torch.Tensor:  # fmt: skip
     stored = x[rows]
+    if swiglu:
+        gate, up = stored.chunk(2, dim=-1)
+        stored = functional.silu(gate) * up
     if matrix.k_order != "plain":
         stored = stored[:, stored_rows(matrix.inputs, matrix.k_order)]
     stored = stored.contiguous()

@@ -47,7 +47,7 @@ def test_one_projection(outputs, k_order, on):
     m = matrix(256, outputs, k_order)
     x = torch.randn(9, 256)
     rows = torch.tensor([8, 1, 1, 0, 2, 3, 4, 5])
-    found = _multiply(x, rows, m, [1, 0, 7], on)
+    found = _multiply(m, on, x, rows, [1, 0, 7], False)
     for row, source, expert in ((0, 8, 0), (1, 1, 2), (7, 5, 2)):
         weight = decode_wint2(*(part[expert] for part in m.parts), k_order=k_order)
         expected = x[source].double() @ weight.double()
@@ -77,6 +77,6 @@ def test_words_beyond_int32_saturate():
     from erniequant_kernels.cpu.machine import machine
     from erniequant_kernels.cpu.wint2_moe import _multiply
 
-    found = _multiply(x, torch.arange(128), m, [128, 0, 0], machine())
+    found = _multiply(m, machine(), x, torch.arange(128), [128, 0, 0], False)
     expected = decode_wint2(*(part[0] for part in m.parts), k_order="plain")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
