@@ -115,7 +115,8 @@ def perplexity(
 def speed(
     model: Annotated[str, typer.Argument(help="Folder of a quantised or a plain checkpoint.")],
     reference: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Also measure this model, after the first.")
+        str | None,
+        typer.Option(metavar="DIR", help="Also measure this model, in turns; both stay in memory."),
     ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new: Annotated[int, typer.Option(min=1, help="Tokens to generate, one by one.")] = 64,
@@ -128,27 +129,37 @@ def speed(
     """Measure tokens per second for a prompt and for new tokens, and memory, one sequence at a
     time.
 
+    The share of the memory limit compares the weights that a new token reads with what the machine
+    can read, measured in the same run.
+
     [bold]Examples[/bold]
 
       erniequant eval speed ernie-2bit --reference ./ernie
 
       erniequant eval speed ernie-2bit --prompt 2048 --new 128 --json speed.json
     """
+    from functools import partial
+
+    from erniequant.evaluate.speed import compare_speed
     from erniequant.evaluate.speed import speed as measure
-    from erniequant_cli.loading import load_model
+    from erniequant_cli.loading import fit_together, load_model
     from erniequant_cli.tables import print_speed
 
-    results = []
-    for source in [model] if reference is None else [model, reference]:
-        subject, _ = load_model(source, device, dtype)
-        results.append(
-            measure(subject, prompt_tokens=prompt, new_tokens=new, repetitions=repetitions)
-        )
-        del subject  # two models may not fit side by side
-    result = results[0].to_dict()
-    if reference is not None:
-        result["reference"] = results[1].to_dict()
-    deliver(result, json, quiet, lambda: print_speed(results))
+    options = {"prompt_tokens": prompt, "new_tokens": new, "repetitions": repetitions}
+    load = partial(_only_model, load_model, device=device, dtype=dtype)
+    if reference is None:
+        result = measure(load(model), **options)
+        deliver(result.to_dict(), json, quiet, lambda: print_speed(result))
+        return
+    compared = compare_speed(
+        lambda: load(model), lambda: load(reference), **options,
+        interleave=fit_together(model, reference, device),
+    )  # fmt: skip
+    deliver(compared.to_dict(), json, quiet, lambda: print_speed(compared.model, compared))
+
+
+def _only_model(load_model: Any, source: str, *, device: str, dtype: str | None) -> Any:
+    return load_model(source, device, dtype)[0]
 
 
 def _records(model: Any, asked: str | None, by_default: bool) -> str | None:

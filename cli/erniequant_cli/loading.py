@@ -21,6 +21,26 @@ def load_model(
     return model, tokenizer
 
 
+def fit_together(model: str, reference: str, device: str) -> bool:
+    """Whether the weights of both fit the memory that the device has free; True if not known."""
+    import torch
+
+    from erniequant.checkpoint.reader import open_checkpoint
+    from erniequant.system import available_memory, resolve_device
+
+    target = resolve_device(device)
+    free = torch.cuda.mem_get_info(target)[0] if target.type == "cuda" else available_memory()
+    try:
+        needed = sum(open_checkpoint(source).total_bytes for source in (model, reference))
+    except ErnieQuantError:
+        return True  # loading says what is wrong
+    return needed * HEADROOM <= free
+
+
+HEADROOM = 1.15
+"""Weights and what computing takes beside them, over weights."""
+
+
 def hush() -> None:
     """Keep transformers' warnings and bars off the terminal; our own messages say what matters."""
     import transformers

@@ -14,7 +14,7 @@ from erniequant_cli.terminal import encodable, printable, say
 if TYPE_CHECKING:
     from erniequant.demo import DemoReport
     from erniequant.evaluate import ImageTextResult, PerplexityResult, ReferenceResult
-    from erniequant.evaluate.speed import SpeedResult
+    from erniequant.evaluate.speed import Ratio, SpeedComparison, SpeedResult
     from erniequant.formats.results import ModelSummary, VerifyReport
     from erniequant.quantization.report import QuantizationReport
     from erniequant_kernels.bench.run import Row, Verdict
@@ -212,25 +212,37 @@ def print_verdicts(verdicts: "Sequence[Verdict]", card: str, bandwidth: float) -
     _print(table)
 
 
-def print_speed(results: "Sequence[SpeedResult]") -> None:
+def print_speed(model: "SpeedResult", compared: "SpeedComparison | None" = None) -> None:
     """The model, and the reference beside it."""
+    results = [model] if compared is None else [model, compared.reference]
     table = _Table.grid(padding=(0, 2))
-    if len(results) > 1:
+    if compared is not None:
         table.add_row("", "model", "reference", "ratio")
 
-    def add(label: str, name: str, digits: int, unit: float = 1.0) -> None:
+    def add(label: str, name: str, digits: int, unit: float = 1.0, ratio: str = "") -> None:
         values = [getattr(result, name) for result in results]
-        if None in values:
+        if values[0] is None:
             return
-        ratio = [f"{values[0] / values[1]:.2f}"] if len(values) > 1 else []
-        table.add_row(label, *(f"{value / unit:.{digits}f}" for value in values), *ratio)
+        cells = ["" if value is None else f"{value / unit:.{digits}f}" for value in values]
+        table.add_row(label, *cells, *([ratio] if compared is not None else []))
 
-    first = results[0]
-    add(f"prefill, tokens/s ({first.prompt_tokens} tokens)", "prefill_tokens_per_second", 1)
-    add(f"decode, tokens/s ({first.new_tokens} tokens)", "decode_tokens_per_second", 1)
+    def spread(ratio: "Ratio | None") -> str:
+        return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
+
+    prefill, decode = (compared.prefill, compared.decode) if compared else (None, None)
+    label = f"prefill, tokens/s ({model.prompt_tokens} tokens)"
+    add(label, "prefill_tokens_per_second", 1, ratio=spread(prefill))
+    label = f"decode, tokens/s ({model.new_tokens} tokens)"
+    add(label, "decode_tokens_per_second", 1, ratio=spread(decode))
     add("weights, GB", "weight_bytes", 3, 1e9)
-    add("peak on the GPU, GB", "peak_bytes", 3, 1e9)
-    table.add_row("device, type", f"{first.device}, {first.dtype}")
+    add("weights a new token reads, GB", "token_bytes", 3, 1e9)
+    add("reads, GB/s", "decode_bytes_per_second", 1, 1e9)
+    shares = [r.decode_bytes_per_second / r.memory_bytes_per_second for r in results]
+    limit = f"of the memory limit, {model.memory_bytes_per_second / 1e9:.1f} GB/s"
+    table.add_row(limit, *(f"{share:.0%}" for share in shares))
+    where = "in memory" if model.device == "cpu" else "on the GPU"
+    add(f"peak {where}, GB", "peak_bytes", 3, 1e9)
+    table.add_row("device, type", f"{model.device}, {model.dtype}")
     _print(table)
 
 

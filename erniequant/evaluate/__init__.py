@@ -4,14 +4,16 @@ from erniequant.evaluate.images import ImageTextResult, image_perplexity
 from erniequant.evaluate.perplexity import PerplexityResult, perplexity
 from erniequant.evaluate.rtn import RoundToNearest, round_to_nearest
 from erniequant.evaluate.scoring import ReferenceResult
-from erniequant.evaluate.speed import SpeedResult, speed
+from erniequant.evaluate.speed import SpeedComparison, SpeedResult, compare_speed, speed
 
 __all__ = [
     "ImageTextResult",
     "PerplexityResult",
     "ReferenceResult",
     "RoundToNearest",
+    "SpeedComparison",
     "SpeedResult",
+    "compare_speed",
     "image_perplexity",
     "perplexity",
     "round_to_nearest",

@@ -1,6 +1,8 @@
 """`bench` and `eval speed`: what reaches a user, with and without a GPU."""
 
+import copy
 import functools
+import importlib
 import json
 
 import pytest
@@ -70,7 +72,57 @@ def test_speed_measures_both_models(run, small, monkeypatch, tmp_path):
         assert model["weight_bytes"] == 4 * sum(p.numel() for p in small.parameters()) + sum(
             b.nbytes for b in small.buffers()
         )
+        assert model["decode_bytes_per_second"] == pytest.approx(
+            model["token_bytes"] / model["decode_seconds"]
+        )
+        assert model["memory_bytes_per_second"] > 1e8
+    # The reference's peak would include the model's.
+    assert found["peak_bytes"] > 1e7 and found["reference"]["peak_bytes"] is None
+    assert found["ratio"]["interleaved"] is True
+    for ratio in (found["ratio"]["prefill"], found["ratio"]["decode"]):
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
     assert "decode, tokens/s (3 tokens)" in result.stdout and "ratio" in result.stdout
+    assert "of the memory limit" in result.stdout
+
+
+def test_a_token_reads_the_chosen_experts_and_one_row_of_the_embedding(small):
+    # Two of four experts; the head is the embedding, read whole for the logits.
+    from erniequant.evaluate.speed import bytes_of_a_token
+
+    sizes = {name: p.nbytes for name, p in small.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    assert experts > 0
+    # The correction biases lie in modules of their own, a few bytes that no forward call shows.
+    expected = sum(sizes.values()) - experts / 2
+    assert bytes_of_a_token(small) == pytest.approx(expected, abs=300)
+
+
+def test_both_models_take_turns_if_they_fit(small, monkeypatch):
+    module = importlib.import_module("erniequant.evaluate.speed")
+    real, turns = module._once, []
+
+    def once(model, *rest):
+        turns.append(model)
+        return real(model, *rest)
+
+    monkeypatch.setattr(module, "_once", once)
+    other = copy.deepcopy(small)
+    options = {"prompt_tokens": 4, "new_tokens": 2, "repetitions": 2}
+    found = module.compare_speed(lambda: small, lambda: other, **options)
+    assert found.interleaved and turns == [small, other] + [small, other] * 2
+    turns.clear()
+    found = module.compare_speed(lambda: small, lambda: other, interleave=False, **options)
+    assert not found.interleaved and turns == [small] * 3 + [other] * 3
+
+
+def test_models_that_do_not_fit_together(small, tmp_path, monkeypatch):
+    from erniequant_cli.loading import fit_together
+
+    small.save_pretrained(tmp_path / "m")
+    assert fit_together(str(tmp_path / "m"), str(tmp_path / "m"), "cpu")
+    monkeypatch.setattr("erniequant.system.available_memory", lambda: 10_000)
+    assert not fit_together(str(tmp_path / "m"), str(tmp_path / "m"), "cpu")
+    assert fit_together(str(tmp_path / "m"), str(tmp_path / "nothing"), "cpu")
 
 
 def test_speed_feeds_the_prompt_once_and_then_single_tokens(small, monkeypatch):
@@ -87,7 +139,8 @@ def test_speed_feeds_the_prompt_once_and_then_single_tokens(small, monkeypatch):
 
     monkeypatch.setattr(small, "forward", recording)
     speed(small, prompt_tokens=5, new_tokens=2, repetitions=1)
-    assert fed == [(5, False), (1, True), (1, True)] * 2
+    # The last pass counts the weights that a token reads.
+    assert fed == [(5, False), (1, True), (1, True)] * 2 + [(1, False)]
 
 
 def test_more_tokens_than_positions_are_refused(run, small, monkeypatch):
@@ -97,7 +150,6 @@ def test_more_tokens_than_positions_are_refused(run, small, monkeypatch):
 
 
 def test_the_first_repetition_and_the_prompt_do_not_count_as_decoding(small, monkeypatch):
-    import importlib
 
     module = importlib.import_module("erniequant.evaluate.speed")
     seconds = iter([[100.0] * 3, [8.0, 1.0, 3.0], [10.0, 1.0, 5.0]])

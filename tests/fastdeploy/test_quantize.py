@@ -65,7 +65,9 @@ def test_experts_are_what_they_decode_to(
 def test_logits_of_the_import_are_those_of_the_export(
     quantized: tuple[Path, QuantizationReport], tmp_path: Path
 ) -> None:
-    model, tokenizer = erniequant.load(quantized[0], device="cpu", dtype="float32")
+    model, tokenizer = erniequant.load(
+        quantized[0], device="cpu", dtype="float32", keep_decoded=True
+    )
     assert tokenizer is not None
     runner = CliRunner()
     result = runner.invoke(app, ["export", str(quantized[0]), str(tmp_path / "x"), "--to", "fp32"])
@@ -75,6 +77,9 @@ def test_logits_of_the_import_are_those_of_the_export(
     )
     assert not any(info.values()), info
     assert torch.equal(logits(model), logits(stock))
+    # Packed weights are the same, multiplied in another order.
+    packed, _ = erniequant.load(quantized[0], device="cpu", dtype="float32")
+    assert (logits(packed) - logits(stock)).norm() < 1e-4 * logits(stock).norm()
 
 
 def test_experts_stay_packed_and_keep_their_types(
@@ -89,7 +94,8 @@ def test_experts_stay_packed_and_keep_their_types(
     expected = logits(model)
     for module in packed:
         module.keep_decoded = True
-    assert torch.equal(logits(model), expected)
+    # Products of packed weights are float32, of decoded ones bfloat16.
+    assert (logits(model) - expected).norm() < 0.1 * expected.norm()
     # A code book that bfloat16 cannot hold survives the types of activations.
     books = packed[1].down_proj_code_scale.clone()
     assert not torch.equal(books.bfloat16().float(), books)
@@ -175,7 +181,7 @@ def test_cut_for_two_ranks_and_joined_again(
     erniequant.export(tmp_path / "tp2", tmp_path / "plain", "fp32")
     model, _ = erniequant.load(tmp_path / "tp2", device="cpu", dtype="float32")
     assert torch.equal(logits(erniequant.load(tmp_path / "plain", device="cpu")[0]), logits(model))
-    again, _ = erniequant.load(quantized[0], device="cpu", dtype="float32")
+    again, _ = erniequant.load(quantized[0], device="cpu", dtype="float32", keep_decoded=True)
     assert torch.equal(logits(model), logits(again))
 
 
