@@ -1,11 +1,11 @@
 """From stored tensors to weights: labels, times the channel scale, rotated back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from erniequant.checkpoint.reader import Checkpoint
-from erniequant.codes.reference import decode
+from erniequant.codes.reference import decode as decode_labels
 from erniequant.packing.experts import QuantizedExperts
 from erniequant.packing.rotation import unpack_signs, unrotate
 from erniequant.packing.schema import PROJECTIONS, MatrixSpec
@@ -36,12 +36,16 @@ def decode_weight(
     """
     code = spec.conv()
     inputs = packed.shape[-1] // code.words_per_sequence(spec.tile)
-    rotated = decode(packed, code, spec.tile) * decode_scale(scale)
+    rotated = decode_labels(packed, code, spec.tile) * decode_scale(scale)
     return unrotate(rotated, unpack_signs(signs, inputs), spec.rotation_block)
 
 
+Decode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, MatrixSpec], torch.Tensor]
+"""`decode_weight`, or a faster way to the same bits."""
+
+
 def expert_matrices(
-    source: Checkpoint, layer: QuantizedExperts
+    source: Checkpoint, layer: QuantizedExperts, decode: Decode = decode_weight
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Decoded matrices of a layer, float32 ``[N, K]``, under the original checkpoint's names; one
     expert is in memory at a time."""
@@ -53,7 +57,7 @@ def expert_matrices(
                 source.rows(layer.name(projection, suffix), expert, expert + 1)[0]
                 for suffix in ("packed", "scale")
             )
-            weight = decode_weight(packed, scale, signs, spec)
+            weight = decode(packed, scale, signs, spec)
             if projection == "gate_up_proj":
                 gate, up = weight.chunk(2)
                 yield layer.original_name(expert, "gate_proj"), gate

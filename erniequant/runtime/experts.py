@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from erniequant.packing.decoding import decode_weight
 from erniequant.packing.layer_keys import GUARD
 from erniequant.packing.products import DIFFERENTIABLE
 from erniequant.packing.schema import SUFFIXES, LayerSpec, layer_params
+from erniequant.runtime.decoding import decode_fast
 from erniequant.runtime.decoding_module import DecodingExperts
 from erniequant.runtime.ops import CPU_DTYPES, KERNEL_DTYPES, moe_experts, spec_text
 
@@ -63,7 +63,7 @@ class PackedExperts(DecodingExperts):
 
     def decode(self, projection: str, expert: int) -> torch.Tensor:
         """Weights float32 ``[N, K]`` of one expert."""
-        return decode_weight(
+        return decode_fast(
             getattr(self, f"{projection}_packed")[expert],
             getattr(self, f"{projection}_scale")[expert],
             getattr(self, f"{projection}_signs")[0, 0],

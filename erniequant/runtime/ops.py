@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from erniequant.packing.decoding import decode_weight
+from erniequant.packing.decoding import Decode, decode_weight
 from erniequant.packing.products import (
     DIFFERENTIABLE,
     WeightOf,
@@ -21,6 +21,7 @@ from erniequant.packing.products import (
     experts_forward,
 )
 from erniequant.packing.schema import LayerSpec, MatrixSpec
+from erniequant.runtime.decoding import decode_fast
 
 if TYPE_CHECKING:
     from erniequant_kernels.matrices import PackedMatrices
@@ -68,14 +69,14 @@ def _in_plain_torch(
 
 def _decoder(
     gate_up: tuple[torch.Tensor, ...], down: tuple[torch.Tensor, ...], spec: LayerSpec,
-    dtype: torch.dtype,
+    dtype: torch.dtype, decode: Decode = decode_weight,
 ) -> WeightOf:  # fmt: skip
     """Decodes one expert at a time; ``gate_up`` and ``down`` are packed, scale and signs."""
     tensors = {"gate_up_proj": gate_up, "down_proj": down}
 
     def weight(projection: str, expert: int) -> torch.Tensor:
         packed, scale, signs = tensors[projection]
-        decoded = decode_weight(packed[expert], scale[expert], signs, spec.projection(projection))
+        decoded = decode(packed[expert], scale[expert], signs, spec.projection(projection))
         return decoded.to(dtype)
 
     return weight
@@ -133,7 +134,7 @@ def moe_experts_backward(
     """
     gate_up = (gate_up_packed, gate_up_scale, gate_up_signs)
     down = (down_packed, down_scale, down_signs)
-    weight = _decoder(gate_up, down, parse_spec(spec), x.dtype)
+    weight = _decoder(gate_up, down, parse_spec(spec), x.dtype, decode_fast)
     return experts_backward(grad, x, expert_index, routing, len(gate_up_packed), weight)
 
 

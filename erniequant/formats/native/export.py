@@ -23,6 +23,7 @@ from erniequant.models.registry import with_stock_class
 from erniequant.packing.decoding import expert_matrices
 from erniequant.packing.file_check import require_as_reported
 from erniequant.paths import expanded
+from erniequant.runtime.decoding import decode_fast
 
 
 def export_native(src: str | Path, dst: str | Path, to: str, max_shard_bytes: int) -> ExportReport:
@@ -40,7 +41,7 @@ def export_native(src: str | Path, dst: str | Path, to: str, max_shard_bytes: in
         for name in kept_names(source, check.layers):
             writer.add(name, _widened(source.tensor(name), dtype))
         for layer in check.layers:
-            for name, weight in expert_matrices(source, layer):
+            for name, weight in expert_matrices(source, layer, decode_fast):
                 writer.add(name, weight.to(dtype))
         written = writer.finish()
         write_companions(source.folder, writer.folder)

@@ -17,6 +17,7 @@ from erniequant.packing.decoding import expert_matrices
 from erniequant.packing.experts import QuantizedExperts
 from erniequant.packing.file_check import file_states, report_problems
 from erniequant.packing.schema import PROJECTIONS
+from erniequant.runtime.decoding import decode_fast
 
 
 def verify_native(model_dir: str | Path, reference: str | Path | None = None) -> VerifyReport:
@@ -56,7 +57,7 @@ def verify_native(model_dir: str | Path, reference: str | Path | None = None) ->
     decoded, errors = 0, []
     for layer in decodable:
         problems += _sign_problems(checkpoint, layer)
-        for name, weight in expert_matrices(checkpoint, layer):
+        for name, weight in expert_matrices(checkpoint, layer, decode_fast):
             decoded += 1
             if not torch.isfinite(weight).all():
                 problems.append(f"tensor {name} does not decode to finite numbers")

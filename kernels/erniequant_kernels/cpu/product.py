@@ -37,6 +37,7 @@ from erniequant_kernels.cpu.vector_code import (
     POINTER,
     BFloat16,
     Code,
+    by_lane_first,
     integer,
     splat,
     vector,
@@ -335,7 +336,7 @@ class _Product:
             offsets = (4 * plan.lanes * (v * weights + i) for i in range(weights))
             by_weight = [code.load(self._kind(F32), code.address(sums, o)) for o in offsets]
             for i, values in enumerate(
-                _by_lane_first(code, [self._over_rows(s) for s in by_weight])
+                by_lane_first(code, [self._over_rows(s) for s in by_weight])
             ):
                 first = v * plan.lanes * plan.group_weights + i * groups
                 pattern = code.load(vector(I16, groups), code.address(scale, 2 * first))
@@ -352,20 +353,3 @@ class _Product:
             halves = (range(count), range(count, 2 * count))
             sums = self.code.at.fadd(*(self.code.shuffle(sums, half) for half in halves))
         return sums
-
-
-def _by_lane_first(code: Code, vectors: list[ir.Value]) -> list[ir.Value]:
-    """Turn ``n`` vectors (a power of two) so that element ``i`` of vector ``j`` comes ``i * n +
-    j``-th."""
-    lanes, half = vectors[0].type.count, len(vectors) // 2
-    if half == 0:
-        return vectors
-    # Each turn interleaves the first half of the vectors with the second.
-    index = [lane // 2 + lane % 2 * lanes for lane in range(2 * lanes)]
-    turns = half.bit_length()
-    for _ in range(turns):
-        vectors = [
-            code.shuffle(vectors[j], index[part * lanes : (part + 1) * lanes], vectors[j + half])
-            for j in range(half) for part in range(2)
-        ]  # fmt: skip
-    return vectors

@@ -40,12 +40,14 @@ class RotationSpec:
         block: channels that are transformed together.
         bfloat16: the result is bfloat16, else float32.
         swiglu: what is rotated is ``silu(gate) * up``, of rows with gate before up.
+        inverse: undo it: the transform first, then signs.
     """
 
     inputs: int
     block: int
     bfloat16: bool
     swiglu: bool = False
+    inverse: bool = False
 
 
 def rotate_reference(
@@ -90,7 +92,10 @@ def rotation_module(spec: RotationSpec) -> ir.Module:
             if spec.swiglu:
                 up = code.load(vector(F32, spec.block), code.address(place, 4 * spec.inputs))
                 values = code.at.fmul(_silu(code, values), up)
-            values = _hadamard(code, _signed(code, values, signs, channel), spec.block)
+            if spec.inverse:
+                values = _signed(code, _hadamard(code, values, spec.block), signs, channel)
+            else:
+                values = _hadamard(code, _signed(code, values, signs, channel), spec.block)
             place = code.address(target, code.at.mul(channel, integer(out_bytes)))
             code.store(_rounded(code, values) if spec.bfloat16 else values, place)
             return []

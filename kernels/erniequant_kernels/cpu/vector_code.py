@@ -146,6 +146,23 @@ class Code:
         self.at.branch(claim)
 
 
+def by_lane_first(code: Code, vectors: list[ir.Value]) -> list[ir.Value]:
+    """Turn ``n`` vectors (a power of two) so that element ``i`` of vector ``j`` comes ``i * n +
+    j``-th."""
+    lanes, half = vectors[0].type.count, len(vectors) // 2
+    if half == 0:
+        return vectors
+    # Each turn interleaves the first half of the vectors with the second.
+    index = [lane // 2 + lane % 2 * lanes for lane in range(2 * lanes)]
+    turns = half.bit_length()
+    for _ in range(turns):
+        vectors = [
+            code.shuffle(vectors[j], index[part * lanes : (part + 1) * lanes], vectors[j + half])
+            for j in range(half) for part in range(2)
+        ]  # fmt: skip
+    return vectors
+
+
 def _alignment(kind: ir.Type) -> int:
     """Bytes of an element."""
     element: Any = kind.element if isinstance(kind, ir.VectorType) else kind
