@@ -28,6 +28,8 @@ def load(
 ) -> tuple[Any, Any]:
     """Model in evaluation mode and tokenizer of a quantised or plain checkpoint.
 
+    On the CPU, linear layers multiply few tokens by compiled code (`runtime.linear`).
+
     Args:
         source: folder or Hugging Face id.
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
@@ -50,7 +52,10 @@ def load(
     model, folder = format_of(source).load(
         source, target, resolve_dtype(dtype), ReadOptions(k_order, reference)
     )
+    from erniequant.runtime.linear import quicken
+
     _keep_decoded(model, target, keep_decoded)
+    quicken(model)
     return model.eval(), load_tokenizer(folder) if has_tokenizer(folder) else None
 
 

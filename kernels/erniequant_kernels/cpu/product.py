@@ -35,8 +35,8 @@ from erniequant_kernels.cpu.vector_code import (
     I32,
     I64,
     POINTER,
-    BFloat16,
     Code,
+    bfloat16_pairs_added,
     by_lane_first,
     integer,
     splat,
@@ -321,11 +321,7 @@ class _Product:
     def _add(self, total: ir.Value, factor: ir.Value, x: ir.Value) -> ir.Value:
         if self.arithmetic is Arithmetic.FLOAT:
             return self.code.fused(factor, x, total)
-        lanes = self.plan.lanes
-        pairs = vector(BFloat16(), 2 * lanes)
-        operands = [self.code.at.bitcast(value, pairs) for value in (factor, x)]
-        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}"
-        return self.code.intrinsic(name, total.type, [total, *operands])
+        return bfloat16_pairs_added(self.code, total, factor, x)
 
     def _store_token(self, sums: ir.Value, scale: ir.Value, out: ir.Value) -> None:
         """Sums of a token in the order of outputs, times their scales."""

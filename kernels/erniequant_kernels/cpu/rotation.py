@@ -17,12 +17,12 @@ from erniequant_kernels.cpu.compiler import compile_function
 from erniequant_kernels.cpu.machine import Machine
 from erniequant_kernels.cpu.vector_code import (
     F32,
-    I16,
     I32,
     I64,
     POINTER,
     Code,
     integer,
+    rounded_to_bfloat16,
     splat,
     vector,
 )
@@ -97,7 +97,7 @@ def rotation_module(spec: RotationSpec) -> ir.Module:
             else:
                 values = _hadamard(code, _signed(code, values, signs, channel), spec.block)
             place = code.address(target, code.at.mul(channel, integer(out_bytes)))
-            code.store(_rounded(code, values) if spec.bfloat16 else values, place)
+            code.store(rounded_to_bfloat16(code, values) if spec.bfloat16 else values, place)
             return []
 
         code.loop(integer(0), integer(spec.inputs), spec.block, [], one_block)
@@ -134,17 +134,6 @@ def _hadamard(code: Code, values: ir.Value, block: int) -> ir.Value:
         values = code.fused(values, ir.Constant(values.type, sign), other)
         half *= 2
     return code.at.fmul(values, splat(F32, block, block**-0.5))
-
-
-def _rounded(code: Code, values: ir.Value) -> ir.Value:
-    """float32 to bfloat16 patterns: to nearest, ties to even; nan stays nan."""
-    at, lanes = code.at, values.type.count
-    pattern = at.bitcast(values, vector(I32, lanes))
-    odd = at.and_(at.lshr(pattern, splat(I32, lanes, 16)), splat(I32, lanes, 1))
-    rounded = at.add(at.add(pattern, splat(I32, lanes, 0x7FFF)), odd)
-    is_nan = at.fcmp_unordered("uno", values, values)
-    kept = at.select(is_nan, splat(I32, lanes, 0x7FC00000), rounded)
-    return at.trunc(at.lshr(kept, splat(I32, lanes, 16)), vector(I16, lanes))
 
 
 def _silu(code: Code, x: ir.Value) -> ir.Value:

@@ -82,6 +82,15 @@ class Code:
         first = self.at.insert_element(nothing, value, ir.Constant(I32, 0))
         return self.shuffle(first, [0] * lanes)
 
+    def total(self, values: ir.Value) -> ir.Value:
+        """The sum of a vector's lanes."""
+        count = values.type.count
+        while count > 1:
+            count //= 2
+            halves = (range(count), range(count, 2 * count))
+            values = self.at.fadd(*(self.shuffle(values, half) for half in halves))
+        return self.at.extract_element(values, ir.Constant(I32, 0))
+
     def address(self, base: ir.Value, offset: ir.Value | int) -> ir.Value:
         """``base`` plus bytes."""
         if isinstance(offset, int):
@@ -161,6 +170,26 @@ def by_lane_first(code: Code, vectors: list[ir.Value]) -> list[ir.Value]:
             for j in range(half) for part in range(2)
         ]  # fmt: skip
     return vectors
+
+
+def rounded_to_bfloat16(code: Code, values: ir.Value) -> ir.Value:
+    """float32 to bfloat16 patterns: to nearest, ties to even; nan stays nan."""
+    at, lanes = code.at, values.type.count
+    pattern = at.bitcast(values, vector(I32, lanes))
+    odd = at.and_(at.lshr(pattern, splat(I32, lanes, 16)), splat(I32, lanes, 1))
+    rounded = at.add(at.add(pattern, splat(I32, lanes, 0x7FFF)), odd)
+    is_nan = at.fcmp_unordered("uno", values, values)
+    kept = at.select(is_nan, splat(I32, lanes, 0x7FC00000), rounded)
+    return at.trunc(at.lshr(kept, splat(I32, lanes, 16)), vector(I16, lanes))
+
+
+def bfloat16_pairs_added(code: Code, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """``total`` plus the products of two bfloat16 pairs in each lane, by AVX-512's instruction."""
+    lanes = total.type.count
+    pairs = vector(BFloat16(), 2 * lanes)
+    operands = [code.at.bitcast(value, pairs) for value in (a, b)]
+    name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}"
+    return code.intrinsic(name, total.type, [total, *operands])
 
 
 def _alignment(kind: ir.Type) -> int:

@@ -184,7 +184,7 @@ class _Wint2Product:
         code, at, spec = self.code, self.code.at, self.spec
         x = code.address(self.x, at.mul(group, integer(4 * GROUP)))
         inputs = [
-            self._total(code.load(vector(F32, GROUP), code.address(x, 4 * token * spec.inputs)))
+            code.total(code.load(vector(F32, GROUP), code.address(x, 4 * token * spec.inputs)))
             for token in range(spec.tokens)
         ]
         rows = code.address(self.bytes, at.mul(group, integer(GROUP_BYTES * spec.outputs)))
@@ -212,15 +212,6 @@ class _Wint2Product:
 
         code.loop(integer(0), integer(self.cut.item), self.cut.line, [], line)
         return []
-
-    def _total(self, values: ir.Value) -> ir.Value:
-        """The sum of a vector's lanes."""
-        count = values.type.count
-        while count > 1:
-            count //= 2
-            halves = (range(count), range(count, 2 * count))
-            values = self.code.at.fadd(*(self.code.shuffle(values, half) for half in halves))
-        return self.code.at.extract_element(values, ir.Constant(I32, 0))
 
     def _line(self, rows: ir.Value, x: ir.Value, first: ir.Value) -> Sequence[ir.Value]:
         """Labels times inputs of a group, for the outputs of a line."""

@@ -27,9 +27,8 @@ def test_every_code(name, length, on):
     assert_equal_bits(MatrixSpec(name, length, 64, 32), 3, 96, on)
 
 
-# tile, tiles, inputs. 17 inputs: one more than an item, without a rotation; 40: rotated in blocks of
-# eight, half an item at the end. A tile of 32 has as few as two groups, one of 256 fills two
-# vectors.
+# tile, tiles, inputs. 17 inputs: one more than an item, without a rotation; 40: half an item at the
+# end. A tile of 32 has as few as two groups, one of 256 fills two vectors.
 SIZES = [(32, 1, 17), (32, 3, 40), (128, 2, 64), (256, 3, 48)]
 
 
