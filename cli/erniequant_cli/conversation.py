@@ -87,6 +87,26 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
+@contextmanager
+def answer_line() -> Iterator[Show]:
+    """A context that shows pieces of text and then ends the line, unless it failed before it showed
+    any."""
+    shown = False
+
+    def show(piece: str) -> None:
+        nonlocal shown
+        shown = True
+        say_piece(piece)
+
+    try:
+        yield show
+    except BaseException:
+        if shown:
+            say("")
+        raise
+    say("")
+
+
 class Terminal:
     """Somebody types and reads."""
 
@@ -122,14 +142,13 @@ class Terminal:
         def show(piece: str) -> None:
             self._interrupts.check()
             done()
-            say_piece(piece)
+            write(piece)
 
         try:
-            with self._interrupts.heard():
+            with answer_line() as write, self._interrupts.heard():
                 yield show
         finally:
             done()
-            say("")
 
     def note(self, text: str) -> None:
         self._console.print(printable(text), style="dim")
@@ -153,10 +172,8 @@ class Pipe:
 
     @contextmanager
     def answering(self) -> Iterator[Show]:
-        try:
-            yield say_piece
-        finally:
-            say("")
+        with answer_line() as show:
+            yield show
 
     def note(self, text: str) -> None:
         note(text)

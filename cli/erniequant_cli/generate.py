@@ -44,7 +44,7 @@ def generate(
     from erniequant_cli.loading import load_model
 
     subject, tokenizer = load_model(model, device, dtype)
-    said = 0
+    said = 0  # characters
 
     def show(piece: str) -> None:
         nonlocal said

@@ -30,6 +30,8 @@ class TextStream:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._held = _CLEANED if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
+        self._special = frozenset(getattr(tokenizer, "all_special_ids", ()))
+        self._in_bytes = False
         self._start = 0  # of the window, in tokens
         self._shown = 0  # characters of the window's text
         self.ids: list[int] = []
@@ -39,7 +41,9 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that this token makes final; may be empty."""
         self.ids.append(token)
-        if self._is_byte(token):
+        if token not in self._special:  # which are left out before bytes are put together
+            self._in_bytes = self._is_byte(token)
+        if self._in_bytes:
             return ""  # bytes are valid, or not, together with those that follow
         window = self._decode(self.ids[self._start :])
         final = window.rstrip(_UNFINISHED)
@@ -62,7 +66,8 @@ class TextStream:
         start = len(self.ids) - _CONTEXT
         rest = self._decode(self.ids[start:])
         waiting = len(window) - self._shown
-        whole = not self._is_byte(self.ids[start]) and _UNFINISHED not in rest
+        first = self.ids[start]
+        whole = first not in self._special and not self._is_byte(first) and _UNFINISHED not in rest
         if whole and window.endswith(rest) and len(rest) > waiting:
             self._start, self._shown = start, len(rest) - waiting
 
