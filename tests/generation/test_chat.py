@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import decoders
 
 import erniequant
 from erniequant.data.image_inputs import reader_for
@@ -29,11 +30,20 @@ def models(packed_ernie, packed_vl, packed_dense, micro_vl):
     from erniequant.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(micro_vl)
+    # Without spaces between letters, so that an answer is read back as the tokens that it was.
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    # And named as where it is asked for.
+    role = "{{ m.role }}"
+    assert role in CHAT_TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        role, "{{ 'bot' if m.role == 'assistant' else m.role }}"
+    )
     folders = dict(zip(KINDS, (packed_ernie, packed_vl, packed_dense), strict=True))
     made = {}
     for kind, folder in folders.items():
         model = erniequant.load(folder, device="cpu", dtype="float32")[0]
         model.generation_config.suppress_tokens = SILENT
+        model.generation_config.eos_token_id = END
         made[kind] = (model, tokenizer)
     return made
 
@@ -124,7 +134,9 @@ def test_every_turn_is_what_a_fresh_pass_says(loaded):
         reused.append(answer.reused_tokens)
         # A stranger to the session, between its turns.
         generate(model, tokenizer, "something else", max_tokens=2)
-    assert reused[0] == 0 and reused[1] > 20 and reused[2] > reused[1]
+    # "system: be kind;user: hello there;bot: ", and all tokens of the answer but the last, which the
+    # model chose and never read.
+    assert reused[:2] == [0, 39 + MAX - 1] and reused[2] > reused[1]
 
 
 def test_images_at_any_turn(models, images):
@@ -215,7 +227,7 @@ def test_the_oldest_exchanges_make_room(loaded, monkeypatch):
     session = ChatSession(model, tokenizer, system=SYSTEM["content"], max_new_tokens=5)
     messages, drops = [SYSTEM], []
     for number in range(12):
-        question = f"question {number}"
+        question = f"question {number}" + "?" * (5 * number % 17)
         answer = session.say(question)
         drops.append(answer.dropped)
         del messages[1 : 1 + 2 * answer.dropped]
@@ -227,7 +239,7 @@ def test_the_oldest_exchanges_make_room(loaded, monkeypatch):
         # Else only "system: be kind;user: question " is common.
         assert (answer.reused_tokens > 31) == (answer.dropped == 0 and number > 0)
     # Several at once, so that the turns behind them are read anew now and then only.
-    assert max(drops) > 1 and not any(map(min, zip(drops, drops[1:], strict=False)))
+    assert max(drops) > 1 and sum(map(bool, drops)) < 8
 
 
 def test_a_message_that_is_too_long_changes_nothing(models, monkeypatch):
