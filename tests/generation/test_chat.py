@@ -134,8 +134,8 @@ def test_every_turn_is_what_a_fresh_pass_says(loaded):
         reused.append(answer.reused_tokens)
         # A stranger to the session, between its turns.
         generate(model, tokenizer, "something else", max_tokens=2)
-    # "system: be kind;user: hello there;bot: ", and all tokens of the answer but the last, which the
-    # model chose and never read.
+    # "system: be kind;user: hello there;bot: " has 39 tokens; the answer's last one was chosen,
+    # but never read.
     assert reused[:2] == [0, 39 + MAX - 1] and reused[2] > reused[1]
 
 
