@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from erniequant_cli.options import Device, Dtype, JsonFile, Quiet, deliver
+from erniequant_cli.options import Device, Dtype, JsonFile, Quiet, deliver, is_stdout
 from erniequant_cli.quantize import ChatTemplate
-from erniequant_cli.terminal import say, typed
+from erniequant_cli.terminal import say, say_piece, typed
 
 
 def generate(
@@ -44,14 +44,28 @@ def generate(
     from erniequant_cli.loading import load_model
 
     subject, tokenizer = load_model(model, device, dtype)
-    result = generate(
-        subject,
-        tokenizer,
-        typed(prompt),
-        images=image or (),
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat_template=chat_template.value,
-    )
-    deliver(result.to_dict(), json, quiet, lambda: say(result.text))
+    said = 0  # characters
+
+    def show(piece: str) -> None:
+        nonlocal said
+        said += len(piece)
+        say_piece(piece)
+
+    try:
+        result = generate(
+            subject,
+            tokenizer,
+            typed(prompt),
+            images=image or (),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            chat_template=chat_template.value,
+            # JSON on stdout comes first and as a whole.
+            on_text=None if quiet or is_stdout(json) else show,
+        )
+    except BaseException:
+        if said:
+            say("")  # messages begin on a line of their own
+        raise
+    deliver(result.to_dict(), json, quiet, lambda: say(result.text[said:]))

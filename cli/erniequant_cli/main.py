@@ -4,7 +4,7 @@ import os
 
 import typer
 
-from erniequant_cli import bench, demo, evaluate, export, generate, inspect, quantize, verify
+from erniequant_cli import bench, chat, demo, evaluate, export, generate, inspect, quantize, verify
 from erniequant_cli.errors import INTERRUPTED, GuardedCommand, GuardedCommands
 from erniequant_cli.terminal import occupy_closed_descriptors, say
 
@@ -28,6 +28,7 @@ eval_app.command("speed", cls=GuardedCommand)(evaluate.speed)
 bench_app.command("kernels", cls=GuardedCommand)(bench.kernels)
 bench_app.command("static", cls=GuardedCommand)(bench.static)
 app.command("generate", cls=GuardedCommand)(generate.generate)
+app.command("chat", cls=GuardedCommand)(chat.chat)
 app.command("inspect", cls=GuardedCommand)(inspect.inspect)
 app.command("verify", cls=GuardedCommand)(verify.verify)
 app.command("export", cls=GuardedCommand)(export.export)

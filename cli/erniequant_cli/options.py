@@ -102,7 +102,7 @@ def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
 
     text = json.dumps(_finite(result), indent=2, allow_nan=False, default=str) + "\n"
     path = expanded(path)
-    if _is_stdout(path):
+    if is_stdout(path):
         sys.stdout.write(text)
         sys.stdout.flush()
         return
@@ -122,10 +122,12 @@ def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
 _ONLY_IN_PLACE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENAMETOOLONG)
 
 
-def _is_stdout(path: Path) -> bool:
-    """True if a path such as /dev/stdout leads to where the table is printed."""
+def is_stdout(path: Path | None) -> bool:
+    """True if a path such as /dev/stdout leads to where results are printed."""
     try:
-        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+        return path is not None and os.path.samestat(
+            expanded(path).stat(), os.fstat(sys.stdout.fileno())
+        )
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -120,6 +120,12 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def say_piece(text: str) -> None:
+    """Print a piece of a line on stdout, at once."""
+    sys.stdout.write(printable(text))
+    sys.stdout.flush()
+
+
 def note(text: str) -> None:
     """Print on stderr."""
     sys.stderr.write(printable(text) + "\n")
@@ -135,6 +141,46 @@ def typed(text: str) -> str:
         return os.fsencode(text).decode("utf-8")
     except UnicodeError:
         return text
+
+
+def is_conversation() -> bool:
+    """True if there is somebody to talk to: stdin and stdout are a terminal's."""
+    return sys.stdin is not None and sys.stdin.isatty() and bool(sys.stdout.isatty())
+
+
+def ask(prompt: str) -> str | None:
+    """A line that is typed at a terminal, with the keys and the memory of readline; None at its
+    end, or for Ctrl-C on an empty line. Ctrl-C on another one throws it away.
+    """
+    try:
+        import readline
+    except ImportError:  # not on every system
+        readline = None  # type: ignore[assignment]
+    _take_any_bytes()
+    try:
+        return typed(input(prompt))
+    except KeyboardInterrupt:
+        say("")
+        return "" if readline is not None and readline.get_line_buffer() else None
+    except (EOFError, OSError):  # the terminal may be gone
+        say("")
+        return None
+
+
+def next_line() -> str | None:
+    """The next line of stdin, None at its end."""
+    if sys.stdin is None:
+        return None
+    _take_any_bytes()
+    line = sys.stdin.readline()
+    return typed(line.removesuffix("\n")) if line else None
+
+
+def _take_any_bytes() -> None:
+    """Let bytes that are no text be read: whoever takes the line says what is wrong with it."""
+    reconfigure = getattr(sys.stdin, "reconfigure", None)
+    if reconfigure is not None and getattr(sys.stdin, "errors", "") == "strict":
+        reconfigure(errors="surrogateescape")
 
 
 def is_drawable(stream: Any) -> bool:

@@ -18,7 +18,7 @@ import torch
 from erniequant.data.chats import IMAGE_TYPES, chat_of, parts_of
 from erniequant.data.documents import Chat, chat_of_record
 from erniequant.data.images import ImageReader
-from erniequant.data.inputs import ModelInput, input_with_images
+from erniequant.data.inputs import ImagePatches, ModelInput, input_with_images
 from erniequant.data.templates import apply_template, for_template, require_template
 from erniequant.errors import ErnieQuantError, wrap_errors
 from erniequant.models.images import ImageSettings
@@ -88,6 +88,19 @@ class ImageTextReader:
             ids, sources = self._tokens_of(parts, where), parts[:-1]
         return self._input(ids, sources, where)
 
+    def chat(self, messages: list[dict[str, Any]]) -> ModelInput:
+        """The input of a chat that the model is to answer.
+
+        messages: in transformers' form; image parts hold a path, or an image that was read before
+            (`ImagePatches`).
+
+        Raises:
+            ErnieQuantError: the chat template cannot render it, or an image cannot be read.
+        """
+        where = "the chat"
+        ids, sources = self._chat(Chat(messages), where, Path(), prompt=True)
+        return self._input(ids, sources, where)
+
     def _input(self, ids: list[int], sources: list[Any], where: str) -> ModelInput:
         """Token ids with one placeholder for each image, and the images, as one input."""
         share = None if self.length is None else self.length // 2 // max(len(sources), 1)
@@ -96,7 +109,12 @@ class ImageTextReader:
                 f"{where} has {len(sources)} images, too many for {self.length} tokens"
             )
         try:
-            images = tuple(self.image_reader.read(source, share) for source in sources)
+            images = tuple(
+                source
+                if isinstance(source, ImagePatches)
+                else self.image_reader.read(source, share)
+                for source in sources
+            )
             expanded: list[int] = []
             waiting = iter(images)
             for token in ids:
@@ -244,8 +262,9 @@ def _parts_of_text(record: Mapping[str, Any], where: str, folder: Path) -> list[
 
 
 def _image(value: Any, where: str, folder: Path) -> Any:
-    """The path of an image, or the image itself where a data set brings it along."""
-    if hasattr(value, "convert"):
+    """The path of an image, or the image itself where it was read before, or where a data set
+    brings it along."""
+    if hasattr(value, "convert") or isinstance(value, ImagePatches):
         return value
     if isinstance(value, Mapping) and value.get("bytes"):
         value = value["bytes"]

@@ -61,7 +61,9 @@ def test_generate_passes_its_options_and_prints_the_answer(run, models, monkeypa
     seen = {}
 
     def generate(model, tokenizer, prompt, **options):
+        on_text = options.pop("on_text")
         seen.update(options, prompt=prompt)
+        on_text("a sun")
         return Generation("<user>hi", "a sunny day", 3, 4, 0.5)
 
     monkeypatch.setattr(erniequant.generation, "generate", generate)

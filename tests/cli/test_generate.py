@@ -3,9 +3,15 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
+import erniequant.generation
+from erniequant.errors import ErnieQuantError
+from erniequant.generation import Generation
 from tests.micro_vl import PATCH, write_image
 
 KINDS = ("text", "vl", "dense")
@@ -113,3 +119,50 @@ def test_an_image_for_a_model_of_text_is_one_line(run, speakers, tmp_path):
     for kind in ("text", "dense"):
         result = run("generate", speakers[kind], "hi", "--image", image)
         assert result.exit_code == 1 and "is text-only" in result.stderr
+
+
+@pytest.fixture
+def stages(models, monkeypatch):
+    """`generate` that says three pieces, of control characters among others; gives what was on
+    stdout after each, and a failure to raise after the second."""
+    found = SimpleNamespace(shown=[], failure=None)
+
+    def generate(model, tokenizer, prompt, *, on_text, **options):
+        for piece in ("a su", "nny\x1b", " day"):
+            if on_text is not None:
+                on_text(piece)
+            found.shown.append(sys.stdout.buffer.getvalue())
+            if found.failure is not None and len(found.shown) == 2:
+                raise found.failure
+        return Generation("hi", "a sunny\x1b day", 3, 4, 0.5)
+
+    monkeypatch.setattr(erniequant.generation, "generate", generate)
+    return found
+
+
+def test_an_answer_is_printed_as_it_comes(run, stages, tmp_path):
+    result = run("generate", "a", "hi", "--json", tmp_path / "out.json")
+    assert result.stdout == "a sunny\\x1b day\n"
+    assert stages.shown == [b"a su", b"a sunny\\x1b", b"a sunny\\x1b day"]
+    assert json.loads((tmp_path / "out.json").read_text())["text"] == "a sunny\x1b day"
+    stages.shown.clear()
+    quiet = run("generate", "a", "hi", "--quiet")
+    assert (quiet.stdout, set(stages.shown)) == ("", {b""})
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), ErnieQuantError("no more")])
+def test_a_failure_within_an_answer_begins_a_line(run, stages, failure):
+    stages.failure = failure
+    result = run("generate", "a", "hi")
+    assert result.exit_code == (130 if isinstance(failure, KeyboardInterrupt) else 1)
+    assert result.stdout == "a sunny\\x1b\n"
+    assert result.stderr.count("\n") == 1
+
+
+def test_json_on_stdout_comes_before_the_answer(speakers):
+    command = (sys.executable, "-m", "erniequant", "generate", speakers["text"], "hi",
+               "--max-tokens", "5", "--json", "/dev/stdout")  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run(command, capture_output=True, env=environment, check=True).stdout
+    found, end = json.JSONDecoder().raw_decode(out.decode())
+    assert out.decode()[end:] == "\n" + found["text"] + "\n"

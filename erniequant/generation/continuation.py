@@ -1,6 +1,5 @@
 """Continues a prompt with a loaded model: the quick look that no perplexity replaces."""
 
-import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -13,9 +12,9 @@ import torch
 from erniequant.data.image_inputs import image_inputs
 from erniequant.data.inputs import ModelInput
 from erniequant.errors import ErnieQuantError, ErnieQuantWarning, wrap_errors
-
-_COLDEST = 1e-6
-"""Lower temperatures count as 0: logits divided by them overflow float32."""
+from erniequant.generation.positions import max_positions, positions_of
+from erniequant.generation.sampling import COLDEST, require_temperature
+from erniequant.generation.streaming import OnText, TokenStreamer
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,15 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat_template: Literal["apply", "none"] = "apply",
+    on_text: OnText | None = None,
 ) -> Generation:
     """Continue `prompt` by up to `max_tokens` tokens, given `images` (files) before it.
 
     chat_template "apply" makes the prompt a user's turn if the tokenizer has a template, "none"
     never. temperature 0 takes the likeliest token each time; above 0, equal seeds give equal
-    texts on one machine.
+    texts on one machine. `on_text` is called with every piece of the text when its tokens are
+    there; together they are the result's text. It comes in one piece where the model's
+    generation_config asks for a search of beams.
 
     Warns (ErnieQuantWarning) before it begins where prompt and answer may be longer than the
     positions that the model was made for: the text then degrades, it does not fail.
@@ -59,9 +61,8 @@ def generate(
     """
     if max_tokens < 1:
         raise ErnieQuantError(f"max_tokens {max_tokens} is too little; ask for at least 1")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ErnieQuantError(f"temperature {temperature} is not a number from 0 up; try 0.8")
-    _require_text(prompt)
+    require_temperature(temperature)
+    require_text(prompt, "the prompt")
     if images:
         entry = image_inputs(model, tokenizer, prompt, images, chat_template=chat_template)
         batch = entry.batch()
@@ -73,22 +74,27 @@ def generate(
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     sampling: dict[str, Any] = {"do_sample": False}
-    if temperature >= _COLDEST:
+    if temperature >= COLDEST:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         torch.manual_seed(seed)
+    streamer = TokenStreamer(tokenizer, on_text)
+    if on_text is not None and not _searches_beams(model):
+        sampling["streamer"] = streamer
     started = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
             **batch,
             max_new_tokens=max_tokens,
-            pad_token_id=_padding(tokenizer),
+            pad_token_id=padding(tokenizer),
             **sampling,
         )
     prompt_length = batch["input_ids"].shape[1]
     new = output[0, prompt_length:]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    streamer.finish(text)
     return Generation(
         prompt=prompt,
-        text=tokenizer.decode(new, skip_special_tokens=True),
+        text=text,
         prompt_tokens=prompt_length,
         tokens=len(new),
         seconds=time.perf_counter() - started,
@@ -116,22 +122,20 @@ def _text_input(tokenizer: Any, prompt: str, chat_template: str) -> tuple[str, M
     return prompt, ModelInput(ids.long())
 
 
-def _require_text(prompt: Any) -> None:
-    if not isinstance(prompt, str):
-        raise ErnieQuantError(f"the prompt is a {type(prompt).__name__}; give a text")
+def require_text(given: Any, name: str) -> None:
+    """Raises ErnieQuantError if it is not a text, or holds bytes that are none."""
+    if not isinstance(given, str):
+        raise ErnieQuantError(f"{name} is a {type(given).__name__}; give a text")
     try:
-        prompt.encode("utf-8")
+        given.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ErnieQuantError(
-            f"character {error.start + 1} of the prompt is not text: give it in UTF-8"
+            f"character {error.start + 1} of {name} is not text: give it in UTF-8"
         ) from error
 
 
 def _warn_beyond_positions(model: Any, entry: ModelInput, max_tokens: int) -> None:
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    # An image has more tokens than positions: its rows and columns share them.
-    taken = len(entry) if entry.positions is None else int(entry.positions.max()) + 1
+    positions, taken = max_positions(model), positions_of(entry)
     if positions is None or taken + max_tokens <= positions:
         return
     if taken >= positions:
@@ -144,7 +148,11 @@ def _warn_beyond_positions(model: Any, entry: ModelInput, max_tokens: int) -> No
     warnings.warn(f"{text}; text beyond them is unreliable", ErnieQuantWarning, stacklevel=3)
 
 
-def _padding(tokenizer: Any) -> int | None:
-    """One prompt needs no padding; naming a token only keeps transformers from warning."""
+def padding(tokenizer: Any) -> int | None:
+    """A token to name as padding: one prompt needs none, but transformers warns without a name."""
     pad: int | None = getattr(tokenizer, "pad_token_id", None)
     return getattr(tokenizer, "eos_token_id", None) if pad is None else pad
+
+
+def _searches_beams(model: Any) -> bool:
+    return (getattr(model.generation_config, "num_beams", None) or 1) > 1

@@ -63,3 +63,33 @@ def test_equal_seeds_give_equal_texts(model, tokenizer):
 def test_empty_prompt_is_refused(model, tokenizer):
     with pytest.raises(ErnieQuantError, match="prompt is empty"):
         generate(model, tokenizer, "", chat_template="none")
+
+
+def test_pieces_come_with_their_tokens_and_are_the_text(model, tokenizer):
+    done = []
+    watch = model.register_forward_hook(lambda *_: done.append("token"))
+    found = generate(model, tokenizer, "the sea", max_tokens=12, on_text=done.append)
+    watch.remove()
+    pieces = [piece for piece in done if piece != "token"]
+    assert "".join(pieces) == found.text and len(pieces) > 4
+    assert found.text == generate(model, tokenizer, "the sea", max_tokens=12).text
+    # The first piece is there before most tokens are.
+    assert done.index(pieces[0]) < 6 < len(done) - 6
+
+
+def test_a_search_of_beams_comes_in_one_piece(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "num_beams", 2)
+    pieces = []
+    found = generate(model, tokenizer, "the sea", max_tokens=6, on_text=pieces.append)
+    assert pieces == [found.text]
+
+
+def test_an_observer_may_end_it(model, tokenizer):
+    class Enough(Exception):
+        pass
+
+    def take(piece):
+        raise Enough
+
+    with pytest.raises(Enough):
+        generate(model, tokenizer, "the sea", max_tokens=12, on_text=take)
