@@ -1,8 +1,9 @@
 """A packed checkpoint of the 21B's names and shapes, with random weights: whether it loads and
 talks in the memory of a laptop, and how fast, without the model itself.
 
-``python -m benchmarks.large_models.packed FOLDER [--bits 2]`` makes the checkpoint if it is not
-there (8 GB at 2 bits), then loads it and generates in a process of its own.
+``python -m benchmarks.large_models.packed --work DIR`` makes the checkpoints that are not there (8
+GB at 2 bits, 13 GB at 4), loads each in a process of its own, generates, and fills
+docs/large_models.md.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 
 import erniequant
 from benchmarks.large_models.checkpoint import Size, settings_of
+from benchmarks.pages import DOCS, fill
 from erniequant.checkpoint.files import write_json
 from erniequant.checkpoint.layout import OutputTensor, index_of, plan_shards
 from erniequant.formats.native.specs import expert_tensors, specs_of
@@ -27,16 +29,16 @@ from erniequant.packing.schema import QuantizationMetadata
 from erniequant.system import peak_memory
 from testing.micro_model import add_tokenizer
 
-MOE_LAYERS, EXPERTS = 27, 64
+WHOLE = Size("21b", layers=27, experts=64)
 SHARD_BYTES = 2_000_000_000
 PIECE = 1 << 26
 """Bytes that are written at once."""
 
 
-def write_packed(folder: Path, bits: int, layers: int = MOE_LAYERS, experts: int = EXPERTS) -> None:
+def write_packed(folder: Path, bits: int, size: Size = WHOLE) -> None:
     """The checkpoint: any words are a weight, so random ones stand for a quantised model's."""
     folder.mkdir(parents=True)
-    settings = settings_of(Size("21b", layers, experts))
+    settings = settings_of(size)
     model = architecture_of(settings)
     sizes, options = model.sizes, QuantizeOptions(bits)
     specs = specs_of(sizes, options)
@@ -77,7 +79,10 @@ def _pieces(tensor: OutputTensor, generator: torch.Generator) -> Iterator[bytes]
     at_once = max(PIECE // (4 * width), 1)
     for start in range(0, rows, at_once):
         shape = (min(at_once, rows - start), width)
-        if dtype == torch.int32:
+        if tensor.name.endswith("signs"):
+            # Both halves of a fused matrix have the same.
+            values = torch.full(shape, 0x35A7C961, dtype=dtype)
+        elif dtype == torch.int32:
             values = torch.randint(-(2**31), 2**31, shape, generator=generator).to(dtype)
         elif dtype == torch.int16:
             # The scale of labels, whose standard deviation is about one, in 2000 inputs.
@@ -111,24 +116,53 @@ def measure(folder: Path, threads: int, new_tokens: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def table(runs: dict[int, list[dict[str, Any]]]) -> str:
+    """Figures by bits and threads."""
+    names = (
+        "bits", "threads", "load, s", "first pass, s", "prefill, tokens/s", "decode, tokens/s",
+        "reads, GB/s", "of the memory limit", "peak memory, GB",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    for bits, some in runs.items():
+        for run in some:
+            share = run["decode_bytes_per_second"] / run["memory_bytes_per_second"]
+            cells = (
+                str(bits), str(run["threads"]), f"{run['load_seconds']:.0f}",
+                f"{run['first_pass_seconds']:.1f}", f"{run['prefill_tokens_per_second']:.0f}",
+                f"{run['decode_tokens_per_second']:.1f}",
+                f"{run['decode_bytes_per_second'] / 1e9:.1f}", f"{share:.0%}",
+                f"{run['peak'] / 1e9:.2f}",
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Make, load, generate, print."""
+    """Make, load, generate; fill the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--bits", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--measure", action="store_true", help="in this process")
+    parser.add_argument("--page", type=Path, default=DOCS / "large_models.md")
+    parser.add_argument("--measure", action="store_true", help="one model, in this process")
     given = parser.parse_args()
     if given.measure:
-        print(json.dumps(measure(given.folder, given.threads, given.new_tokens)))
+        print(json.dumps(measure(given.work, given.threads[0], given.new_tokens)))
         return
-    if not given.folder.exists():
-        write_packed(given.folder, given.bits)
-    command = [sys.executable, "-m", "benchmarks.large_models.packed", *sys.argv[1:], "--measure"]
-    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    for name, value in json.loads(found.stdout.splitlines()[-1]).items():
-        print(f"{name:28} {value}")
+    runs: dict[int, list[dict[str, Any]]] = {}
+    for bits in given.bits:
+        folder = given.work / f"packed21b-{bits}"
+        if not folder.exists():
+            write_packed(folder, bits)
+        for threads in given.threads:
+            command = [
+                sys.executable, "-m", "benchmarks.large_models.packed", "--measure", "--work",
+                str(folder), "--threads", str(threads), "--new-tokens", str(given.new_tokens),
+            ]  # fmt: skip
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            runs.setdefault(bits, []).append(json.loads(done.stdout.splitlines()[-1]))
+    fill(given.page, "packed", table(runs))
 
 
 if __name__ == "__main__":

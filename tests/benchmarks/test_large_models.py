@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import erniequant
-from benchmarks.large_models import calibration, checkpoint, memory
+from benchmarks.large_models import calibration, checkpoint, memory, packed
 from benchmarks.large_models.plot import plot
 from erniequant.data.files import text_blocks
 from erniequant.errors import ErnieQuantError
@@ -79,3 +79,19 @@ def test_files_hold_as_much_text_as_asked_for(kind: str, tmp_path: Path) -> None
     # As many whole copies as fit.
     copies = text.count("Emma Woodhouse, handsome, clever, and rich")
     assert copies == 5 * 10**6 // len(calibration_text().encode()) > 1
+
+
+def test_a_packed_checkpoint_of_random_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(checkpoint.SHAPES, "small", SMALL)
+    packed.write_packed(tmp_path / "q", 3, checkpoint.Size("small", layers=2, experts=8))
+    assert erniequant.verify(tmp_path / "q").ok
+    run = packed.measure(tmp_path / "q", torch.get_num_threads(), new_tokens=2)
+    assert run["peak"] >= run["load_peak"] > 0
+    line = packed.table({3: [run]}).splitlines()[2]
+    assert line.startswith(f"| 3 | {torch.get_num_threads()} |") and line.count("|") == 10
+    # Random weights that neither vanish nor overflow on their way through the layers.
+    model, _ = erniequant.load(tmp_path / "q", device="cpu")
+    logits = model(torch.arange(2, 20)[None]).logits
+    assert logits.isfinite().all() and 0.01 < float(logits.float().std()) < 100
