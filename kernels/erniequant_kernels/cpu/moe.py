@@ -12,7 +12,14 @@ import torch
 
 from erniequant_kernels.cpu.combine import combine
 from erniequant_kernels.cpu.machine import Machine, machine
-from erniequant_kernels.cpu.product import ProductSpec, most_tokens, product, takes_bfloat16
+from erniequant_kernels.cpu.product import (
+    MOST_GROUPS,
+    ProductSpec,
+    group_tokens,
+    most_tokens,
+    product,
+    takes_bfloat16,
+)
 from erniequant_kernels.cpu.rotation import RotationSpec, rotation
 from erniequant_kernels.cpu.threads import run_items
 from erniequant_kernels.matrices import PackedMatrices
@@ -20,42 +27,56 @@ from erniequant_kernels.matrices import PackedMatrices
 FEW_ASSIGNMENTS = 64
 """Up to so many are sorted in Python, which takes less time than ten small operators."""
 
-BLOCK_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-"""Tokens of a block. More sizes would fit an expert's tokens better, and take longer to compile."""
+BLOCK_TOKENS = (1, 2, 3, 4, 6, 8, 12)
+"""Rows of blocks that are not grouped. More sizes would fit an expert's rows better, and take
+longer to compile."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows of one size of block.
+    """Blocks of rows for one compiled product.
 
     Attributes:
-        tokens: rows of each block.
-        expert: int32 ``[blocks]``.
-        first: int32 ``[blocks]``, the first row of each.
+        tokens: rows that are multiplied together.
+        grouped: blocks are of any number of rows from ``tokens`` on; otherwise of ``tokens``.
+        expert, first, rows: int32 ``[blocks]``: the expert of each block, its first row and its
+            number of rows.
     """
 
     tokens: int
+    grouped: bool
     expert: torch.Tensor
     first: torch.Tensor
+    rows: torch.Tensor
 
 
-def cut_into_blocks(counts: list[int], most: int) -> list[Blocks]:
-    """Blocks of rows that are sorted by expert, of which ``counts`` has the number for each."""
+def cut_into_blocks(counts: list[int], most: int, group: int | None = None) -> list[Blocks]:
+    """Blocks of rows that are sorted by expert, of which ``counts`` has the number for each.
+
+    Args:
+        most: rows of the largest block that is not grouped.
+        group: rows of a group of grouped blocks; None for none. A rest of less than half a group
+            is left to blocks that are not grouped.
+    """
     sizes = [size for size in reversed(BLOCK_TOKENS) if size <= most]
-    found: dict[int, tuple[list[int], list[int]]] = {}
+    found: dict[tuple[int, bool], list[tuple[int, int, int]]] = {}
     row = 0
     for expert, count in enumerate(counts):
         end = row + count
+        while group is not None and end - row >= group:
+            rest = (end - row) % group
+            whole = end - row - (rest if 2 * rest < group else 0)
+            size = min(whole, MOST_GROUPS * group)
+            found.setdefault((group, True), []).append((expert, row, size))
+            row += size
         for size in sizes:
             while end - row >= size:
-                experts, firsts = found.setdefault(size, ([], []))
-                experts.append(expert)
-                firsts.append(row)
+                found.setdefault((size, False), []).append((expert, row, size))
                 row += size
     return [
-        Blocks(size, *(torch.tensor(values, dtype=torch.int32) for values in found[size]))
-        for size in sizes if size in found
-    ]  # fmt: skip
+        Blocks(tokens, grouped, *torch.tensor(blocks, dtype=torch.int32).T.contiguous())
+        for (tokens, grouped), blocks in found.items()
+    ]
 
 
 Multiply = Callable[[torch.Tensor, torch.Tensor, list[int], bool], torch.Tensor]
@@ -141,11 +162,12 @@ def _multiply(
     out = torch.empty(len(rows), matrix.outputs)
     scale, packed = matrix.scale.contiguous(), matrix.packed.contiguous()
     tiles = matrix.outputs // tile
-    for blocks in cut_into_blocks(counts, most_tokens(code, on)):
-        function = product(ProductSpec(code, tile, inputs, blocks.tokens, bfloat16), on)
+    for blocks in cut_into_blocks(counts, most_tokens(code, on), group_tokens(code, on)):
+        spec = ProductSpec(code, tile, inputs, blocks.tokens, bfloat16, blocks.grouped)
         run_items(
-            function, tiles * blocks.expert.numel(), tiles, packed.data_ptr(),
+            product(spec, on), tiles * blocks.expert.numel(), tiles, packed.data_ptr(),
             packed.stride(0) * packed.element_size(), blocks.expert.data_ptr(),
-            blocks.first.data_ptr(), rotated.data_ptr(), scale.data_ptr(), out.data_ptr(),
+            blocks.first.data_ptr(), blocks.rows.data_ptr(), rotated.data_ptr(), scale.data_ptr(),
+            out.data_ptr(),
         )  # fmt: skip
     return out

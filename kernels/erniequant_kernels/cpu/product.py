@@ -2,21 +2,13 @@
 
 One item is one tile of outputs of one expert for a block of tokens. Each weight is decoded into the
 lane that holds its group and multiplied there with the inputs of every token of the block; sums
-stay in registers through all inputs, or through a block of them where tokens are many. Every sum is
-made by one thread in one order.
-
-Three ways to multiply (`Arithmetic`):
-
-* ``FLOAT``: float32 labels, fused multiply-add. Any processor, any precision.
-* ``HALVES``: both halves of a product are operands as they lie there, of the instruction that adds
-  two bfloat16 products: with an input twice it sums them, with the input and zero it takes one.
-* ``INPUTS``: the same instruction on labels of two inputs side by side. Half the multiplications,
-  some work to put labels together: for several tokens.
+stay in registers through all inputs, or through a block of them where tokens are many. Where there
+are more tokens than a group, labels of a block of inputs go through the first cache, decoded once
+for all groups. Every sum is made by one thread in one order.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import cache, partial
 
 import torch
@@ -24,9 +16,9 @@ from llvmlite import ir
 
 from erniequant.codes.reference import decode as reference_decode
 from erniequant.codes.spec import ConvolutionalCode
-from erniequant_kernels.cpu import labels
+from erniequant_kernels.cpu.arithmetic import Arithmetic, LabelProducts
 from erniequant_kernels.cpu.compiler import compile_function
-from erniequant_kernels.cpu.lanes import lane_plan
+from erniequant_kernels.cpu.lanes import LanePlan, lane_plan
 from erniequant_kernels.cpu.machine import Machine
 from erniequant_kernels.cpu.vector_code import (
     F32,
@@ -36,7 +28,6 @@ from erniequant_kernels.cpu.vector_code import (
     I64,
     POINTER,
     Code,
-    bfloat16_pairs_added,
     by_lane_first,
     integer,
     splat,
@@ -50,15 +41,13 @@ in the first cache."""
 INPUTS_FROM = {"pair": 2, "half_sum": 8}
 """Tokens from which two inputs are put side by side, by label."""
 
+MOST_GROUPS = 8
+
+GROUP_TOKENS = {"pair": 8, "half_sum": 12}
+"""Rows of a group, by label, best by measurement; fewer where their sums do not fit the
+registers."""
+
 DOT_LANES = (4, 8, 16)
-
-
-class Arithmetic(Enum):
-    """How labels and inputs are multiplied."""
-
-    FLOAT = "float"
-    HALVES = "halves"
-    INPUTS = "inputs"
 
 
 @dataclass(frozen=True)
@@ -67,8 +56,10 @@ class ProductSpec:
 
     Attributes:
         inputs: K.
-        tokens: of a block.
+        tokens: rows that are multiplied together.
         bfloat16: inputs are bfloat16, else float32; bfloat16 needs the machine's instruction.
+        grouped: blocks have any number of rows from ``tokens`` to `MOST_GROUPS` times as many.
+            Labels are decoded once for all of them.
     """
 
     code: ConvolutionalCode
@@ -76,6 +67,7 @@ class ProductSpec:
     inputs: int
     tokens: int
     bfloat16: bool
+    grouped: bool = False
 
 
 def takes_bfloat16(code: ConvolutionalCode, tile: int, inputs: int, machine: Machine) -> bool:
@@ -86,8 +78,13 @@ def takes_bfloat16(code: ConvolutionalCode, tile: int, inputs: int, machine: Mac
 
 
 def most_tokens(code: ConvolutionalCode, machine: Machine) -> int:
-    """Tokens of the largest block: their sums of one step fit the registers."""
+    """Tokens that are multiplied together at most: their sums of one step fit the registers."""
     return machine.most_sums // code.weights_per_step
+
+
+def group_tokens(code: ConvolutionalCode, machine: Machine) -> int:
+    """Rows of a group of grouped blocks."""
+    return min(GROUP_TOKENS[code.label.name], most_tokens(code, machine))
 
 
 def product_reference(
@@ -108,10 +105,11 @@ def product(spec: ProductSpec, machine: Machine) -> Callable[..., None]:
     """The compiled product.
 
     Its arguments are integers: address of the counter of items (int64, 0 at first), number of
-    items, tiles, address of ``packed`` ``[E, tiles, K * words]``, bytes of an expert, address of
-    ``block_expert`` and of ``block_row``, both int32: each block of ``spec.tokens`` rows has an
-    expert and a first row; addresses of ``x`` ``[rows, K]``, of ``scale`` int16 ``[E, N]`` and of
-    ``out`` float32 ``[rows, N]``. Item ``i`` is tile ``i % tiles`` of block ``i // tiles``.
+    items, tiles, address of ``packed`` ``[E, tiles, K * words]``, bytes of an expert, addresses of
+    ``block_expert``, ``block_first`` and ``block_rows``, int32: the expert of each block, its first
+    row and its number of rows (``spec.tokens`` unless grouped); of ``x`` ``[rows, K]``, of
+    ``scale`` int16 ``[E, N]`` and of ``out`` float32 ``[rows, N]``. Item ``i`` is tile ``i %
+    tiles`` of block ``i // tiles``.
     """
     return compile_function(product_module(spec, machine), "product", machine)
 
@@ -121,87 +119,102 @@ def product_module(spec: ProductSpec, machine: Machine) -> ir.Module:
     return _Product(spec, machine).module()
 
 
+def _arithmetic(spec: ProductSpec, plan: LanePlan) -> Arithmetic:
+    if not spec.bfloat16:
+        return Arithmetic.FLOAT
+    beside = spec.inputs % (2 * plan.rows) == 0
+    several = spec.grouped or spec.tokens >= INPUTS_FROM[spec.code.label.name]
+    return Arithmetic.INPUTS if beside and several else Arithmetic.HALVES
+
+
 class _Product:
     def __init__(self, spec: ProductSpec, machine: Machine):
-        self.spec, self.machine = spec, machine
+        self.spec = spec
         self.plan = lane_plan(spec.code, spec.tile, spec.inputs, machine.lanes)
         self.per_step = spec.code.weights_per_step
-        self.arithmetic = Arithmetic.FLOAT
-        if spec.bfloat16:
-            beside = spec.inputs % (2 * self.plan.rows) == 0
-            beside = beside and spec.tokens >= INPUTS_FROM[spec.code.label.name]
-            self.arithmetic = Arithmetic.INPUTS if beside else Arithmetic.HALVES
-        self.input_bytes = 2 if spec.bfloat16 else 4
+        self.code = Code("product", [POINTER, I64, I64, POINTER, I64, *[POINTER] * 6])
+        arithmetic = _arithmetic(spec, self.plan)
+        self.products = LabelProducts(self.code, self.plan, arithmetic, spec.inputs, spec.tokens)
+        self.step, self.input_bytes = self.products.step, self.products.input_bytes
         # Sums by vector and step, so many at a time that they fit the registers.
-        pairs = [(v, s) for v in range(self.plan.vectors) for s in range(self.plan.steps)]
+        self.pairs = [(v, s) for v in range(self.plan.vectors) for s in range(self.plan.steps)]
         at_once = max(machine.sums // (self.per_step * spec.tokens), 1)
-        self.passes = [pairs[i : i + at_once] for i in range(0, len(pairs), at_once)]
-        self.code = Code("product", [POINTER, I64, I64, POINTER, I64, *[POINTER] * 5])
+        self.passes = [self.pairs[i : i + at_once] for i in range(0, len(self.pairs), at_once)]
+        # Bytes of the sums of a token, ``[vectors, steps, weights of a step, lanes]`` float32.
+        self.vector_bytes = 4 * self.plan.lanes
+        self.token_bytes = self.vector_bytes * len(self.pairs) * self.per_step
 
     def module(self) -> ir.Module:
-        counter, items, self.tiles, *_ = self.code.function.args
-        self.sums = self.code.scratch(I8, self._sum_bytes)
+        counter, items, *_ = self.code.function.args
+        groups = MOST_GROUPS if self.spec.grouped else 1
+        self.sums = self.code.scratch(I8, groups * self.spec.tokens * self.token_bytes)
+        if self.spec.grouped:
+            self.labels = self.code.scratch(I8, INPUT_BLOCK // self.step * self.token_bytes)
         self.code.claim_items(counter, items, self._item)
         return self.code.module
 
     def _kind(self, element: ir.Type) -> ir.VectorType:
         return vector(element, self.plan.lanes)
 
-    @property
-    def _sum_bytes(self) -> int:
-        """Bytes of the sums of all tokens, ``[tokens, vectors, steps, weights of a step, lanes]``
-        float32."""
-        return 4 * self.spec.tokens * self.plan.vectors * self.plan.lanes * self.plan.group_weights
-
-    def _sum_address(self, token: int, v: int, step: int, weight: int) -> ir.Value:
-        steps = (token * self.plan.vectors + v) * self.plan.steps + step
-        place = steps * self.per_step + weight
-        return self.code.address(self.sums, 4 * self.plan.lanes * place)
-
     def _item(self, item: ir.Value) -> None:
         code, at, spec = self.code, self.code.at, self.spec
-        _, _, tiles, packed, expert_bytes, block_expert, block_row, x, scale, out = (
-            code.function.args
-        )
+        _, _, tiles, packed, expert_bytes, *tables, x, scale, out = code.function.args
         block, tile = at.udiv(item, tiles), at.urem(item, tiles)
-
-        def of_block(table: ir.Value) -> ir.Value:
-            return at.zext(code.load(I32, code.address(table, at.mul(block, integer(4)))), I64)
-
-        expert, row = of_block(block_expert), of_block(block_row)
+        expert, row, rows = (
+            at.zext(code.load(I32, code.address(table, at.mul(block, integer(4)))), I64)
+            for table in tables
+        )
+        self.rows = rows if spec.grouped else integer(spec.tokens)
         row_bytes = 4 * self.plan.words
         words = at.add(at.mul(expert, expert_bytes), at.mul(tile, integer(spec.inputs * row_bytes)))
         self.words = code.address(packed, words)
         self.x = code.address(x, at.mul(row, integer(spec.inputs * self.input_bytes)))
-        self._multiply()
-        at = code.at
         outputs = at.mul(tiles, integer(spec.tile))
         first = at.mul(tile, integer(spec.tile))
         scale = code.address(scale, at.mul(at.add(at.mul(expert, outputs), first), integer(2)))
+        out = code.address(out, at.mul(at.add(at.mul(row, outputs), first), integer(4)))
+        self._multiply()
 
-        def store(token: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            place = code.at.mul(code.at.add(row, token), outputs)
-            place = code.address(out, code.at.mul(code.at.add(place, first), integer(4)))
-            sums = code.at.mul(token, integer(self._sum_bytes // spec.tokens))
-            self._store_token(code.address(self.sums, sums), scale, place)
+        def group(number: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            sums, first_row = self._group_sums(number), self._group_row(number)
+
+            def store(token: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+                own = code.address(sums, code.at.mul(token, integer(self.token_bytes)))
+                place = code.at.mul(code.at.add(first_row, token), outputs)
+                place = code.address(out, code.at.mul(place, integer(4)))
+                self._store_token(own, scale, place)
+                return []
+
+            code.loop(integer(0), integer(spec.tokens), 1, [], store)
             return []
 
-        code.loop(integer(0), integer(spec.tokens), 1, [], store)
+        code.loop(integer(0), self._groups(), 1, [], group)
+
+    def _groups(self) -> ir.Value:
+        """Groups of the block."""
+        at, tokens = self.code.at, self.spec.tokens
+        return at.udiv(at.add(self.rows, integer(tokens - 1)), integer(tokens))
+
+    def _group_sums(self, number: ir.Value) -> ir.Value:
+        group_bytes = integer(self.spec.tokens * self.token_bytes)
+        return self.code.address(self.sums, self.code.at.mul(number, group_bytes))
+
+    def _group_row(self, number: ir.Value) -> ir.Value:
+        """First row of a group. The last group is as large as the others, and does some rows of
+        the one before once more, to the same bits."""
+        at, tokens = self.code.at, integer(self.spec.tokens)
+        row, last = at.mul(number, tokens), at.sub(self.rows, tokens)
+        return at.select(at.icmp_unsigned("<", row, last), row, last)
 
     def _multiply(self) -> None:
         """All sums of the item, to scratch."""
         code, zero = self.code, splat(F32, self.plan.lanes, 0.0)
-        step = self.plan.rows * (2 if self.arithmetic is Arithmetic.INPUTS else 1)
-        places = [
-            [self._sum_address(t, v, s, w) for v, s in pairs for w in range(self.per_step)
-             for t in range(self.spec.tokens)]
-            for pairs in self.passes
-        ]  # fmt: skip
-        if len(self.passes) == 1:
+        inputs = integer(self.spec.inputs)
+        if len(self.passes) == 1 and not self.spec.grouped:
+            places = self._places(self.passes[0])
             turn = partial(self._turn, self.passes[0])
-            nothing = [zero] * len(places[0])
-            sums = code.loop(integer(0), integer(self.spec.inputs), step, nothing, turn)
-            for value, place in zip(sums, places[0], strict=True):
+            sums = code.loop(integer(0), inputs, self.step, [zero] * len(places), turn)
+            for value, place in zip(sums, places, strict=True):
                 code.store(value, place)
             return
 
@@ -209,119 +222,94 @@ class _Product:
             code.store(zero, code.address(self.sums, offset))
             return []
 
-        code.loop(integer(0), integer(self._sum_bytes), 4 * self.plan.lanes, [], clear)
+        group_bytes = integer(self.spec.tokens * self.token_bytes)
+        size = code.at.mul(self._groups(), group_bytes)
+        code.loop(integer(0), size, self.vector_bytes, [], clear)
 
         def block(first: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
             end = code.at.add(first, integer(INPUT_BLOCK))
-            inside = code.at.icmp_unsigned("<", end, integer(self.spec.inputs))
-            end = code.at.select(inside, end, integer(self.spec.inputs))
-            for pairs, some in zip(self.passes, places, strict=True):
-                turn = partial(self._turn, pairs)
-                sums = [code.load(self._kind(F32), place) for place in some]
-                sums = list(code.loop(first, end, step, sums, turn))
-                for value, place in zip(sums, some, strict=True):
-                    code.store(value, place)
+            end = code.at.select(code.at.icmp_unsigned("<", end, inputs), end, inputs)
+            if self.spec.grouped:
+                self._decode_and_multiply(first, end)
+                return []
+            for pairs in self.passes:
+                self._add_to(self._places(pairs), first, end, partial(self._turn, pairs))
             return []
 
-        code.loop(integer(0), integer(self.spec.inputs), INPUT_BLOCK, [], block)
+        code.loop(integer(0), inputs, INPUT_BLOCK, [], block)
+
+    def _places(self, pairs: Sequence[tuple[int, int]]) -> list[ir.Value]:
+        """Addresses of the sums of some vectors and steps, weights of a step and tokens."""
+        found = []
+        for v, s in pairs:
+            for w in range(self.per_step):
+                vector_number = (v * self.plan.steps + s) * self.per_step + w
+                for token in range(self.spec.tokens):
+                    offset = token * self.token_bytes + vector_number * self.vector_bytes
+                    found.append(self.code.address(self.sums, offset))
+        return found
+
+    def _add_to(
+        self, places: list[ir.Value], first: ir.Value, end: ir.Value,
+        turn: Callable[[ir.Value, Sequence[ir.Value]], Sequence[ir.Value]],
+    ) -> None:  # fmt: skip
+        """Add inputs from ``first`` to ``end`` to sums in memory."""
+        sums = [self.code.load(self._kind(F32), place) for place in places]
+        sums = list(self.code.loop(first, end, self.step, sums, turn))
+        for value, place in zip(sums, places, strict=True):
+            self.code.store(value, place)
 
     def _turn(
         self, pairs: Sequence[tuple[int, int]], k: ir.Value, sums: Sequence[ir.Value]
     ) -> list[ir.Value]:
         """Add the next inputs to the sums of some vectors and steps."""
-        code, plan = self.code, self.plan
-        words = code.address(self.words, code.at.mul(k, integer(4 * plan.words)))
-        x = code.address(self.x, code.at.mul(k, integer(self.input_bytes)))
-        operands = self._input_operands(x)
-        windows = labels.load_windows(code, plan, words, pairs)
-        next_windows = None
-        if self.arithmetic is Arithmetic.INPUTS:
-            following = code.address(words, 4 * plan.words * plan.rows)
-            next_windows = labels.load_windows(code, plan, following, pairs)
-        updated = []
-        remaining = iter(sums)
-        for v, s in pairs:
-            halves = labels.masked_products(code, plan, windows, v, s)
-            if next_windows is not None:
-                others = labels.masked_products(code, plan, next_windows, v, s)
-                factors = self._side_by_side(halves, others)
-            elif self.arithmetic is Arithmetic.HALVES:
-                factors = [halves] * self.per_step
-            else:
-                low, high = labels.float_halves(code, halves)
-                factors = [low, high] if self.per_step == 2 else [code.at.fadd(low, high)]
-            for w, factor in enumerate(factors):
-                for token in range(self.spec.tokens):
-                    updated.append(self._add(next(remaining), factor, operands(token, w)))
-        return updated
+        x = self.code.address(self.x, self.code.at.mul(k, integer(self.input_bytes)))
+        return self.products.added(self.products.factors(self.words, pairs, k), x, sums)
 
-    def _side_by_side(self, first: ir.Value, second: ir.Value) -> list[ir.Value]:
-        """Labels of two inputs as pairs of bfloat16, by weight of the step."""
-        at, lanes, code = self.code.at, self.plan.lanes, self.code
-        sixteen = splat(I32, lanes, 16)
-        low, high = splat(I32, lanes, 0xFFFF), splat(I32, lanes, 0xFFFF0000)
-        if self.per_step == 2:
-            return [
-                at.or_(at.and_(first, low), at.shl(second, sixteen)),
-                at.or_(at.lshr(first, sixteen), at.and_(second, high)),
-            ]
-        # Sums of halves are exact in bfloat16: their low 16 bits are zero.
-        one, other = (
-            at.bitcast(at.fadd(*labels.float_halves(code, halves)), self._kind(I32))
-            for halves in (first, second)
-        )
-        return [at.or_(at.lshr(one, sixteen), other)]
+    def _decode_and_multiply(self, first: ir.Value, end: ir.Value) -> None:
+        """Decode a block of inputs to scratch, once for all rows, then multiply group by group."""
+        code, spec = self.code, self.spec
+        pair_bytes = self.vector_bytes * self.per_step
+        weights = range(self.per_step)
 
-    def _input_operands(self, x: ir.Value) -> Callable[[int, int], ir.Value]:
-        """Inputs of a token for a weight of the step, in every lane those of its row; each is built
-        once."""
-        code, plan, lanes = self.code, self.plan, self.plan.lanes
-        built: dict[tuple[int, int], ir.Value] = {}
+        def labels_of(k: ir.Value) -> ir.Value:
+            offset = code.at.mul(code.at.sub(k, first), integer(self.token_bytes // self.step))
+            return code.address(self.labels, offset)
 
-        def operand(token: int, weight: int) -> ir.Value:
-            own = code.address(x, token * self.spec.inputs * self.input_bytes)
-            if self.arithmetic is Arithmetic.FLOAT:
-                return self._by_lane(F32, own)
-            if self.arithmetic is Arithmetic.INPUTS:
-                return self._neighbours(own)
-            twice = code.load(vector(I16, plan.rows), own)
-            index = [plan.row(lane // 2) for lane in range(2 * lanes)]
-            both = code.at.bitcast(code.shuffle(twice, index), self._kind(I32))
-            if self.per_step == 1:
-                return both
-            mask = 0xFFFF if weight == 0 else 0xFFFF0000
-            return code.at.and_(both, splat(I32, lanes, mask))
+        def decode(k: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            place = labels_of(k)
+            for i, factors in enumerate(self.products.factors(self.words, self.pairs, k)):
+                for w, factor in enumerate(factors):
+                    code.store(factor, code.address(place, i * pair_bytes + w * self.vector_bytes))
+            return []
 
-        def once(token: int, weight: int) -> ir.Value:
-            if self.arithmetic is not Arithmetic.HALVES or self.per_step == 1:
-                weight = 0
-            if (token, weight) not in built:
-                built[token, weight] = operand(token, weight)
-            return built[token, weight]
+        code.loop(first, end, self.step, [], decode)
 
-        return once
+        def group(number: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            sums = self._group_sums(number)
+            x = code.at.mul(self._group_row(number), integer(spec.inputs * self.input_bytes))
+            x = code.address(self.x, x)
 
-    def _by_lane(self, element: ir.Type, address: ir.Value) -> ir.Value:
-        """Each lane's row of a pass from neighbouring numbers."""
-        plan, code = self.plan, self.code
-        if plan.rows == 1:
-            return code.repeat(code.load(element, address), plan.lanes)
-        rows = code.load(vector(element, plan.rows), address)
-        return code.shuffle(rows, [plan.row(lane) for lane in range(plan.lanes)])
+            def pair(offset: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+                def turn(k: ir.Value, totals: Sequence[ir.Value]) -> Sequence[ir.Value]:
+                    source = code.address(labels_of(k), offset)
+                    places = (code.address(source, w * self.vector_bytes) for w in weights)
+                    factors = [code.load(self.products.factors_kind, place) for place in places]
+                    inputs = code.address(x, code.at.mul(k, integer(self.input_bytes)))
+                    return self.products.added([factors], inputs, totals)
 
-    def _neighbours(self, address: ir.Value) -> ir.Value:
-        """The inputs of a pass and of the next, side by side in each lane."""
-        plan, code = self.plan, self.code
-        if plan.rows == 1:
-            return self._by_lane(I32, address)
-        rows = code.load(vector(I16, 2 * plan.rows), address)
-        index = [plan.row(lane // 2) + lane % 2 * plan.rows for lane in range(2 * plan.lanes)]
-        return code.at.bitcast(code.shuffle(rows, index), self._kind(I32))
+                own = code.address(sums, offset)
+                places = [
+                    code.address(own, token * self.token_bytes + w * self.vector_bytes)
+                    for w in weights for token in range(spec.tokens)
+                ]  # fmt: skip
+                self._add_to(places, first, end, turn)
+                return []
 
-    def _add(self, total: ir.Value, factor: ir.Value, x: ir.Value) -> ir.Value:
-        if self.arithmetic is Arithmetic.FLOAT:
-            return self.code.fused(factor, x, total)
-        return bfloat16_pairs_added(self.code, total, factor, x)
+            code.loop(integer(0), integer(self.token_bytes), pair_bytes, [], pair)
+            return []
+
+        code.loop(integer(0), self._groups(), 1, [], group)
 
     def _store_token(self, sums: ir.Value, scale: ir.Value, out: ir.Value) -> None:
         """Sums of a token in the order of outputs, times their scales."""

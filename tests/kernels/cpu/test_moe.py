@@ -11,7 +11,7 @@ from erniequant.packing.products import experts_forward
 from erniequant.packing.schema import MatrixSpec
 from erniequant_kernels.cpu.machine import machine
 from erniequant_kernels.cpu.moe import cut_into_blocks, moe_experts_cpu
-from erniequant_kernels.cpu.product import most_tokens
+from erniequant_kernels.cpu.product import MOST_GROUPS, most_tokens
 from erniequant_kernels.matrices import PackedMatrices
 
 # Hidden 320 = 64 x 5, inner 192 = 64 x 3: odd multiples of the tile.
@@ -118,12 +118,18 @@ def test_callers_at_the_same_time():
 
 
 def test_blocks_hold_every_row_once():
-    most = most_tokens(get_code("cc4", 13), machine())
-    for counts in ([0, 1, 0, 5, 67], [0], [most], [most + 1, 0, 2]):
+    most, group = most_tokens(get_code("cc4", 13), machine()), 12
+    # 18 leaves half a group, 17 less; 200 are more than the largest block.
+    for counts in ([0, 1, 0, 5, 67], [0], [most], [most + 1, 0, 2], [17, 18], [200, 12, 11]):
         rows = []
-        for blocks in cut_into_blocks(counts, most):
-            assert blocks.tokens <= most
-            for expert, first in zip(blocks.expert.tolist(), blocks.first.tolist(), strict=True):
-                rows += [(row, expert) for row in range(first, first + blocks.tokens)]
+        for blocks in cut_into_blocks(counts, most, group):
+            tables = (blocks.expert, blocks.first, blocks.rows)
+            for expert, first, count in zip(*(t.tolist() for t in tables), strict=True):
+                limit = MOST_GROUPS * blocks.tokens if blocks.grouped else blocks.tokens
+                assert blocks.tokens <= count <= limit
+                rows += [(row, expert) for row in range(first, first + count)]
         owners = [expert for expert, count in enumerate(counts) for _ in range(count)]
         assert sorted(rows) == list(enumerate(owners))
+    assert [b.rows.tolist() for b in cut_into_blocks([18], most, group)] == [[18]]
+    assert [b.rows.tolist() for b in cut_into_blocks([17], most, group)] == [[12], [4], [1]]
+    assert not any(blocks.grouped for blocks in cut_into_blocks([40], most))

@@ -11,7 +11,9 @@ from erniequant.codes import CODE_NAMES, REGISTERED, get_code
 from erniequant_kernels.cpu.machine import machine, machine_of
 from erniequant_kernels.cpu.moe import BLOCK_TOKENS
 from erniequant_kernels.cpu.product import (
+    MOST_GROUPS,
     ProductSpec,
+    group_tokens,
     most_tokens,
     product,
     product_reference,
@@ -28,17 +30,22 @@ def random_words(*shape):
     return torch.randint(-(2**31), 2**31, shape).to(torch.int32)
 
 
-def multiplied(x, packed, scale, code, tile, expert, first, on):
-    """Products of blocks of as many rows as lie between two firsts; rows of none stay nan."""
+def multiplied(x, packed, scale, code, tile, expert, first, on, grouped=None):
+    """Products of blocks of as many rows as lie between two firsts, or of the rows that ``grouped``
+    has for each; rows of none stay nan."""
     tokens = first[1] - first[0] if len(first) > 1 else len(x) - first[0]
-    spec = ProductSpec(code, tile, x.shape[1], tokens, x.dtype == torch.bfloat16)
+    rows = [tokens] * len(first)
+    if grouped is not None:
+        tokens, rows = group_tokens(code, on), grouped
+    bfloat16 = x.dtype == torch.bfloat16
+    spec = ProductSpec(code, tile, x.shape[1], tokens, bfloat16, grouped is not None)
     outputs = packed.shape[1] * tile
     out = torch.full((len(x), outputs), torch.nan)
     counter = torch.zeros(1, dtype=torch.int64)
-    expert, first = (torch.tensor(values, dtype=torch.int32) for values in (expert, first))
+    tables = [torch.tensor(values, dtype=torch.int32) for values in (expert, first, rows)]
     product(spec, on)(
         counter.data_ptr(), len(expert) * packed.shape[1], packed.shape[1], packed.data_ptr(),
-        packed[0].nbytes, expert.data_ptr(), first.data_ptr(), x.data_ptr(), scale.data_ptr(),
+        packed[0].nbytes, *(table.data_ptr() for table in tables), x.data_ptr(), scale.data_ptr(),
         out.data_ptr(),
     )  # fmt: skip
     return out
@@ -108,6 +115,27 @@ def test_every_size_of_block(name):
             x, packed, scale = problem(code, tile, 1, inputs, tokens, bfloat16)
             found = multiplied(x, packed, scale, code, tile, [1], [0], HERE)
             assert_product(found, x, packed[1], scale[1], code, tile)
+
+
+@pytest.mark.parametrize("on", MACHINES)
+@pytest.mark.parametrize("name", CODE_NAMES)
+@pytest.mark.parametrize("tile, tiles, inputs", SIZES)
+def test_groups(name, tile, tiles, inputs, on):
+    # One group alone, one and a row, which is done with rows of the first, as many as there can be;
+    # rows before, between and after belong to none.
+    code = get_code(name, 13)
+    group = group_tokens(code, on)
+    rows = [group, group + 1, MOST_GROUPS * group]
+    first = [1, group + 2, 2 * group + 3]
+    for bfloat16 in precisions(code, tile, inputs, on):
+        total = first[-1] + rows[-1] + 1
+        x, packed, scale = problem(code, tile, tiles, inputs, total, bfloat16)
+        found = multiplied(x, packed, scale, code, tile, [1, 0, 1], first, on, grouped=rows)
+        for expert, start, count in zip([1, 0, 1], first, rows, strict=True):
+            part = slice(start, start + count)
+            assert_product(found[part], x[part], packed[expert], scale[expert], code, tile)
+        covered = {row for s, c in zip(first, rows, strict=True) for row in range(s, s + c)}
+        assert found[[row for row in range(total) if row not in covered]].isnan().all()
 
 
 @pytest.mark.parametrize("on", MACHINES)
