@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ CACHE_VARIABLE = "ERNIEQUANT_CACHE"
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _engines: list[Any] = []  # own the code that functions point to
+_lock = threading.Lock()
+"""Two threads that meet the same new size compile it one after the other, the second from disk."""
 
 
 def cache_folder() -> Path | None:
@@ -37,32 +40,34 @@ def cache_folder() -> Path | None:
 
 def compile_function(module: ir.Module, name: str, machine: Machine) -> Callable[..., None]:
     """A function ``void name(int64 or pointer, ...)`` of a module, to be called with integers."""
+    with _lock:
+        parsed, target = _parsed(module, machine)
+        engine = llvm.create_mcjit_compiler(parsed, target)
+        file = _cache_file(module, machine)
+        if file is not None:
+            engine.set_object_cache(lambda _, code: _write(file, code), lambda _: _read(file))
+        engine.finalize_object()
+        _engines.append(engine)
+        parameters = [ctypes.c_int64] * len(module.get_global(name).args)
+        return ctypes.CFUNCTYPE(None, *parameters)(engine.get_function_address(name))
+
+
+def assembly(module: ir.Module, machine: Machine) -> str:
+    """The machine code of a module as text."""
+    parsed, target = _parsed(module, machine)
+    return str(target.emit_assembly(parsed))
+
+
+def _parsed(module: ir.Module, machine: Machine) -> tuple[Any, Any]:
+    """A module as LLVM has it, and the target to compile it for."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    parameters = len(module.get_global(name).args)
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
     target = llvm.Target.from_default_triple().create_target_machine(
         cpu=machine.name, features=machine.features, opt=3
     )
-    engine = llvm.create_mcjit_compiler(parsed, target)
-    file = _cache_file(module, machine)
-    if file is not None:
-        engine.set_object_cache(lambda _, code: _write(file, code), lambda _: _read(file))
-    engine.finalize_object()
-    _engines.append(engine)
-    signature = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * parameters)
-    return signature(engine.get_function_address(name))
-
-
-def assembly(module: ir.Module, machine: Machine) -> str:
-    """The machine code of a module as text."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    target = llvm.Target.from_default_triple().create_target_machine(
-        cpu=machine.name, features=machine.features, opt=3
-    )
-    return str(target.emit_assembly(llvm.parse_assembly(str(module))))
+    return parsed, target
 
 
 def _cache_file(module: ir.Module, machine: Machine) -> Path | None:

@@ -1,6 +1,7 @@
 """Compiled code on disk: used again, never trusted when it is damaged, not needed."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from erniequant.codes import get_code
 from erniequant_kernels.cpu import compiler
 from erniequant_kernels.cpu.compiler import compile_function
 from erniequant_kernels.cpu.machine import VARIABLE, machine, machine_of
+from erniequant_kernels.cpu.product import ProductSpec, product_module
 from erniequant_kernels.cpu.rotation import RotationSpec, rotation_module
 
 SPEC = RotationSpec(inputs=16, block=16, bfloat16=False)
@@ -83,3 +86,14 @@ def test_default_folder(monkeypatch):
     monkeypatch.delenv(compiler.CACHE_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert compiler.cache_folder() == Path("/somewhere/erniequant/cpu")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="code for AVX-512")
+def test_products_stay_in_the_registers():
+    # One token of two bits on AVX-512: sixteen sums, which no turn of the loop may store.
+    on = machine_of("znver4", {"avx512f": True, "avx512vl": True, "avx512bf16": True})
+    spec = ProductSpec(get_code("cc2", 12), 256, 2560, 1, bfloat16=True)
+    code = compiler.assembly(product_module(spec, on), on)
+    assert code.count("vdpbf16ps") == 16 and "zmm" in code
+    (loop,) = (block for block in code.split(".LBB") if block.count("vdpbf16ps") == 16)
+    assert "(%rsp)" not in loop.split("jb")[0]
