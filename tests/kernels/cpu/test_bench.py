@@ -105,6 +105,39 @@ def test_long_calls_have_the_fewest_rounds():
     assert {ratio.rounds for ratio in result.ratios} == {run.FEWEST_ROUNDS}
 
 
+def test_rounds_with_other_work_do_not_count():
+    rounds = [run.Round(1.0, [1.0], 0.0) for _ in range(5)]
+    busy = [run.Round(9.0, [9.0], 1.5), run.Round(9.0, [9.0], run.QUIET + 0.01)]
+    assert run.quiet([*busy, *rounds]) == (rounds, 0.0)
+    # Too few quiet ones: all count, and the result says so.
+    few = rounds[:4] + busy[:1]
+    assert run.quiet(few) == (few, pytest.approx(0.3))
+
+
+def test_a_busy_machine_is_waited_for(monkeypatch):
+    """Others work for two rounds; the rounds after them are the ones that count."""
+    monkeypatch.setattr(run, "MOST_ROUNDS", 9)
+    seconds = iter([0.0, 99.0, 99.0, 999.0, *[999.0] * 20])
+    ours = methods.packed(SMALL, 2)
+    result = run.measure_batch("small", SMALL, [ours], 1, lambda _: 5.0, lambda: next(seconds))
+    assert result.rows[0].other_cores == 0
+    # Two readings a round: five quiet rounds.
+    assert len(list(seconds)) == 20 - 2 * 5
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the system does not tell")
+def test_own_work_is_not_that_of_others():
+    import time
+
+    others, own, begun = machine.others_seconds(), time.process_time(), time.perf_counter()
+    while time.process_time() - own < 0.5:
+        pass
+    wall = time.perf_counter() - begun
+    found = machine.others_seconds() - others
+    # Whatever the rest of the machine does, there are so many cores; ticks are 10 ms.
+    assert -0.05 <= found <= (os.cpu_count() or 1) * wall - 0.5 + 0.05
+
+
 def test_no_call_finds_its_weights_in_a_cache():
     """Until an expert comes again, so much else was read that a cache has lost it."""
     ours = methods.packed(SMALL, 2)
@@ -114,9 +147,9 @@ def test_no_call_finds_its_weights_in_a_cache():
         ours, run=lambda batch: seen.append(batch.expert_index.unique().tolist()) or ours.run(batch)
     )
     run.measure_batch("small", SMALL, [recording], 1, constant)
-    # The check, the first call to compile, then the rounds.
-    timed = [expert for experts in seen[2:] for expert in experts]
-    assert timed == [n % ours.experts for n in range(6 * 2)]
+    # After the check, a call to compile and six rounds.
+    read = [expert for experts in seen[1:] for expert in experts]
+    assert read == [n % ours.experts for n in range(7 * 2)]
 
 
 def test_torch_s_weights_lie_in_as_much_memory():
@@ -168,9 +201,8 @@ def test_the_facts_name_the_code_that_is_measured():
 
 
 def test_the_triad_reads_and_writes_what_it_counts():
-    size, compute = machine.triad()
-    out = compute()
-    assert size == 3 * out.nbytes and bool((out == 4).all())
+    out = machine.triad()()
+    assert machine.triad_bytes() == 3 * out.nbytes and bool((out == 4).all())
 
 
 def test_plot(tmp_path):

@@ -73,11 +73,26 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def triad() -> tuple[int, Callable[[], torch.Tensor]]:
-    """The memory's limit: bytes of ``a = b + 3 c`` on long vectors, each counted once, and the
-    function that computes it."""
+def triad_bytes() -> int:
+    """Bytes that the triad reads and writes."""
+    return 3 * 4 * TRIAD_NUMBERS
+
+
+def triad() -> Callable[[], torch.Tensor]:
+    """``a = b + 3 c`` on long vectors, for the memory's limit."""
     b, c, a = (torch.ones(TRIAD_NUMBERS) for _ in range(3))
-    return a.nbytes + b.nbytes + c.nbytes, lambda: torch.add(b, c, alpha=3.0, out=a)
+    return lambda: torch.add(b, c, alpha=3.0, out=a)
+
+
+def others_seconds() -> float:
+    """Seconds that all cores have spent on other processes since the start of the system, and that
+    a hypervisor kept from them; 0 where the system does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _, _, *interrupts = map(int, stat.read_text().split(maxsplit=9)[1:9])
+    busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+    return busy - time.process_time()
 
 
 def wall_clock(run: Callable[[], object]) -> float:

@@ -1,18 +1,20 @@
 """Measure every method on every batch on the CPU, in rounds in which each has one turn.
 
 Speeds of a shared or throttled machine change from second to second, for all methods alike: what is
-compared are the times of one round.
+compared are the times of one round. Rounds in which other processes were at work do not count,
+unless there are too few others: threads that wait for each other lose the most by them.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from erniequant_kernels.bench.cpu.machine import triad
+from erniequant_kernels.bench.cpu.machine import others_seconds, triad, triad_bytes
 from erniequant_kernels.bench.cpu.methods import CHECKED_EXPERTS, CpuMethod, methods, turned
 from erniequant_kernels.bench.problem import BFLOAT16_BITS, SHAPES, Batch, Shape, make_batch
 from erniequant_kernels.bench.rows import Row
@@ -20,7 +22,13 @@ from erniequant_kernels.bench.timing import summarize
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
 ROUNDS_SECONDS = 15.0
-"""No round begins later, once there are the fewest."""
+"""No round begins later, once there are the fewest quiet ones."""
+
+PATIENCE_SECONDS = 45.0
+"""No round begins later, once there are the fewest of any kind."""
+
+QUIET = 0.1
+"""Cores that other processes use in a quiet round, at most."""
 
 Clock = Callable[[Callable[[], object]], float]
 """Seconds of a call."""
@@ -32,9 +40,11 @@ class CpuRow(Row):
 
     Attributes:
         products_per_second: weights multiplied with a token, in billions; with one token, weights.
+        other_cores: cores that other processes used meanwhile, on average.
     """
 
     products_per_second: float | None = None
+    other_cores: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,16 +94,20 @@ def measure(
 
 
 def measure_batch(
-    name: str, shape: Shape, every: Sequence[CpuMethod], tokens: int, clock: Clock
-) -> BatchResult:
-    """Check each method, then time all in turns."""
+    name: str, shape: Shape, every: Sequence[CpuMethod], tokens: int, clock: Clock,
+    others: Callable[[], float] = others_seconds,
+) -> BatchResult:  # fmt: skip
+    """Check each method, then time all in turns.
+
+    others: seconds that other processes have used so far.
+    """
     batch = make_batch(shape, tokens, torch.device("cpu"))
     errors = [_error(method, batch) for method in every]
-    stream_bytes, stream = triad()
-    seconds, stream_seconds = _rounds(every, batch, stream, clock)
-    limit = stream_bytes / statistics.median(stream_seconds)
+    rounds, others_use = quiet(list(_rounds(every, batch, clock, others)))
+    limit = triad_bytes() / statistics.median(times.triad for times in rounds)
+    seconds = [list(times) for times in zip(*(times.methods for times in rounds), strict=True)]
     rows = [
-        _row(name, shape, batch, method, times, limit, error)
+        replace(_row(name, shape, batch, method, times, limit), error=error, other_cores=others_use)
         for method, times, error in zip(every, seconds, errors, strict=True)
     ]
     return BatchResult(rows, list(_ratios(name, tokens, every, seconds)), limit)
@@ -105,43 +119,57 @@ def _error(method: CpuMethod, batch: Batch) -> float:
     return float((method.run(few).float() - expected).abs().max() / expected.abs().max())
 
 
+@dataclass(frozen=True)
+class Round:
+    """Seconds of the triad and of every method in one round; cores that others used meanwhile."""
+
+    triad: float
+    methods: list[float]
+    others: float
+
+
+def quiet(rounds: list[Round]) -> tuple[list[Round], float]:
+    """The quiet rounds, or all if these are too few; cores that others used in them."""
+    undisturbed = [times for times in rounds if times.others <= QUIET]
+    chosen = undisturbed if len(undisturbed) >= FEWEST_ROUNDS else rounds
+    return chosen, statistics.mean(times.others for times in chosen)
+
+
 def _rounds(
-    every: Sequence[CpuMethod], batch: Batch, stream: Callable[[], object], clock: Clock
-) -> tuple[list[list[float]], list[float]]:
-    """Seconds of every method, and of the triad, by round."""
+    every: Sequence[CpuMethod], batch: Batch, clock: Clock, others: Callable[[], float]
+) -> Iterator[Round]:
+    stream = triad()
     active = batch.active_experts
-    first = [0] * len(every)
-    seconds: list[list[float]] = [[] for _ in every]
-    stream_seconds: list[float] = []
-    spent = 0.0
-    while len(stream_seconds) < MOST_ROUNDS:
-        turn = len(stream_seconds)
-        if turn >= FEWEST_ROUNDS and spent > ROUNDS_SECONDS:
-            break
-        stream_seconds.append(clock(stream))
+    for method in every:
+        method.run(turned(batch, 0, method.experts))  # compiles what it needs
+    undisturbed, spent = 0, 0.0
+    for turn in range(MOST_ROUNDS):
+        enough = undisturbed >= FEWEST_ROUNDS and spent > ROUNDS_SECONDS
+        if enough or (turn >= FEWEST_ROUNDS and spent > PATIENCE_SECONDS):
+            return
+        seconds = [0.0] * len(every)
+        before, begun = others(), time.perf_counter()
+        triad_seconds = clock(stream)
         # Nobody always has the same neighbour.
-        order = [(turn + i) % len(every) for i in range(len(every))]
-        for i in order:
-            here = turned(batch, first[i], every[i].experts)
-            if turn == 0:
-                every[i].run(here)  # compiles what it needs
-            first[i] += active
-            seconds[i].append(clock(partial(every[i].run, here)))
-        spent += sum(times[-1] for times in seconds)
-    return seconds, stream_seconds
+        for i in ((turn + offset) % len(every) for offset in range(len(every))):
+            here = turned(batch, (turn + 1) * active, every[i].experts)
+            seconds[i] = clock(partial(every[i].run, here))
+        wall = time.perf_counter() - begun
+        found = Round(triad_seconds, seconds, max(others() - before, 0.0) / wall)
+        undisturbed += found.others <= QUIET
+        spent += sum(seconds)
+        yield found
 
 
 def _row(
-    name: str, shape: Shape, batch: Batch, method: CpuMethod, seconds: list[float], limit: float,
-    error: float,
-) -> CpuRow:  # fmt: skip
-    time = summarize(seconds)
-    rate = (batch.active_experts * method.expert_bytes + 2 * batch.x.nbytes) / time.median
-    products = batch.expert_index.numel() * shape.weights_per_expert / time.median
+    name: str, shape: Shape, batch: Batch, method: CpuMethod, seconds: list[float], limit: float
+) -> CpuRow:
+    times = summarize(seconds)
+    rate = (batch.active_experts * method.expert_bytes + 2 * batch.x.nbytes) / times.median
+    products = batch.expert_index.numel() * shape.weights_per_expert / times.median
     return CpuRow(
-        name, len(batch.x), method.name, method.bits, 1e6 * time.median, 1e6 * time.low,
-        1e6 * time.high, rate / 1e9, 100 * rate / limit, error,
-        products_per_second=products / 1e9,
+        name, len(batch.x), method.name, method.bits, 1e6 * times.median, 1e6 * times.low,
+        1e6 * times.high, rate / 1e9, 100 * rate / limit, products_per_second=products / 1e9,
     )  # fmt: skip
 
 
