@@ -22,8 +22,8 @@ PACKED_BELOW = 16
 MEASUREMENTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "21b": (["--shape", "21b"], {}),
     "vl": (["--shape", "vl"], {}),
-    "300b": (["--shape", "300b"], {}),
-    "avx2": (["--shape", "21b", "--bits", "2,3,4"], {"ERNIEQUANT_CPU": "haswell"}),
+    "300b": (["--shape", "300b", "--bits", "2,4", "--tokens", "1,16,128"], {}),
+    "avx2": (["--bits", "2,3,4", "--tokens", "1,16,128"], {"ERNIEQUANT_CPU": "haswell"}),
 }
 """Options and environment of `bench kernels --device cpu`, by file."""
 

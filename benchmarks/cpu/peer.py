@@ -30,14 +30,14 @@ from erniequant_kernels.bench.cpu.machine import (
     wall_clock,
 )
 from erniequant_kernels.bench.cpu.methods import HELD_BYTES, CpuMethod, dense, packed, turned
-from erniequant_kernels.bench.cpu.run import Round, quartiles, quiet
+from erniequant_kernels.bench.cpu.run import Round, order, quartiles, quiet
 from erniequant_kernels.bench.problem import SHAPES, Batch, Shape
 
 KINDS = ("iq2_xxs", "q2_K", "iq2_kt", "q4_K", "iq4_kt")
 TOKENS = (1, 4, 16)
 ROUNDS = 60
-PAUSE_SECONDS = 0.005
-"""Before a call: threads of the method before it wait for work and take a core meanwhile."""
+PAUSE_SECONDS = 0.01
+"""Between methods: threads of one wait awake for a while and would cost the next one time."""
 
 SEQUENCES = 300
 ERROR_ROWS = 64
@@ -131,7 +131,7 @@ def code_error(bits: int) -> float:
 
 
 def compare(name: str, tokens: int, every: Sequence[Competitor], most: int) -> list[PeerRow]:
-    """Time all in turns, at the most so many rounds."""
+    """Time all in turns, for so many rounds."""
     shape = SHAPES[name]
     for competitor in every:
         competitor.run(0)
@@ -139,9 +139,10 @@ def compare(name: str, tokens: int, every: Sequence[Competitor], most: int) -> l
     for call in range(1, most + 1):
         times = [0.0] * len(every)
         before, begun = others_seconds(), time.perf_counter()
-        for i in ((call + offset) % len(every) for offset in range(len(every))):
+        for i in order(len(every), call):
             time.sleep(PAUSE_SECONDS)
-            times[i] = wall_clock(partial(every[i].run, call))
+            every[i].run(2 * call)  # wakes its threads
+            times[i] = wall_clock(partial(every[i].run, 2 * call + 1))
         others = max(others_seconds() - before, 0.0) / (time.perf_counter() - begun)
         rounds.append(Round(0.0, times, others))
     rounds, others = quiet(rounds)

@@ -1,6 +1,7 @@
 """The benchmark on the CPU: rounds, caches and rates; times are made up."""
 
 import dataclasses
+import itertools
 import os
 
 import pytest
@@ -21,7 +22,8 @@ def small(monkeypatch):
     monkeypatch.setitem(SHAPES, "small", SMALL)
     monkeypatch.setattr(methods, "HELD_BYTES", 2**19)
     monkeypatch.setattr(machine, "TRIAD_NUMBERS", 1000)
-    monkeypatch.setattr(run, "MOST_ROUNDS", 6)
+    monkeypatch.setattr(run, "ENOUGH_ROUNDS", 6)
+    monkeypatch.setattr(run, "others_seconds", lambda: 0.0)
 
 
 def constant(call):
@@ -96,6 +98,14 @@ class SlowingClock:
         return 1e-3 * ((self.called - 1) // self.calls + 1)
 
 
+def test_everybody_has_a_turn_after_everybody_else():
+    rounds = [run.order(4, turn) for turn in range(60)]
+    assert all(sorted(there) == [0, 1, 2, 3] for there in rounds)
+    assert {pair for there in rounds for pair in itertools.pairwise(there)} == set(
+        itertools.permutations(range(4), 2)
+    )
+
+
 def test_quartiles():
     assert run.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (2.0, 3.0, 4.0)
 
@@ -116,13 +126,22 @@ def test_rounds_with_other_work_do_not_count():
 
 def test_a_busy_machine_is_waited_for(monkeypatch):
     """Others work for two rounds; the rounds after them are the ones that count."""
-    monkeypatch.setattr(run, "MOST_ROUNDS", 9)
     seconds = iter([0.0, 99.0, 99.0, 999.0, *[999.0] * 20])
     ours = methods.packed(SMALL, 2)
-    result = run.measure_batch("small", SMALL, [ours], 1, lambda _: 5.0, lambda: next(seconds))
+    monkeypatch.setattr(run, "others_seconds", lambda: next(seconds))
+    result = run.measure_batch("small", SMALL, [ours], 1, lambda _: 5.0)
     assert result.rows[0].other_cores == 0
     # Two readings a round: five quiet rounds.
     assert len(list(seconds)) == 20 - 2 * 5
+
+
+def test_a_machine_that_is_never_quiet_is_not_waited_for_forever(monkeypatch):
+    seconds = iter(range(0, 10**9, 1000))
+    monkeypatch.setattr(run, "others_seconds", lambda: next(seconds))
+    ours = methods.packed(SMALL, 2)
+    result = run.measure_batch("small", SMALL, [ours], 1, lambda _: 1.0)
+    # 46 rounds of a second, with two readings each.
+    assert next(seconds) == 2 * 46 * 1000 and result.rows[0].other_cores > 1
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the system does not tell")

@@ -5,6 +5,7 @@ compared are the times of one round. Rounds in which other processes were at wor
 unless there are too few others: threads that wait for each other lose the most by them.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,9 @@ from erniequant_kernels.bench.problem import BFLOAT16_BITS, SHAPES, Batch, Shape
 from erniequant_kernels.bench.rows import Row
 from erniequant_kernels.bench.timing import summarize
 
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
+FEWEST_ROUNDS, ENOUGH_ROUNDS, MOST_ROUNDS = 5, 60, 600
+"""Quiet rounds, at least and at most; rounds of any kind."""
+
 ROUNDS_SECONDS = 15.0
 """No round begins later, once there are the fewest quiet ones."""
 
@@ -94,16 +97,12 @@ def measure(
 
 
 def measure_batch(
-    name: str, shape: Shape, every: Sequence[CpuMethod], tokens: int, clock: Clock,
-    others: Callable[[], float] = others_seconds,
-) -> BatchResult:  # fmt: skip
-    """Check each method, then time all in turns.
-
-    others: seconds that other processes have used so far.
-    """
+    name: str, shape: Shape, every: Sequence[CpuMethod], tokens: int, clock: Clock
+) -> BatchResult:
+    """Check each method, then time all in turns."""
     batch = make_batch(shape, tokens, torch.device("cpu"))
     errors = [_error(method, batch) for method in every]
-    rounds, others_use = quiet(list(_rounds(every, batch, clock, others)))
+    rounds, others_use = quiet(list(_rounds(every, batch, clock)))
     limit = triad_bytes() / statistics.median(times.triad for times in rounds)
     seconds = [list(times) for times in zip(*(times.methods for times in rounds), strict=True)]
     rows = [
@@ -135,30 +134,34 @@ def quiet(rounds: list[Round]) -> tuple[list[Round], float]:
     return chosen, statistics.mean(times.others for times in chosen)
 
 
-def _rounds(
-    every: Sequence[CpuMethod], batch: Batch, clock: Clock, others: Callable[[], float]
-) -> Iterator[Round]:
+def _rounds(every: Sequence[CpuMethod], batch: Batch, clock: Clock) -> Iterator[Round]:
     stream = triad()
     active = batch.active_experts
     for method in every:
         method.run(turned(batch, 0, method.experts))  # compiles what it needs
     undisturbed, spent = 0, 0.0
     for turn in range(MOST_ROUNDS):
-        enough = undisturbed >= FEWEST_ROUNDS and spent > ROUNDS_SECONDS
+        wanted = FEWEST_ROUNDS if spent > ROUNDS_SECONDS else ENOUGH_ROUNDS
+        enough = undisturbed >= wanted
         if enough or (turn >= FEWEST_ROUNDS and spent > PATIENCE_SECONDS):
             return
         seconds = [0.0] * len(every)
-        before, begun = others(), time.perf_counter()
+        before, begun = others_seconds(), time.perf_counter()
         triad_seconds = clock(stream)
-        # Nobody always has the same neighbour.
-        for i in ((turn + offset) % len(every) for offset in range(len(every))):
+        for i in order(len(every), turn):
             here = turned(batch, (turn + 1) * active, every[i].experts)
             seconds[i] = clock(partial(every[i].run, here))
         wall = time.perf_counter() - begun
-        found = Round(triad_seconds, seconds, max(others() - before, 0.0) / wall)
+        found = Round(triad_seconds, seconds, max(others_seconds() - before, 0.0) / wall)
         undisturbed += found.others <= QUIET
         spent += sum(seconds)
         yield found
+
+
+def order(methods: int, turn: int) -> list[int]:
+    """Numbers of the methods in the order of a round. It is random: threads of a method wait awake
+    for a while after its call and cost the next one time, so nobody always has the same before."""
+    return random.Random(turn).sample(range(methods), methods)
 
 
 def _row(
