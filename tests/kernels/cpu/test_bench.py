@@ -86,6 +86,13 @@ def test_ratios_are_taken_round_by_round():
     assert (ours.low, ours.microseconds, ours.high) == pytest.approx((1e3, 3.5e3, 6e3))
 
 
+def test_above_one_ours_is_faster():
+    ours = methods.packed(SMALL, 2)
+    every = [ours, methods.dense(SMALL, torch.bfloat16, ours.weight)]
+    (ratio,) = run._ratios("small", 1, every, [[1.0, 2.0, 4.0], [3.0, 6.0, 4.0]])
+    assert (ratio.low, ratio.median, ratio.high) == (2.0, 3.0, 3.0)
+
+
 class SlowingClock:
     """Each call takes as many milliseconds as the number of its round, of so many calls."""
 
