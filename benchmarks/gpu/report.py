@@ -20,6 +20,7 @@ from benchmarks.codes import study
 from erniequant.codes import code_for_bits, register_length
 from erniequant_kernels.bench import run as bench
 from erniequant_kernels.bench.machine import machine
+from erniequant_kernels.bench.rows import Row, verdicts, wrong
 from erniequant_kernels.bench.timing import copy_bandwidth, cuda_timer
 
 REPORT = Path("gpu-report.json")
@@ -58,7 +59,7 @@ def test() -> dict[str, Any]:
 def benchmark(started: float) -> dict[str, Any]:
     """Every batch that time allows, against bfloat16."""
     bandwidth = copy_bandwidth()
-    rows: list[bench.Row] = []
+    rows: list[Row] = []
     left_out = []
     for shape, tokens in BATCHES:
         for bits in BITS:
@@ -75,14 +76,14 @@ def benchmark(started: float) -> dict[str, Any]:
                 if time.perf_counter() - started > BENCH_SECONDS:
                     left_out.append(f"{shape}, {bits} bits, what follows {row.tokens} tokens")
                     break
-    verdicts = bench.verdicts(rows)
-    for v in verdicts:
+    compared = verdicts(rows)
+    for v in compared:
         print(f"{v.shape} {v.tokens} tokens {v.bits} bits: {v.speedup:.2f} x {v.best_bf16}")
     return {
         "copy_gb_per_s": bandwidth / 1e9,
         "rows": [row.to_dict() for row in rows],
-        "verdicts": [asdict(v) for v in verdicts],
-        "wrong": bench.wrong(rows),
+        "verdicts": [asdict(v) for v in compared],
+        "wrong": wrong(rows),
         "left_out": left_out,
     }
 

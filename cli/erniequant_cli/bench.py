@@ -1,13 +1,18 @@
-"""`erniequant bench`: the cost of the kernels, in machine code anywhere, in time on a GPU."""
+"""`erniequant bench`: the cost of the kernels, in machine code and in time."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from erniequant_cli.errors import FAILED, complain
 from erniequant_cli.options import JsonFile, Quiet, show, writable, write_json
+
+if TYPE_CHECKING:
+    from erniequant_kernels.bench.rows import Row
 
 
 def _numbers(text: str) -> list[int]:
@@ -65,6 +70,15 @@ def static(
         raise typer.Exit(FAILED)
 
 
+CODES = ("2", "3", "4", "wint2")
+"""What `--bits` takes; WINT2 on the CPU only."""
+
+DEFAULTS = {
+    "cuda": {"tokens": "1,4,16,64,256,1024", "bits": "2,3,4"},
+    "cpu": {"tokens": "1,4,16,64,128,512", "bits": "2,3,4,wint2"},
+}
+
+
 def kernels(
     shape: Annotated[
         str,
@@ -73,9 +87,24 @@ def kernels(
         ),
     ] = "21b",
     tokens: Annotated[
-        str, typer.Option(metavar="N,…", help="Batch sizes in tokens.")
-    ] = "1,4,16,64,256,1024",
-    bits: Annotated[str, typer.Option(metavar="2,3,4", help="Bits per weight.")] = "2,3,4",
+        str | None,
+        typer.Option(
+            metavar="N,…",
+            help="Batch sizes in tokens; by default 1,4,16,64, then 256,1024 on a GPU and 128,512 "
+            "on the CPU.",
+        ),
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="2,3,4,wint2", help="Bits per weight; by default all. WINT2 on the CPU only."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="cuda|cpu", help="Where to measure.")] = "cuda",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cores to measure on, with --device cpu; by default all."),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -85,64 +114,136 @@ def kernels(
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Time a layer's experts on the GPU, packed and in bfloat16, and say which is faster.
+    """Time a layer's experts, packed and decoded, and say which is faster.
 
-    The rivals are torch's grouped product, transformers' implementations and our own kernels on
-    bfloat16 weights. Times are medians of single calls with a cold cache, in CUDA graphs where
-    possible. Weights are random, and tokens spread evenly over experts. Every result is checked.
+    On a GPU, the rivals are torch's grouped product, transformers' implementations and our own
+    kernels on bfloat16 weights. Times are medians of single calls with a cold cache, in CUDA graphs
+    where possible.
+
+    On the CPU, the rivals are torch's products with decoded weights in bfloat16 and float32, expert
+    by expert. Every method has one turn in each round, with weights that no cache holds; ratios are
+    medians over the rounds, with quartiles. The memory's limit is that of a triad in the same
+    rounds. ERNIEQUANT_CPU=haswell measures the code for AVX2.
+
+    Weights are random, and tokens spread evenly over experts. Every result is checked.
 
     [bold]Examples[/bold]
 
       erniequant bench kernels
 
       erniequant bench kernels --shape 21b,vl --tokens 1,16,2048 --bits 2,4 --plot speed.svg
+
+      erniequant bench kernels --device cpu --threads 2 --tokens 1,512 --json cpu.json
     """
+    if device not in DEFAULTS:
+        raise typer.BadParameter(f"--device {device}: choose from cuda and cpu")
+    if threads is not None and device != "cpu":
+        raise typer.BadParameter("--threads is for --device cpu")
     shapes = shape.split(",")
-    widths = _numbers(bits)
-    counts = _numbers(tokens)
-    if not set(widths) <= {2, 3, 4}:
-        raise typer.BadParameter(f"--bits {bits}: choose from 2, 3 and 4")
+    counts = _numbers(tokens or DEFAULTS[device]["tokens"])
+    codes = (bits or DEFAULTS[device]["bits"]).split(",")
+    if not set(codes) <= set(CODES):
+        raise typer.BadParameter(f"--bits {bits}: choose from 2, 3, 4, and on the CPU wint2")
+    if device == "cuda" and "wint2" in codes:
+        raise typer.BadParameter("--bits wint2 is measured with --device cpu only")
 
-    import torch
-
-    from erniequant.errors import ErnieQuantError
-    from erniequant.paths import expanded
     from erniequant_kernels.bench.problem import SHAPES
 
     unknown = [name for name in shapes if name not in SHAPES]
     if unknown:
         choices = ", ".join(SHAPES)
         raise typer.BadParameter(f"--shape {unknown[0]}: choose from {choices}")
-    if not torch.cuda.is_available():
-        raise ErnieQuantError(
-            "bench kernels measures time on an NVIDIA GPU and there is none; "
-            "`erniequant bench static` counts machine code without one"
-        )
-    from erniequant_cli.tables import print_bench_row, print_verdicts
-    from erniequant_kernels.bench import run as bench
-    from erniequant_kernels.bench.machine import machine
-    from erniequant_kernels.bench.timing import copy_bandwidth, cuda_timer
-
-    bandwidth = copy_bandwidth()
-    facts = machine()
-    rows: list[bench.Row] = []
-    measured = bench.measure(shapes, counts, widths, torch.device("cuda"), cuda_timer, bandwidth)
-    for row in measured:
-        if not quiet:
-            show(print_bench_row, row, not rows)
-        rows.append(row)
-    verdicts = bench.verdicts(rows)
-    if not quiet:
-        show(print_verdicts, verdicts, str(facts["card"]), bandwidth)
-    result = {"machine": facts, "copy_gb_per_s": bandwidth / 1e9}
-    result |= {"rows": [row.to_dict() for row in rows], "verdicts": [asdict(v) for v in verdicts]}
+    measure = _on_gpu if device == "cuda" else partial(_on_cpu, threads=threads)
+    result, rows, name = measure(shapes, counts, codes, quiet)
     write_json(json, result)
     if plot is not None:
+        from erniequant.paths import expanded
         from erniequant_kernels.bench.plot import save_plot
 
-        save_plot(rows, str(facts["card"]), expanded(plot))
-    problems = bench.wrong(rows)
+        save_plot(rows, name, expanded(plot))
+    from erniequant_kernels.bench.rows import wrong
+
+    problems = wrong(rows)
     for problem in problems:
         complain(problem)
     if problems:
         raise typer.Exit(FAILED)
+
+
+def _on_gpu(
+    shapes: list[str], tokens: list[int], codes: list[str], quiet: bool
+) -> "tuple[dict[str, Any], Sequence[Row], str]":
+    """The result for JSON, its rows, and the card's name."""
+    import torch
+
+    from erniequant.errors import ErnieQuantError
+
+    if not torch.cuda.is_available():
+        raise ErnieQuantError(
+            "bench kernels measures time on an NVIDIA GPU and there is none; --device cpu measures "
+            "the CPU, and `erniequant bench static` counts machine code without a GPU"
+        )
+    from erniequant_cli.tables import print_bench_row, print_verdicts
+    from erniequant_kernels.bench.machine import machine
+    from erniequant_kernels.bench.rows import verdicts
+    from erniequant_kernels.bench.run import measure
+    from erniequant_kernels.bench.timing import copy_bandwidth, cuda_timer
+
+    bandwidth = copy_bandwidth()
+    facts = machine()
+    rows: list[Row] = []
+    widths = [int(code) for code in codes]
+    for row in measure(shapes, tokens, widths, torch.device("cuda"), cuda_timer, bandwidth):
+        if not quiet:
+            show(print_bench_row, row, not rows)
+        rows.append(row)
+    compared = verdicts(rows)
+    card = str(facts["card"])
+    if not quiet:
+        show(print_verdicts, compared, card, bandwidth)
+    result = {"machine": facts, "copy_gb_per_s": bandwidth / 1e9}
+    result |= {"rows": [row.to_dict() for row in rows], "verdicts": [asdict(v) for v in compared]}
+    return result, rows, card
+
+
+def _on_cpu(
+    shapes: list[str], tokens: list[int], codes: list[str], quiet: bool, threads: int | None
+) -> "tuple[dict[str, Any], Sequence[Row], str]":
+    """The result for JSON, its rows, and the processor's name."""
+    from statistics import median
+
+    from erniequant.errors import ErnieQuantError
+    from erniequant_cli.tables import print_bench_row, print_ratios
+    from erniequant_kernels.bench.cpu.machine import cores, machine, pinned, wall_clock
+    from erniequant_kernels.bench.cpu.run import BatchResult, measure
+
+    there = len(cores())
+    threads = threads or there
+    if threads > there:
+        raise ErnieQuantError(f"--threads {threads}: this process may use {there} cores")
+    facts = machine(threads)
+    results: list[BatchResult] = []
+    with pinned(threads):
+        for result in measure(shapes, tokens, codes, wall_clock):
+            if not quiet:
+                for i, row in enumerate(result.rows):
+                    show(print_bench_row, row, not results and not i)
+            results.append(result)
+    if not results:
+        raise ErnieQuantError("nothing to measure: WINT2 does not fit these shapes")
+    limit = median(result.triad for result in results)
+    ratios = [ratio for result in results for ratio in result.ratios]
+    rows = [row for result in results for row in result.rows]
+    name = f"{facts['processor']}, {threads} cores"
+    if not quiet:
+        show(print_ratios, ratios, name, limit)
+    return (
+        {
+            "machine": facts,
+            "triad_gb_per_s": limit / 1e9,
+            "rows": [row.to_dict() for row in rows],
+            "ratios": [ratio.to_dict() for ratio in ratios],
+        },
+        rows,
+        name,
+    )

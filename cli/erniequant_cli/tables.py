@@ -14,10 +14,11 @@ from erniequant_cli.terminal import encodable, printable, say
 if TYPE_CHECKING:
     from erniequant.demo import DemoReport
     from erniequant.evaluate import ImageTextResult, PerplexityResult, ReferenceResult
-    from erniequant.evaluate.speed import Ratio, SpeedComparison, SpeedResult
+    from erniequant.evaluate.speed import SpeedComparison, SpeedRatio, SpeedResult
     from erniequant.formats.results import ModelSummary, VerifyReport
     from erniequant.quantization.report import QuantizationReport
-    from erniequant_kernels.bench.run import Row, Verdict
+    from erniequant_kernels.bench.cpu.run import Ratio
+    from erniequant_kernels.bench.rows import Row, Verdict
 
 FALLBACKS_SHOWN = 5
 WORST_SHOWN = 5
@@ -188,7 +189,7 @@ def print_bench_row(row: "Row", first: bool) -> None:
     if first:
         say(
             f"{'shape':6}{'tokens':>7}  {'method':30}{'us':>10}{'from':>10}{'to':>10}"
-            f"{'GB/s':>8}{'of limit':>10}"
+            f"{'GB/s':>9}{'of limit':>10}"
         )
     start = f"{row.shape:6}{row.tokens:7}  {row.method:30}"
     if row.microseconds is None:
@@ -196,7 +197,7 @@ def print_bench_row(row: "Row", first: bool) -> None:
         return
     say(
         f"{start}{row.microseconds:10.1f}{row.low:10.1f}{row.high:10.1f}"
-        f"{row.gigabytes_per_second:8.0f}{row.memory_limit_percent:8.0f} %"
+        f"{row.gigabytes_per_second:9.1f}{row.memory_limit_percent:8.0f} %"
     )
 
 
@@ -208,6 +209,18 @@ def print_verdicts(verdicts: "Sequence[Verdict]", card: str, bandwidth: float) -
     for v in verdicts:
         winner = "packed is faster" if v.speedup >= 1 else "bf16 is faster"
         row = (v.shape, str(v.tokens), str(v.bits), f"{v.speedup:.2f}", winner, v.best_bf16)
+        table.add_row(*row)
+    _print(table)
+
+
+def print_ratios(ratios: "Sequence[Ratio]", processor: str, bandwidth: float) -> None:
+    """Packed methods against each decoded one, with quartiles over the rounds."""
+    table = _Table(box=None, title=f"{processor}, triad {bandwidth / 1e9:.1f} GB/s")
+    for name in ("shape", "tokens", "method", "against", "speed-up", "quartiles", "rounds"):
+        table.add_column(name)
+    for r in ratios:
+        spread = f"{r.low:.2f} … {r.high:.2f}"
+        row = (r.shape, str(r.tokens), r.method, r.rival, f"{r.median:.2f}", spread, str(r.rounds))
         table.add_row(*row)
     _print(table)
 
@@ -226,7 +239,7 @@ def print_speed(model: "SpeedResult", compared: "SpeedComparison | None" = None)
         cells = ["" if value is None else f"{value / unit:.{digits}f}" for value in values]
         table.add_row(label, *cells, *([ratio] if compared is not None else []))
 
-    def spread(ratio: "Ratio | None") -> str:
+    def spread(ratio: "SpeedRatio | None") -> str:
         return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
 
     prefill, decode = (compared.prefill, compared.decode) if compared else (None, None)

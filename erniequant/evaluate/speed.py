@@ -59,7 +59,7 @@ class SpeedResult:
 
 
 @dataclass(frozen=True)
-class Ratio:
+class SpeedRatio:
     """Ratios of single repetitions: median, least and most; above 1 the model is faster."""
 
     median: float
@@ -79,8 +79,8 @@ class SpeedComparison:
     model: SpeedResult
     reference: SpeedResult
     interleaved: bool
-    prefill: Ratio
-    decode: Ratio
+    prefill: SpeedRatio
+    decode: SpeedRatio
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: the model's figures, ``reference`` and ``ratio`` beside them."""
@@ -252,12 +252,14 @@ def bytes_of_a_token(model: Any) -> int:
     return round(total)
 
 
-def _ratio(reference: Sequence[float | list[float]], model: Sequence[float | list[float]]) -> Ratio:
+def _ratio(
+    reference: Sequence[float | list[float]], model: Sequence[float | list[float]]
+) -> SpeedRatio:
     def seconds(turn: float | list[float]) -> float:
         return statistics.median(turn) if isinstance(turn, list) else turn
 
     ratios = [seconds(a) / seconds(b) for a, b in zip(reference, model, strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+    return SpeedRatio(statistics.median(ratios), min(ratios), max(ratios))
 
 
 def _once(model: Any, ids: torch.Tensor, new_tokens: int, device: torch.device) -> list[float]:

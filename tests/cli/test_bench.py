@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from erniequant_cli import tables
-from erniequant_kernels.bench.run import Row, Verdict
+from erniequant_kernels.bench.rows import Row, Verdict
 
 
 def test_kernels_refuses_without_a_gpu_and_says_what_to_do(run, monkeypatch):
@@ -18,6 +18,53 @@ def test_kernels_refuses_without_a_gpu_and_says_what_to_do(run, monkeypatch):
     assert result.exit_code == 1
     assert "bench static" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_kernels_on_the_cpu(run, monkeypatch, tmp_path):
+    from erniequant_kernels.bench.cpu import machine, methods
+    from erniequant_kernels.bench.cpu import run as bench
+
+    monkeypatch.setattr(methods, "HELD_BYTES", 2**16)
+    monkeypatch.setattr(machine, "TRIAD_NUMBERS", 1000)
+    monkeypatch.setattr(bench, "ENOUGH_ROUNDS", 5)
+    monkeypatch.setattr(bench, "others_seconds", lambda: 0.0)
+    out, plot = tmp_path / "cpu.json", tmp_path / "cpu.svg"
+    result = run(
+        *("bench", "kernels", "--device", "cpu", "--shape", "tiny", "--tokens", "1,5"),
+        *("--bits", "2,wint2", "--threads", 1, "--json", out, "--plot", plot),
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = json.loads(out.read_text())
+    assert set(found) == {"machine", "triad_gb_per_s", "rows", "ratios"}
+    assert found["machine"]["threads"] == 1 and found["triad_gb_per_s"] > 0
+    # tiny has inner sizes that WINT2 does not take.
+    assert [(row["tokens"], row["bits"]) for row in found["rows"]] == [
+        (tokens, bits) for tokens in (1, 5) for bits in (2, 16, 32)
+    ]
+    assert len(found["ratios"]) == 4 and "<svg" in plot.read_text()
+    lines = result.stdout.splitlines()
+    assert "speed-up" in result.stdout and "triad" in result.stdout
+    assert lines[1].split()[:5] == ["tiny", "1", "erniequant", "2", "bits"]
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--device", "tpu"], "choose from cuda and cpu"),
+        (["--device", "cpu", "--bits", "5"], "choose from 2, 3, 4"),
+        (["--bits", "wint2"], "--device cpu only"),
+        (["--threads", "2"], "is for --device cpu"),
+        (["--device", "cpu", "--shape", "7b"], "choose from 21b"),
+    ],
+)
+def test_kernels_refuses_what_it_does_not_measure(run, options, reason):
+    result = run("bench", "kernels", *options)
+    assert result.exit_code == 2 and reason in result.stderr
+
+
+def test_more_threads_than_cores_are_refused(run):
+    result = run("bench", "kernels", "--device", "cpu", "--threads", 100_000)
+    assert result.exit_code == 1 and "may use" in result.stderr
 
 
 def test_static_refuses_in_the_interpreter(run, monkeypatch):

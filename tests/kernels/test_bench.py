@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from erniequant_kernels.bench import problem, run
+from erniequant_kernels.bench import rows as results
 from erniequant_kernels.bench.methods import baselines, packed
 from erniequant_kernels.bench.plot import curves, save_plot
 from erniequant_kernels.bench.problem import SHAPES, bytes_read, make_batch, make_experts
@@ -28,7 +29,7 @@ def test_every_method_ran_and_computes_the_layer(rows):
         packed(2).name, packed(4).name, *(m.name for m in baselines())
     }  # fmt: skip
     assert [r.method for r in rows if r.reason] == []
-    assert run.wrong(rows) == []
+    assert results.wrong(rows) == []
 
 
 def test_bfloat16_is_measured_once_per_batch(rows):
@@ -55,21 +56,21 @@ def test_only_active_experts_count():
 
 
 def row(method, bits, microseconds, **changes):
-    return run.Row("tiny", 4, method, bits, microseconds, **changes)
+    return results.Row("tiny", 4, method, bits, microseconds, **changes)
 
 
 def test_the_verdict_is_against_the_fastest_rival():
     rows = [row("ours", 2, 10.0), row("slow", 16, 90.0), row("fast", 16, 25.0),
             row("broken", 16, None, reason="no")]  # fmt: skip
-    (verdict,) = run.verdicts(rows)
+    (verdict,) = results.verdicts(rows)
     assert (verdict.best_bf16, verdict.speedup) == ("fast", 2.5)
     assert curves(rows, "tiny") == {"ours": [(4, 10.0)], "bf16, fastest": [(4, 25.0)]}
 
 
 def test_a_wrong_result_is_named():
-    assert "off by 0.5000" in run.wrong([row("ours", 2, 1.0, error=0.5)])[0]
-    assert run.wrong([row("ours", 2, 1.0, error=float("nan"))])
-    assert run.wrong([row("ours", 2, 1.0, error=0.001)]) == []
+    assert "off by 0.5000" in results.wrong([row("ours", 2, 1.0, error=0.5)])[0]
+    assert results.wrong([row("ours", 2, 1.0, error=float("nan"))])
+    assert results.wrong([row("ours", 2, 1.0, error=0.001)]) == []
 
 
 def test_a_failing_rival_is_reported_and_a_failure_of_ours_is_not_hidden(monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels.bench.problem import BFLOAT16_BITS
-from erniequant_kernels.bench.run import Row
+from erniequant_kernels.bench.rows import Row
 
 
 def curves(rows: Sequence[Row], shape: str) -> dict[str, list[tuple[int, float]]]:
@@ -35,7 +35,7 @@ def save_plot(rows: Sequence[Row], card: str, path: Path) -> None:
     for index, shape in enumerate(shapes):
         axes = figure.add_subplot(1, len(shapes), index + 1)
         for label, points in curves(rows, shape).items():
-            style = "--" if label.startswith("bf16") else "-"
+            style = "--" if label.startswith(("bf16", "fp32")) else "-"
             axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=label)
         axes.set(xscale="log", yscale="log", title=shape, xlabel="tokens")
         axes.set_ylabel("microseconds a layer")

@@ -72,34 +72,48 @@ def make_batch(shape: Shape, tokens: int, device: torch.device) -> Batch:
     return Batch(x.to(device).bfloat16(), index.to(device), routing.to(device).bfloat16())
 
 
-def make_experts(shape: Shape, bits: int, device: torch.device) -> Experts:
-    """Random words (any words decode) and their decoded weights, expert by expert."""
-    spec = {
-        inputs: MatrixSpec(
-            f"cc{bits}", register_length(bits, "standard"), _tile(shape), block_size(inputs)
-        )
-        for inputs in (shape.hidden, shape.inner)
-    }
+def random_matrices(
+    shape: Shape, bits: int, experts: int, device: torch.device
+) -> tuple[PackedMatrices, PackedMatrices]:
+    """Gate and up, and down, of random words: any words decode."""
 
-    def matrices(outputs: int, inputs: int) -> tuple[PackedMatrices, torch.Tensor]:
-        how = spec[inputs]
+    def matrices(outputs: int, inputs: int) -> PackedMatrices:
+        how = _spec(shape, bits, inputs)
         code = how.conv()
         words = inputs * code.words_per_sequence(how.tile)
         packed = torch.randint(
-            -(2**31), 2**31, (shape.experts, outputs // how.tile, words), dtype=torch.int32,
-            device=device,
-        )  # fmt: skip
-        scale = encode_scale(torch.full((shape.experts, outputs, 1), SCALE, device=device))
+            -(2**31), 2**31, (experts, outputs // how.tile, words), dtype=torch.int32, device=device
+        )
+        scale = encode_scale(torch.full((experts, outputs, 1), SCALE, device=device))
         signs = pack_signs(random_signs(inputs, torch.Generator().manual_seed(inputs))).to(device)
-        dense = torch.empty(shape.experts, outputs, inputs, dtype=torch.bfloat16, device=device)
-        for expert in range(shape.experts):
-            dense[expert] = decode_weight(packed[expert], scale[expert], signs, how)
-        packed_matrices = PackedMatrices(packed, scale, signs, code, how.tile, how.rotation_block)
-        return packed_matrices, dense
+        return PackedMatrices(packed, scale, signs, code, how.tile, how.rotation_block)
 
-    gate_up, gate_up_bf16 = matrices(2 * shape.inner, shape.hidden)
-    down, down_bf16 = matrices(shape.hidden, shape.inner)
-    return Experts(gate_up, down, gate_up_bf16, down_bf16)
+    return matrices(2 * shape.inner, shape.hidden), matrices(shape.hidden, shape.inner)
+
+
+def decoded(shape: Shape, matrices: PackedMatrices, expert: int) -> torch.Tensor:
+    """Weights of one expert, float32 ``[N, K]``."""
+    how = _spec(shape, matrices.code.bits, matrices.inputs)
+    return decode_weight(matrices.packed[expert], matrices.scale[expert], matrices.signs, how)
+
+
+def make_experts(shape: Shape, bits: int, device: torch.device) -> Experts:
+    """Random words and their decoded weights, expert by expert."""
+    both = random_matrices(shape, bits, shape.experts, device)
+
+    def dense(matrices: PackedMatrices) -> torch.Tensor:
+        size = (shape.experts, matrices.outputs, matrices.inputs)
+        weights = torch.empty(size, dtype=torch.bfloat16, device=device)
+        for expert in range(shape.experts):
+            weights[expert] = decoded(shape, matrices, expert)
+        return weights
+
+    return Experts(*both, *map(dense, both))
+
+
+def _spec(shape: Shape, bits: int, inputs: int) -> MatrixSpec:
+    length = register_length(bits, "standard")
+    return MatrixSpec(f"cc{bits}", length, _tile(shape), block_size(inputs))
 
 
 def _tile(shape: Shape) -> int:

@@ -1,8 +1,7 @@
-"""Measure every method on every batch, check what it computes, and say which one wins."""
+"""Measure every method on every batch, and check what it computes."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -18,56 +17,11 @@ from erniequant_kernels.bench.problem import (
     make_batch,
     make_experts,
 )
+from erniequant_kernels.bench.rows import Row
 from erniequant_kernels.bench.timing import Timer
-
-TOLERANCE = 2**-6
-"""Largest deviation from the float32 loop, relative to the largest output: two roundings each."""
-
 
 # A card with less shared memory than a baseline's tiles take, a torch without a grouped product.
 _NOT_HERE = (OutOfResources, RuntimeError, ValueError, TypeError, ImportError)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method on one batch.
-
-    Attributes:
-        bits: per stored weight; 16 for bfloat16.
-        microseconds, low, high: time of a call: median and the range of eight tenths; None where it
-            did not run.
-        gigabytes_per_second: bytes that no method with these weights can avoid, over the median.
-        memory_limit_percent: that, relative to the copy bandwidth of the card.
-        error: largest deviation from the float32 loop, relative to the largest output.
-        reason: why it did not run.
-    """
-
-    shape: str
-    tokens: int
-    method: str
-    bits: int
-    microseconds: float | None = None
-    low: float | None = None
-    high: float | None = None
-    gigabytes_per_second: float | None = None
-    memory_limit_percent: float | None = None
-    error: float | None = None
-    reason: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Ours against the fastest bfloat16 method on one batch; above 1 ours is faster."""
-
-    shape: str
-    tokens: int
-    bits: int
-    best_bf16: str
-    speedup: float
 
 
 def reference(experts: Experts, batch: Batch) -> torch.Tensor:
@@ -126,31 +80,3 @@ def measure(
                         method, shape, stored, experts, batch, expected, timer, bandwidth
                     )
             del experts
-
-
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """Speed-ups over the fastest bfloat16 method, batch by batch."""
-    compared = []
-    for row in rows:
-        if row.bits == BFLOAT16_BITS or row.microseconds is None:
-            continue
-        rivals = [
-            (rival.microseconds, rival.method)
-            for rival in rows
-            if (rival.shape, rival.tokens) == (row.shape, row.tokens)
-            and rival.bits == BFLOAT16_BITS
-            and rival.microseconds is not None
-        ]
-        if rivals:
-            time, name = min(rivals)
-            compared.append(Verdict(row.shape, row.tokens, row.bits, name, time / row.microseconds))
-    return compared
-
-
-def wrong(rows: Sequence[Row]) -> list[str]:
-    """Methods whose output is off by more than rounding, one line each."""
-    return [
-        f"{row.shape}, {row.tokens} tokens, {row.method}: off by {row.error:.4f} of the maximum"
-        for row in rows
-        if row.error is not None and not row.error <= TOLERANCE
-    ]
