@@ -106,7 +106,8 @@ def speed(
     subject = _Subject(model, prompt_tokens, new_tokens)
     for _ in range(repetitions):
         subject.turn()
-    return subject.result(triad(subject.device))
+    peak = subject.peak()  # before the triad, which takes memory of its own
+    return subject.result(triad(subject.device), peak)
 
 
 def compare_speed(
@@ -199,8 +200,8 @@ class _Subject:
         """Most memory so far, in bytes."""
         return peak_vram(self.device) if self.device.type == "cuda" else peak_memory()
 
-    def result(self, memory: float, peak: int | None = -1) -> SpeedResult:
-        """The figures; ``peak`` is that of now unless given."""
+    def result(self, memory: float, peak: int | None) -> SpeedResult:
+        """The figures, with the memory limit and the peak."""
         first = statistics.median(self.prefill)
         each = statistics.median(seconds for turn in self.decode for seconds in turn)
         tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -219,7 +220,7 @@ class _Subject:
             token_bytes=token_bytes,
             decode_bytes_per_second=token_bytes / each,
             memory_bytes_per_second=memory,
-            peak_bytes=self.peak() if peak == -1 else peak,
+            peak_bytes=peak,
         )
 
 

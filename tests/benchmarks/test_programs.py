@@ -53,7 +53,7 @@ def test_sections_of_other_pages() -> None:
     assert cpu.PAGE == page.PAGE
     check_markers(page.PAGE, set(page.sections([])) | set(cpu.sections()))
     check_markers(DOCS / "vision_language.md", {"perplexity", "paired"})
-    check_markers(DOCS / "large_models.md", {"memory", "calibration"})
+    check_markers(DOCS / "large_models.md", {"memory", "calibration", "packed"})
     check_markers(ROOT / "README.md", {"demo"})
 
 

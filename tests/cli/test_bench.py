@@ -4,6 +4,9 @@ import copy
 import functools
 import importlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -203,3 +206,20 @@ def test_the_first_repetition_and_the_prompt_do_not_count_as_decoding(small, mon
     monkeypatch.setattr(module, "_once", lambda *_: next(seconds))
     result = module.speed(small, prompt_tokens=4, new_tokens=2, repetitions=2)
     assert (result.prefill_seconds, result.decode_seconds) == (9.0, 2.0)
+
+
+@pytest.mark.parametrize("given, found", [(None, "passive"), ("active", "active")])
+def test_threads_of_torch_do_not_spin_unless_told_to(given, found):
+    # The policy is read when torch is loaded, so the command line sets it before.
+    program = (
+        "import sys, erniequant_cli.main, os; assert 'torch' not in sys.modules; "
+        "print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+    if given is not None:
+        environment["OMP_WAIT_POLICY"] = given
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == found

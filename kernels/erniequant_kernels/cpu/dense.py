@@ -1,8 +1,9 @@
 """Multiply few tokens with a bfloat16 matrix, which is all that a new token does outside of the
 experts.
 
-A row of the matrix is read once, straight through, and multiplied in the registers with the inputs
-of every token; four rows at a time, so that inputs are loaded once for four.
+The matrix is read straight through, row by row, which is what processors fetch ahead best: 19 GB/s
+on one core of an AMD EPYC, where four rows at a time gave 15. Every token's inputs are multiplied
+with the row in the registers.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,10 +32,16 @@ from erniequant_kernels.cpu.vector_code import (
 )
 
 ROWS = 4
-"""Rows of the matrix that are multiplied together."""
+"""Outputs that are written together."""
+
+UNROLLED = 4
+"""Vectors of a row that are multiplied in one turn, each with sums of its own, where K allows."""
 
 ITEM_ROWS = 32
 """Rows of one item: 160 KB of the 21B's hidden size, 10 to 20 microseconds."""
+
+BYTES_PER_MICROSECOND = 15_000
+"""Bytes of a matrix that one core reads, roughly."""
 
 MOST_TOKENS = 4
 """More are left to torch, which blocks its products for the caches."""
@@ -84,7 +91,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, on: Machine | None = None) -> 
     function = dense_product(DenseSpec(inputs, len(rows)), on or machine())
     run_items(
         function, -(-outputs // ITEM_ROWS), outputs, rows.data_ptr(), weight.data_ptr(),
-        out.data_ptr(),
+        out.data_ptr(), microseconds=weight.nbytes / BYTES_PER_MICROSECOND,
     )  # fmt: skip
     return out
 
@@ -106,29 +113,44 @@ def dense_module(spec: DenseSpec, machine: Machine) -> ir.Module:
     counter, items, outputs, x, weight, out = code.function.args
     lanes = machine.lanes
     words = vector(I32, lanes)
+    vectors = spec.inputs // (2 * lanes)
+    unrolled = min(UNROLLED, vectors & -vectors)
     row_bytes = 2 * spec.inputs
 
-    def some_rows(row: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
+    def one_row(row: ir.Value) -> list[ir.Value]:
+        """Sums of each token."""
         base = code.address(weight, code.at.mul(row, integer(row_bytes)))
 
         def turn(offset: ir.Value, totals: Sequence[ir.Value]) -> list[ir.Value]:
-            place, inputs = code.address(base, offset), code.address(x, offset)
-            weights = [code.load(words, code.address(place, r * row_bytes)) for r in range(ROWS)]
-            tokens = [code.load(words, code.address(inputs, t * row_bytes))
-                      for t in range(spec.tokens)]  # fmt: skip
-            pairs = [(w, t) for w in weights for t in tokens]
-            return [
-                _added(code, machine, total, *pair)
-                for total, pair in zip(totals, pairs, strict=True)
-            ]
+            found = []
+            for part in range(unrolled):
+                place = code.at.add(offset, integer(4 * lanes * part))
+                weights = code.load(words, code.address(base, place))
+                for token in range(spec.tokens):
+                    inputs = code.address(x, code.at.add(place, integer(token * row_bytes)))
+                    total = totals[part * spec.tokens + token]
+                    found.append(_added(code, machine, total, weights, code.load(words, inputs)))
+            return found
 
-        nothing = [splat(F32, lanes, 0.0)] * (ROWS * spec.tokens)
-        totals = code.loop(integer(0), integer(row_bytes), 4 * lanes, nothing, turn)
-        for token in range(spec.tokens):
-            values: ir.Value = ir.Constant(vector(F32, ROWS), ir.Undefined)
-            for r in range(ROWS):
-                total = code.total(totals[r * spec.tokens + token])
-                values = code.at.insert_element(values, total, ir.Constant(I32, r))
+        nothing = [splat(F32, lanes, 0.0)] * (unrolled * spec.tokens)
+        step = 4 * lanes * unrolled
+        totals = code.loop(integer(0), integer(row_bytes), step, nothing, turn)
+        sums = list(totals[: spec.tokens])
+        for part in range(1, unrolled):
+            own = totals[part * spec.tokens : (part + 1) * spec.tokens]
+            sums = [code.at.fadd(*pair) for pair in zip(sums, own, strict=True)]
+        return [code.total(values) for values in sums]
+
+    def some_rows(row: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
+        nothing = ir.Constant(vector(F32, ROWS), ir.Undefined)
+        found: list[ir.Value] = [nothing] * spec.tokens
+        for r in range(ROWS):
+            totals = one_row(code.at.add(row, integer(r)))
+            index = ir.Constant(I32, r)
+            found = [
+                code.at.insert_element(*pair, index) for pair in zip(found, totals, strict=True)
+            ]
+        for token, values in enumerate(found):
             target = code.at.add(code.at.mul(outputs, integer(token)), row)
             target = code.address(out, code.at.mul(target, integer(2)))
             code.store(rounded_to_bfloat16(code, values), target)

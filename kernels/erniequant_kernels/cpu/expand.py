@@ -124,7 +124,7 @@ def decode_weight_cpu(
     columns = torch.empty(inputs, tiles * tile)
     run_items(
         expand(ExpandSpec(code, tile, inputs), chosen), tiles * -(-inputs // ITEM_INPUTS), tiles,
-        packed.data_ptr(), columns.data_ptr(),
+        packed.data_ptr(), columns.data_ptr(), microseconds=columns.numel() / 1000,
     )  # fmt: skip
     rows = columns.T * scale.view(torch.bfloat16).float()
     rows = rows.contiguous()

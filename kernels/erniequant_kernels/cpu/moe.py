@@ -24,6 +24,9 @@ from erniequant_kernels.cpu.rotation import RotationSpec, rotation
 from erniequant_kernels.cpu.threads import run_items
 from erniequant_kernels.matrices import PackedMatrices
 
+DECODED_PER_MICROSECOND, ADDED_PER_MICROSECOND = 30_000, 80_000
+"""Weights that one core decodes, and that it multiplies, roughly."""
+
 FEW_ASSIGNMENTS = 64
 """Up to so many are sorted in Python, which takes less time than ten small operators."""
 
@@ -164,10 +167,13 @@ def _multiply(
     tiles = matrix.outputs // tile
     for blocks in cut_into_blocks(counts, most_tokens(code, on), group_tokens(code, on)):
         spec = ProductSpec(code, tile, inputs, blocks.tokens, bfloat16, blocks.grouped)
+        decoded = blocks.expert.numel() * matrix.outputs * inputs
+        multiplied = int(blocks.rows.sum()) * matrix.outputs * inputs
         run_items(
             product(spec, on), tiles * blocks.expert.numel(), tiles, packed.data_ptr(),
             packed.stride(0) * packed.element_size(), blocks.expert.data_ptr(),
             blocks.first.data_ptr(), blocks.rows.data_ptr(), rotated.data_ptr(), scale.data_ptr(),
             out.data_ptr(),
+            microseconds=decoded / DECODED_PER_MICROSECOND + multiplied / ADDED_PER_MICROSECOND,
         )  # fmt: skip
     return out

@@ -22,12 +22,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_helpers.cache_clear)
 
 
-def run_items(function: Callable[..., None], items: int, *arguments: int) -> None:
-    """Call ``function(counter, items, *arguments)`` on as many threads as torch uses here."""
+LEAST_SHARE = 400.0
+"""Microseconds of work that are worth a thread: waking one takes 50 to 300 of them."""
+
+
+def run_items(
+    function: Callable[..., None], items: int, *arguments: int, microseconds: float
+) -> None:
+    """Call ``function(counter, items, *arguments)`` on at most as many threads as torch uses here.
+
+    microseconds: roughly, what one thread would take for all items.
+    """
     if items == 0:
         return
     counter = torch.zeros(1, dtype=torch.int64)
-    threads = min(torch.get_num_threads(), items)
+    worth = max(int(microseconds / LEAST_SHARE), 1)
+    threads = min(torch.get_num_threads(), items, worth)
 
     def work() -> None:
         function(counter.data_ptr(), items, *arguments)

@@ -56,5 +56,6 @@ def _multiply(
             function, blocks.expert.numel() * (matrix.outputs // cut.item),
             blocks.expert.data_ptr(), blocks.first.data_ptr(), stored.data_ptr(),
             *(part.data_ptr() for part in parts), out.data_ptr(),
+            microseconds=int(blocks.rows.sum()) * matrix.outputs * matrix.inputs / 20_000,
         )  # fmt: skip
     return out
