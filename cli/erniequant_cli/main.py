@@ -9,7 +9,7 @@ from erniequant_cli.errors import INTERRUPTED, GuardedCommand, GuardedCommands
 from erniequant_cli.terminal import occupy_closed_descriptors, say
 
 # torch's threads spin for milliseconds after each product, on the cores that our own threads need
-# next: a new token of the 21B took 0.31 s instead of 0.24 s on two cores. Read when torch is loaded.
+# next: a token of the 21B took 0.31 s instead of 0.24 s on two cores. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(
