@@ -24,7 +24,6 @@ from erniequant_kernels.cpu.vector_code import (
     F32,
     I8,
     I16,
-    I32,
     I64,
     POINTER,
     Code,
@@ -32,6 +31,7 @@ from erniequant_kernels.cpu.vector_code import (
     integer,
     splat,
     vector,
+    widened,
 )
 
 INPUT_BLOCK = 64
@@ -160,10 +160,7 @@ class _Product:
         code, at, spec = self.code, self.code.at, self.spec
         _, _, tiles, packed, expert_bytes, *tables, x, scale, out = code.function.args
         block, tile = at.udiv(item, tiles), at.urem(item, tiles)
-        expert, row, rows = (
-            at.zext(code.load(I32, code.address(table, at.mul(block, integer(4)))), I64)
-            for table in tables
-        )
+        expert, row, rows = (code.entry(table, block) for table in tables)
         self.rows = rows if spec.grouped else integer(spec.tokens)
         row_bytes = 4 * self.plan.words
         words = at.add(at.mul(expert, expert_bytes), at.mul(tile, integer(spec.inputs * row_bytes)))
@@ -217,14 +214,8 @@ class _Product:
             for value, place in zip(sums, places, strict=True):
                 code.store(value, place)
             return
-
-        def clear(offset: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            code.store(zero, code.address(self.sums, offset))
-            return []
-
         group_bytes = integer(self.spec.tokens * self.token_bytes)
-        size = code.at.mul(self._groups(), group_bytes)
-        code.loop(integer(0), size, self.vector_bytes, [], clear)
+        code.clear(self.sums, code.at.mul(self._groups(), group_bytes), self._kind(F32))
 
         def block(first: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
             end = code.at.add(first, integer(INPUT_BLOCK))
@@ -324,10 +315,8 @@ class _Product:
             ):
                 first = v * plan.lanes * plan.group_weights + i * groups
                 pattern = code.load(vector(I16, groups), code.address(scale, 2 * first))
-                pattern = code.at.zext(pattern, vector(I32, groups))
-                factor = code.at.shl(pattern, splat(I32, groups, 16))
-                factor = code.at.bitcast(factor, vector(F32, groups))
-                code.store(code.at.fmul(values, factor), code.address(out, 4 * first))
+                scaled = code.at.fmul(values, widened(code, pattern))
+                code.store(scaled, code.address(out, 4 * first))
 
     def _over_rows(self, sums: ir.Value) -> ir.Value:
         """The sum over the rows of a pass: one lane for each group."""

@@ -113,6 +113,20 @@ class Code:
         space.align = 64
         return self.at.inttoptr(self.at.ptrtoint(space, I64), POINTER)
 
+    def entry(self, table: ir.Value, index: ir.Value) -> ir.Value:
+        """An element of an int32 table, which is not negative, as 64 bits."""
+        place = self.address(table, self.at.mul(index, integer(4)))
+        return self.at.zext(self.load(I32, place), I64)
+
+    def clear(self, base: ir.Value, size: ir.Value, kind: ir.VectorType) -> None:
+        """Fill memory with float32 zeros, vector by vector; ``size`` in bytes."""
+
+        def one(offset: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            self.store(splat(F32, kind.count, 0.0), self.address(base, offset))
+            return []
+
+        self.loop(integer(0), size, 4 * kind.count, [], one)
+
     def loop(
         self, start: ir.Value, end: ir.Value, step: int, carried: Sequence[ir.Value],
         body: Callable[[ir.Value, Sequence[ir.Value]], Sequence[ir.Value]],
@@ -181,6 +195,13 @@ def rounded_to_bfloat16(code: Code, values: ir.Value) -> ir.Value:
     is_nan = at.fcmp_unordered("uno", values, values)
     kept = at.select(is_nan, splat(I32, lanes, 0x7FC00000), rounded)
     return at.trunc(at.lshr(kept, splat(I32, lanes, 16)), vector(I16, lanes))
+
+
+def widened(code: Code, patterns: ir.Value) -> ir.Value:
+    """bfloat16 patterns, 16 bits each, to float32."""
+    lanes = patterns.type.count
+    wide = code.at.zext(patterns, vector(I32, lanes))
+    return code.at.bitcast(code.at.shl(wide, splat(I32, lanes, 16)), vector(F32, lanes))
 
 
 def bfloat16_pairs_added(code: Code, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:

@@ -27,6 +27,7 @@ from erniequant_kernels.cpu.vector_code import (
     integer,
     splat,
     vector,
+    widened,
 )
 
 GROUP_BYTES = GROUP // BYTE_WEIGHTS
@@ -138,10 +139,7 @@ class _Wint2Product:
         parts = integer(spec.outputs // cut.item)
         block, first = at.udiv(item, parts), at.mul(at.urem(item, parts), integer(cut.item))
 
-        def of_block(table: ir.Value) -> ir.Value:
-            return at.zext(code.load(I32, code.address(table, at.mul(block, integer(4)))), I64)
-
-        expert, row = of_block(block_expert), of_block(block_row)
+        expert, row = code.entry(block_expert, block), code.entry(block_row, block)
 
         def of_expert(base: ir.Value, rows: int, size: int) -> ir.Value:
             place = code.at.mul(expert, integer(rows * spec.outputs))
@@ -152,11 +150,7 @@ class _Wint2Product:
         self.maps, self.zeros = of_expert(maps, 1, 4), of_expert(zeros, 1, 4)
         self.x = code.address(x, at.mul(row, integer(4 * spec.inputs)))
 
-        def clear(offset: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            code.store(splat(F32, self.lanes, 0.0), code.address(self.sums, offset))
-            return []
-
-        code.loop(integer(0), integer(4 * spec.tokens * cut.item), 4 * self.lanes, [], clear)
+        code.clear(self.sums, integer(4 * spec.tokens * cut.item), self._kind(F32))
         code.loop(integer(0), integer(spec.inputs // GROUP), 1, [], self._group)
         supers = of_expert(supers, 1, 2)
         out = code.address(out, code.at.mul(first, integer(4)))
@@ -169,11 +163,10 @@ class _Wint2Product:
 
         def store(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
             pattern = code.load(self._kind(I16), code.address(supers, code.at.mul(i, integer(2))))
-            factor = code.at.shl(code.at.zext(pattern, self._kind(I32)), splat(I32, lanes, 16))
             place = code.at.mul(i, integer(4))
             sums = code.address(self.sums, 4 * token * self.cut.item)
             total = code.load(self._kind(F32), code.address(sums, place))
-            total = code.at.fmul(total, code.at.bitcast(factor, self._kind(F32)))
+            total = code.at.fmul(total, widened(code, pattern))
             code.store(total, code.address(out, place))
             return []
 
