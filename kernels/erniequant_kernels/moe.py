@@ -15,6 +15,7 @@ from erniequant_kernels import decode
 from erniequant_kernels.combine import combine
 from erniequant_kernels.dense_gemm import dense_gemm
 from erniequant_kernels.expand import expand
+from erniequant_kernels.launch import empty, kept_on_device, repeated
 from erniequant_kernels.matrices import PackedMatrices
 from erniequant_kernels.packed_gemm import PackedGemmConfig, packed_gemm
 from erniequant_kernels.prepare import prepare
@@ -91,7 +92,7 @@ def plan(
     )  # fmt: skip
 
 
-@cache
+@kept_on_device
 def _constants(device: torch.device) -> torch.Tensor:
     return decode.constants(device)
 
@@ -102,14 +103,14 @@ def _multiply(
 ) -> torch.Tensor:  # fmt: skip
     """Unscaled products of all assignments: ``[splits, A, N]``."""
     shape, dtype = how.partial
-    out = torch.empty(shape, dtype=dtype, device=x.device)
+    out = empty(shape, dtype, x.device)
     constants = _constants(x.device)
     if how.config is not None:
         packed_gemm(
             x, matrix.packed, constants, matrix.code, matrix.tile, tiles, top_k, out, how.config
         )
         return out
-    expanded = torch.empty(how.expanded, dtype=torch.bfloat16, device=x.device)
+    expanded = empty(how.expanded, torch.bfloat16, x.device)
     overlap = _Overlap(x.device)
     for turn, first in enumerate(range(0, matrix.experts, how.expanded[1])):
         some = matrix.packed[first : first + how.expanded[1]]
@@ -189,21 +190,30 @@ def moe_experts(
     if tokens == 0 or top_k == 0:
         return out.zero_()
     expert_index, routing = expert_index.contiguous(), routing.contiguous()
-    how = plan(tokens, top_k, gate_up, down, tuning)
 
-    def rotated(matrix: MatrixPlan) -> torch.Tensor:
-        return torch.empty(matrix.rotated, dtype=torch.bfloat16, device=x.device)
+    def compute() -> None:
+        how = plan(tokens, top_k, gate_up, down, tuning)
+        hidden = _rotated(how.gate_up, x.device)
+        tiles = prepare(
+            expert_index, gate_up.experts, how.block_m, x, gate_up.signs, gate_up.rotation_block,
+            how.gate_up.form, hidden,
+        )  # fmt: skip
+        partial = _multiply(hidden, gate_up, how.gate_up, tiles, top_k, tuning)
+        inner = _rotated(how.down, x.device)
+        swiglu_rotate(
+            partial, gate_up.scale, expert_index, down.signs, down.rotation_block, how.down.form,
+            inner,
+        )  # fmt: skip
+        partial = _multiply(inner, down, how.down, tiles, 1, tuning)
+        combine(partial, down.scale, expert_index, routing, out)
 
-    hidden = rotated(how.gate_up)
-    tiles = prepare(
-        expert_index, gate_up.experts, how.block_m, x, gate_up.signs, gate_up.rotation_block,
-        how.gate_up.form, hidden,
-    )  # fmt: skip
-    partial = _multiply(hidden, gate_up, how.gate_up, tiles, top_k, tuning)
-    inner = rotated(how.down)
-    swiglu_rotate(
-        partial, gate_up.scale, expert_index, down.signs, down.rotation_block, how.down.form, inner
+    repeated(
+        ("moe", expert_index.shape, x.shape, gate_up.sizes, down.sizes, tuning),
+        [x, expert_index, routing, *gate_up.tensors, *down.tensors, out],
+        compute,
     )
-    partial = _multiply(inner, down, how.down, tiles, 1, tuning)
-    combine(partial, down.scale, expert_index, routing, out)
     return out
+
+
+def _rotated(matrix: MatrixPlan, device: torch.device) -> torch.Tensor:
+    return empty(matrix.rotated, torch.bfloat16, device)

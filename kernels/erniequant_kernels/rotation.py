@@ -17,6 +17,7 @@ from erniequant.codes.spec import ConvolutionalCode
 from erniequant.packing.rotation import rotate as rotate_plain
 from erniequant.packing.rotation import unpack_signs
 from erniequant_kernels.bfloat16 import from_pattern, rounded
+from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import assigned_scales
 
 ELEMENTS = 1024
@@ -206,7 +207,8 @@ def swiglu_rotate(
     """
     splits, rows, double = partial.shape
     blocks = rows * double // 2 // block
-    swiglu_rotate_kernel[(rotation_programs(blocks, block),)](
+    launch(
+        swiglu_rotate_kernel, (rotation_programs(blocks, block),),
         partial, scale, expert_index, signs, out, rows,
         EXPERTS=scale.shape[0], INNER=double // 2, SPLITS=splits, num_warps=4,
         **rotation_constants(block, form),
