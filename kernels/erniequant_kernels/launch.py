@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, wraps
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 import triton
@@ -27,8 +27,6 @@ _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _SPECIALIZED = 16
 """Triton compiles a kernel again where the address of an argument is no multiple of this."""
-
-_P = ParamSpec("_P")
 
 
 @dataclass(frozen=True)
@@ -108,26 +106,21 @@ def _rounded(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def launch(
-    kernel: Any,
-    grid: Sequence[int],
-    *args: Any,
-    enable_fp_fusion: bool = True,
-    **constants: Any,
-) -> None:
+def launch(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> None:
     """``kernel[grid](*args, **constants)``, on the current stream of the current device.
 
     Args:
         args: the kernel's first arguments: tensors and integers.
-        enable_fp_fusion: whether ``a * b + c`` may be rounded once, which Triton would not decide
-            the same way in every version.
-        constants: constexpr arguments, ``num_warps`` and other options.
+        constants: constexpr arguments, ``num_warps`` and other options. ``enable_fp_fusion``, by
+            which ``a * b + c`` is rounded once, is True unless given: versions of Triton differ in
+            what they do where nothing is said.
 
     Raises:
         ErnieQuantError: a CUDA graph is being captured, and the kernel is not compiled.
     """
+    constants = {"enable_fp_fusion": True, **constants}
     with _no_compiling_if_capturing():
-        compiled = kernel[tuple(grid)](*args, enable_fp_fusion=enable_fp_fusion, **constants)
+        compiled = kernel[tuple(grid)](*args, **constants)
     recording = _recording.get()
     if recording is None:
         return
@@ -234,7 +227,7 @@ def _no_compiling_if_capturing() -> Iterator[None]:
         runtime.jit_cache_hook = before
 
 
-def kept_on_device(build: Callable[_P, torch.Tensor]) -> Callable[_P, torch.Tensor]:
+def kept_on_device(build: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`functools.cache` for tensors that never change and that kernels are given.
 
     The function made raises ErnieQuantError where the tensor would first be built in the capture of
@@ -250,8 +243,7 @@ def kept_on_device(build: Callable[_P, torch.Tensor]) -> Callable[_P, torch.Tens
         return tensor
 
     @wraps(build)
-    def function(*args: _P.args, **kwargs: _P.kwargs) -> torch.Tensor:
-        assert not kwargs
+    def function(*args: Any) -> torch.Tensor:
         return kept(args)
 
     return function

@@ -1,14 +1,15 @@
-"""Time of a layer on the host: Triton compiles for a card, finds its kernels and launches them,
-but on a driver that drops the launches, so no GPU is needed.
+"""Time of a layer on the host, and how often its kernels are compiled: Triton compiles for a card,
+finds its kernels and launches them, but on a driver that drops the launches, so no GPU is needed.
 
-The driver's own part of a launch, and of real allocations, is left out.
+Left out are the driver's own part of a launch and torch's operator around the layer.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from erniequant.errors import ErnieQuantError
+from erniequant_kernels.bench.problem import Shape, random_matrices
+from erniequant_kernels.moe import moe_experts
+from erniequant_kernels.tuning import tables
 
 WARP = 32
 SHARED_BYTES = 232448
@@ -145,3 +149,62 @@ def host_time(run: Callable[[], object], calls: int = 300) -> HostTime:
         run()
         seconds.append(time.perf_counter() - started)
     return HostTime(min(seconds), statistics.median(seconds))
+
+
+@torch.inference_mode()
+def layer(shape: Shape, bits: int, arch: int) -> Callable[[int], Callable[[], torch.Tensor]]:
+    """By number of tokens, a function that launches a layer once; values are whatever memory holds,
+    which nothing reads."""
+    gate_up, down = (
+        replace(
+            matrix,
+            packed=torch.empty(shape.experts, *matrix.packed.shape[1:], dtype=torch.int32),
+            scale=torch.empty(shape.experts, *matrix.scale.shape[1:], dtype=torch.int16),
+        )
+        for matrix in random_matrices(shape, bits, 1, torch.device("cpu"))
+    )
+    tuning = tables()[f"sm_{arch}"]
+
+    def of(tokens: int) -> Callable[[], torch.Tensor]:
+        x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16)
+        index = torch.empty(tokens, shape.top_k, dtype=torch.int64)
+        routing = torch.empty(tokens, shape.top_k, dtype=torch.bfloat16)
+
+        @torch.inference_mode()
+        def run() -> torch.Tensor:
+            return moe_experts(x, index, routing, gate_up, down, tuning)
+
+        return run
+
+    return of
+
+
+def variants(
+    shape: Shape, bits: int, tokens: Iterable[int], arch: int = 90
+) -> dict[tuple[str, Hashable], int]:
+    """How many times Triton would compile each kernel for batches of so many tokens.
+
+    Asks Triton itself, which finds the key of every launch and is then told not to compile.
+
+    Returns:
+        Counts by name of the kernel and, for one that takes sizes of a matrix, these sizes.
+    """
+    seen = defaultdict(set)
+
+    def hook(**told: Any) -> bool:
+        function, constants = told["fn"].jit_function, told["compile"]["constants"]
+        named = {function.arg_names[at]: value for (at, *_), value in constants.items()}
+        matrix = tuple((name, named[name]) for name in ("INPUTS", "OUTPUTS") if name in named)
+        seen[told["fn"].name, matrix].add(told["key"])
+        return True
+
+    runtime = triton.knobs.runtime
+    with mocked_driver(arch):
+        before, runtime.jit_cache_hook = runtime.jit_cache_hook, hook
+        try:
+            make = layer(shape, bits, arch)
+            for count in tokens:
+                make(count)()
+        finally:
+            runtime.jit_cache_hook = before
+    return {what: len(keys) for what, keys in seen.items()}
