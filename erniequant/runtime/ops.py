@@ -213,16 +213,17 @@ def run_kernels(
 
 
 def _matrices(
-    gate_up: tuple[torch.Tensor, ...], down: tuple[torch.Tensor, ...], spec: LayerSpec
+    gate_up: tuple[Any, ...], down: tuple[Any, ...], spec: LayerSpec
 ) -> tuple["PackedMatrices", "PackedMatrices"]:
     from erniequant_kernels.matrices import PackedMatrices
 
-    first, second = _codes(spec)
-    return PackedMatrices(*gate_up, *first), PackedMatrices(*down, *second)
+    both = zip((gate_up, down), _codes(spec), strict=True)
+    first, second = (PackedMatrices(*tensors, *how) for tensors, how in both)
+    return first, second
 
 
 @cache
-def _codes(spec: LayerSpec) -> tuple[tuple[Any, int, int], ...]:
+def _codes(spec: LayerSpec) -> tuple[tuple[Any, ...], ...]:
     """Code, tile and rotation block of both projections."""
     both = (spec.gate_up_proj, spec.down_proj)
     return tuple((matrix.conv(), matrix.tile, matrix.rotation_block) for matrix in both)
