@@ -90,7 +90,7 @@ def generate(
     with torch.inference_mode(), _captured(model, prompt_length, max_tokens) as cache:
         if cache is not None:
             # transformers would compile the model for such a cache.
-            sampling |= {cache_argument(model): cache, "disable_compile": True}
+            sampling |= {cache_argument(): cache, "disable_compile": True}
         output = model.generate(
             **batch,
             max_new_tokens=max_tokens,
