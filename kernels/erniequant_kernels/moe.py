@@ -18,7 +18,7 @@ from erniequant_kernels.expand import expand
 from erniequant_kernels.matrices import PackedMatrices
 from erniequant_kernels.packed_gemm import PackedGemmConfig, packed_gemm
 from erniequant_kernels.prepare import prepare
-from erniequant_kernels.rotation import Form, form_of, form_shape, swiglu_rotate
+from erniequant_kernels.rotation import swiglu_rotate
 from erniequant_kernels.routing import RowTiles, most_row_tiles
 from erniequant_kernels.tuning import Tuning
 
@@ -36,9 +36,8 @@ class MatrixPlan:
     """
 
     config: PackedGemmConfig | None
-    form: Form
     partial: tuple[tuple[int, int, int], torch.dtype]
-    rotated: tuple[int, ...]
+    rotated: tuple[int, int]
     expanded: tuple[int, int, int, int]
 
 
@@ -77,12 +76,10 @@ def plan(
         if row is None:
             chunk = min(experts, tuning.experts_at_once(outputs, inputs))
             partial = ((1, assignments, outputs), torch.bfloat16)
-            return MatrixPlan(None, Form.PLAIN, partial, form_shape(rows, inputs, Form.PLAIN),
-                              (2, chunk, outputs, inputs))  # fmt: skip
+            return MatrixPlan(None, partial, (rows, inputs), (2, chunk, outputs, inputs))
         config = tuning.packed_config(row, matrix.code, outputs, inputs, assignments, experts)
-        form = form_of(matrix.code)
         partial = ((config.splits, assignments, outputs), torch.float32)
-        return MatrixPlan(config, form, partial, form_shape(rows, inputs, form), (0, 0, 0, 0))
+        return MatrixPlan(config, partial, (rows, inputs), (0, 0, 0, 0))
 
     block_m = tuning.dense.block_m if row is None else row.block_m
     return Plan(
@@ -197,13 +194,11 @@ def moe_experts(
     hidden = rotated(how.gate_up)
     tiles = prepare(
         expert_index, gate_up.experts, how.block_m, x, gate_up.signs, gate_up.rotation_block,
-        how.gate_up.form, hidden,
+        hidden,
     )  # fmt: skip
     partial = _multiply(hidden, gate_up, how.gate_up, tiles, top_k, tuning)
     inner = rotated(how.down)
-    swiglu_rotate(
-        partial, gate_up.scale, expert_index, down.signs, down.rotation_block, how.down.form, inner
-    )
+    swiglu_rotate(partial, gate_up.scale, expert_index, down.signs, down.rotation_block, inner)
     partial = _multiply(inner, down, how.down, tiles, 1, tuning)
     combine(partial, down.scale, expert_index, routing, out)
     return out
