@@ -107,48 +107,67 @@ def _stack(parts):
 
 @triton.jit
 def _load_units(
-    packed_ptr, unit, row, INPUTS: tl.constexpr, TILE_WORDS: tl.constexpr, STEP_BITS: tl.constexpr
-):
+    packed_ptr, first_unit, row, UNITS: tl.constexpr, UNIT_COUNT: tl.constexpr,
+    INPUTS: tl.constexpr, TILE_WORDS: tl.constexpr, STEP_BITS: tl.constexpr,
+):  # fmt: skip
     """The groups of every input row and unit, as from `decode.load_groups`.
 
-    Lanes run along the units of a row first and load 16 bytes each.
+    Words of a row are one dimension of what is loaded, 16 bytes a lane, and so is the word before
+    each unit together with its neighbour (8 bytes): Triton 3.6 lets lanes run along the dimension
+    with neighbours in memory and, where there is none, along the wrong one.
 
     Args:
         packed_ptr: the words of one expert, ``[tiles, INPUTS * TILE_WORDS]``.
-        unit: int32 ``[U]``, index of each unit along the outputs; ``row``: int32 ``[K]``.
+        first_unit: index along the outputs of the first of ``UNITS`` (``U``); units from
+            ``UNIT_COUNT`` on do not exist and are not read.
+        row: int32 ``[K]``.
 
     Returns:
         Two tuples of uint32 ``[K, U]`` or, with two runs to a unit, ``[K, U, 2]``, one entry per
         group of a run: the 32 bits that end with the group, and the bits before those.
     """
     WORDS: tl.constexpr = unit_words(TILE_WORDS, STEP_BITS)
-    UNITS: tl.constexpr = TILE_WORDS // WORDS  # of one tile
-    base = unit // UNITS * (INPUTS * TILE_WORDS)
-    first = unit % UNITS * WORDS
-    last = (first + TILE_WORDS - 1) % TILE_WORDS
+    K: tl.constexpr = row.shape[0]
     words = packed_ptr + row[:, None] * TILE_WORDS
-    before = tl.load(words + (base + last)[None, :]).to(tl.uint32, bitcast=True)
     if STEP_BITS == 3:
-        # Three words are no power of two. Lanes stay 12 bytes apart; level one has the rest of the
-        # line when the next word is loaded.
-        at = words + (base + first)[None, :]
-        a = tl.load(at).to(tl.uint32, bitcast=True)
-        b = tl.load(at + 1).to(tl.uint32, bitcast=True)
-        c = tl.load(at + 2).to(tl.uint32, bitcast=True)
+        # Three words are no power of two. Lanes stay 12 bytes apart, and level one has the rest of
+        # the line when the next word is loaded.
+        unit = first_unit + tl.arange(0, UNITS)
+        if UNIT_COUNT % UNITS:
+            unit = tl.minimum(unit, UNIT_COUNT - 1)
+        first = unit * WORDS % TILE_WORDS
+        tile = words + (unit * WORDS // TILE_WORDS * (INPUTS * TILE_WORDS))[None, :]
+        last = (first + TILE_WORDS - 1) % TILE_WORDS
+        before = tl.load(tile + last[None, :]).to(tl.uint32, bitcast=True)
+        a = tl.load(tile + first[None, :]).to(tl.uint32, bitcast=True)
+        b = tl.load(tile + first[None, :] + 1).to(tl.uint32, bitcast=True)
+        c = tl.load(tile + first[None, :] + 2).to(tl.uint32, bitcast=True)
         newest = (
             decode._funnel(before, a, 8), decode._funnel(a, b, 16), decode._funnel(b, c, 24), c
         )  # fmt: skip
         earlier = (before >> 8, a >> 16, b >> 24, b)
     else:
-        at = words[:, :, None] + (base + first)[None, :, None] + tl.arange(0, WORDS)[None, None, :]
-        loaded = tl.load(at).to(tl.uint32, bitcast=True)
+        word = first_unit * WORDS + tl.arange(0, UNITS * WORDS)
+        at = words + (word // TILE_WORDS * (INPUTS * TILE_WORDS) + word % TILE_WORDS)[None, :]
+        two = tl.arange(0, UNITS * 2)
+        first = (first_unit + two // 2) * WORDS
+        last_two = (first + TILE_WORDS - 2) % TILE_WORDS + two % 2
+        tile = first // TILE_WORDS * (INPUTS * TILE_WORDS)
+        ending_at = words + (tile + last_two)[None, :]
+        if UNIT_COUNT % UNITS == 0:
+            loaded = tl.load(at)
+            ending = tl.load(ending_at)
+        else:
+            loaded = tl.load(at, mask=(word < UNIT_COUNT * WORDS)[None, :], other=0)
+            ending = tl.load(ending_at, mask=(first < UNIT_COUNT * WORDS)[None, :], other=0)
+        _, before = tl.split(tl.reshape(ending.to(tl.uint32, bitcast=True), (K, UNITS, 2)))
+        loaded = loaded.to(tl.uint32, bitcast=True)
         if WORDS == 4:
-            pairs = tl.reshape(loaded, (row.shape[0], unit.shape[0], 2, 2))
-            even, odd = tl.split(pairs)
+            even, odd = tl.split(tl.reshape(loaded, (K, UNITS, 2, 2)))
             inner, _ = tl.split(odd)
             before = tl.join(before, inner)
         else:
-            even, odd = tl.split(loaded)
+            even, odd = tl.split(tl.reshape(loaded, (K, UNITS, 2)))
         if STEP_BITS == 4:
             newest = (even, odd)
             earlier = (before, even)
@@ -174,7 +193,9 @@ _HALF_SUM = tl.constexpr("""{
 
 
 @triton.jit
-def _weights(products, keep_bits, LABEL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+def _weights(
+    products, keep_bits, LABEL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """uint32 products ``[BLOCK_K, BLOCK_N / weights per step]`` to weights, bfloat16.
 
     The assembly is there for what the compiler does with a tile that it traces back to joins. It
@@ -244,6 +265,7 @@ def fused_gemm_kernel(
     PER_STEP: tl.constexpr = decode.weights_per_step(LABEL)
     RUN: tl.constexpr = decode.run_length(STEP_BITS)
     LANE: tl.constexpr = unit_outputs(TILE_WORDS, STEP_BITS, PER_STEP)
+    UNITS: tl.constexpr = BLOCK_N // LANE
     ORDER: tl.constexpr = _column_order(LANE, BLOCK_N)
     BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
     row_tile = tl.program_id(0) // BLOCKS
@@ -259,15 +281,14 @@ def fused_gemm_kernel(
     x_ptrs = (x_ptr + assignment // TOP_K * INPUTS)[:, None]
 
     packed_ptr += expert * (OUTPUTS // LANE * unit_words(TILE_WORDS, STEP_BITS) * INPUTS)
-    unit = block * (BLOCK_N // LANE) + tl.arange(0, BLOCK_N // LANE)
-    if OUTPUTS % BLOCK_N:
-        unit = tl.minimum(unit, OUTPUTS // LANE - 1)
     keep = decode.load_keep_bits(constants_ptr)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for turn in range(0, INPUTS // BLOCK_K):
         row = turn * BLOCK_K + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptrs + row[None, :])
-        newest, before = _load_units(packed_ptr, unit, row, INPUTS, TILE_WORDS, STEP_BITS)
+        newest, before = _load_units(
+            packed_ptr, block * UNITS, row, UNITS, OUTPUTS // LANE, INPUTS, TILE_WORDS, STEP_BITS
+        )
         products = ()
         for g in tl.static_range(RUN):
             for step in tl.static_range(8):
