@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from erniequant_kernels.bfloat16 import from_pattern, rounded
+from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import assigned_scales
 
 BLOCK_N = 512
@@ -69,7 +70,8 @@ def combine(
     """
     splits, assignments, outputs = partial.shape
     tokens, top_k = expert_index.shape
-    combine_kernel[(tokens, triton.cdiv(outputs, BLOCK_N))](
+    launch(
+        combine_kernel, (tokens, triton.cdiv(outputs, BLOCK_N)),
         partial, scale, expert_index, routing, out, assignments, splits,
         EXPERTS=scale.shape[0], OUTPUTS=outputs, TOP_K=top_k, BLOCK_N=BLOCK_N,
         num_warps=4,

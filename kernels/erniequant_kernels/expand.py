@@ -11,6 +11,7 @@ import triton.language as tl
 from erniequant.codes.reference import decode as reference_decode
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
+from erniequant_kernels.launch import launch
 
 GROUPS_PER_PROGRAM = 16
 BLOCK_K = 64
@@ -136,7 +137,8 @@ def expand(
         triton.cdiv(runs, GROUPS_PER_PROGRAM // run),
         experts,
     )
-    expand_kernel[grid](
+    launch(
+        expand_kernel, grid,
         packed, constants, out,
         INPUTS=inputs, OUTPUTS=outputs, TILE_WORDS=code.words_per_sequence(tile),
         RUNS=GROUPS_PER_PROGRAM // run, BLOCK_K=block_k, num_warps=WARPS,

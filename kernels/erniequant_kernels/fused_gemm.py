@@ -27,6 +27,7 @@ from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
 from erniequant_kernels.bfloat16 import INTERPRETED, MATRIX_TYPE, rounded
 from erniequant_kernels.dense_gemm import dense_gemm_reference
+from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import RowTiles
 
 
@@ -332,7 +333,8 @@ def fused_gemm(
     """
     outputs = out.shape[-1]
     blocks = triton.cdiv(outputs, config.block_n)
-    fused_gemm_kernel[(tiles.expert.numel() * blocks,)](
+    launch(
+        fused_gemm_kernel, (tiles.expert.numel() * blocks,),
         x, packed, constants, tiles.order, tiles.expert, tiles.first, tiles.end, out,
         TOP_K=top_k, INPUTS=x.shape[-1], OUTPUTS=outputs,
         TILE_WORDS=code.words_per_sequence(tile),

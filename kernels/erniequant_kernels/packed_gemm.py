@@ -16,6 +16,7 @@ from erniequant.codes.reference import decode as reference_decode
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
 from erniequant_kernels.dense_gemm import dense_gemm_reference
+from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import RowTiles
 
 
@@ -169,7 +170,8 @@ def packed_gemm(
     groups = config.warps * groups_per_warp(code)
     outputs = out.shape[-1]
     blocks = triton.cdiv(outputs // decode.group_weights(code), groups)
-    packed_gemm_kernel[(tiles.expert.numel() * blocks, config.splits)](
+    launch(
+        packed_gemm_kernel, (tiles.expert.numel() * blocks, config.splits),
         x, packed, constants, tiles.order, tiles.expert, tiles.first, tiles.end, out, out.shape[1],
         TOP_K=top_k, INPUTS=x.shape[-1], OUTPUTS=outputs,
         TILE_WORDS=code.words_per_sequence(tile),

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from erniequant_kernels.launch import launch
 from erniequant_kernels.rotation import rotate_kernel, rotation_constants, rotation_programs
 from erniequant_kernels.routing import (
     RowTiles,
@@ -62,7 +63,8 @@ def prepare(
     """
     tiles = empty_row_tiles(expert_index, experts, block_m)
     blocks = x.numel() // block
-    prepare_kernel[(experts + rotation_programs(blocks, block),)](
+    launch(
+        prepare_kernel, (experts + rotation_programs(blocks, block),),
         expert_index, tiles.order, tiles.expert, tiles.first, tiles.end, tiles.starts,
         expert_index.numel(), tiles.expert.numel(), x, signs, out, blocks,
         **row_tiles_constants(experts, block_m), INPUTS=x.shape[-1],

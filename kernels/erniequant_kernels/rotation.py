@@ -13,6 +13,7 @@ from torch.nn import functional
 from erniequant.packing.rotation import rotate as rotate_plain
 from erniequant.packing.rotation import unpack_signs
 from erniequant_kernels.bfloat16 import from_pattern, rounded
+from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import assigned_scales
 
 ELEMENTS = 1024
@@ -145,7 +146,8 @@ def swiglu_rotate(
     """
     splits, rows, double = partial.shape
     blocks = rows * double // 2 // block
-    swiglu_rotate_kernel[(rotation_programs(blocks, block),)](
+    launch(
+        swiglu_rotate_kernel, (rotation_programs(blocks, block),),
         partial, scale, expert_index, signs, out, rows, splits,
         EXPERTS=scale.shape[0], INNER=double // 2, num_warps=4, **rotation_constants(block),
     )  # fmt: skip
