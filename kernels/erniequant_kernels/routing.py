@@ -76,7 +76,7 @@ def assigned_scales(
     return decode_scale(scale)[torch.where(valid, expert_index, 0)], valid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["assignments", "tiles"])
 def row_tiles_kernel(
     index_ptr,
     order_ptr,
