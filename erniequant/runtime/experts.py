@@ -14,8 +14,8 @@ from erniequant.packing.layer_keys import GUARD
 from erniequant.packing.products import DIFFERENTIABLE
 from erniequant.packing.schema import SUFFIXES, LayerSpec, layer_params
 from erniequant.runtime.decoding import decode_fast
-from erniequant.runtime.decoding_module import DecodingExperts
-from erniequant.runtime.ops import moe_experts, spec_text, takes
+from erniequant.runtime.decoding_module import DecodingExperts, batch_without_memory
+from erniequant.runtime.ops import moe_experts, run_kernels, spec_text, takes
 
 
 class PackedExperts(DecodingExperts):
@@ -82,6 +82,16 @@ class PackedExperts(DecodingExperts):
             x, expert_index, routing, *self._tensors("gate_up_proj"),
             *self._tensors("down_proj"), self._spec_text, self.activation,
         )  # fmt: skip
+
+    def rehearse(self, tokens: int, top_k: int, dtype: torch.dtype) -> None:
+        """See `DecodingExperts.rehearse`."""
+        batch = batch_without_memory(tokens, self.hidden_dim, top_k, dtype)
+        gate_up, down = (
+            tuple(tensor.to("meta") for tensor in self._tensors(projection))
+            for projection in ("gate_up_proj", "down_proj")
+        )
+        card = next(self.parameters()).device
+        run_kernels(*batch, gate_up, down, self.spec, card)
 
     def _tensors(self, projection: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         packed, scale, signs = (getattr(self, f"{projection}_{suffix}") for suffix in SUFFIXES)

@@ -11,6 +11,10 @@ import torch
 import triton
 
 from erniequant.errors import ErnieQuantError
+from erniequant.packing.schema import LayerSpec, MatrixSpec
+from erniequant.runtime import experts, ops
+from erniequant.runtime.experts import PackedExperts
+from erniequant.runtime.warm_up import warm_up
 from erniequant_kernels.bench import host
 from erniequant_kernels.bench.problem import SHAPES, random_matrices
 from erniequant_kernels.moe import moe_experts
@@ -136,6 +140,34 @@ def capture(mocked: host.MockedDriver) -> dict[str, Any]:
     return {"said": said, "hook left": hook is not None}
 
 
+def warmed_up(mocked: host.MockedDriver) -> dict[str, Any]:
+    """Kernels that a layer compiles or loads after `warm_up`, whatever the batch, and before; and
+    launches of `warm_up` itself."""
+    shape = SHAPES["tiny"]
+    spec = LayerSpec(MatrixSpec("cc2", 12, 64, 64), MatrixSpec("cc4", 13, 32, 64))
+    layer = PackedExperts(shape.experts, shape.hidden, shape.inner, spec, "silu", "layer 1")
+
+    def on_kernels(x: torch.Tensor, index: torch.Tensor, routing: torch.Tensor, *rest: Any) -> Any:
+        *tensors, _spec, _activation = rest
+        return ops.run_kernels(x, index, routing, tuple(tensors[:3]), tuple(tensors[3:]), spec)
+
+    experts.moe_experts = on_kernels
+    PackedExperts.launches_kernels = lambda *_: True  # type: ignore[method-assign]
+    warm_up(layer, top_k=shape.top_k)
+    ready, launched = list(mocked.compiled), [launch.kernel for launch in mocked.launches]
+    for tokens in TOKENS:
+        x, index, routing = batch(tokens)
+        layer(x, index, routing.bfloat16())
+    late = mocked.compiled[len(ready) :]
+    warm_up(layer, top_k=shape.top_k)
+    again = len(mocked.launches)
+    warm_up(layer, top_k=shape.top_k)
+    return {
+        "ready": ready, "late": late, "launched": launched,
+        "again": len(mocked.launches) - again,
+    }  # fmt: skip
+
+
 def watched(mocked: host.MockedDriver) -> int:
     """Launches made the ordinary way while somebody watches, after others that were kept."""
     layer = Layer(mocked)
@@ -159,7 +191,7 @@ def counts(_: host.MockedDriver) -> dict[str, int]:
 def main() -> None:
     """Run every probe on a driver of its own."""
     probes: tuple[Callable[[host.MockedDriver], Any], ...] = (
-        same_launches, pieces, unaligned, watched, counts, capture,
+        same_launches, pieces, unaligned, warmed_up, watched, counts, capture,
     )  # fmt: skip
     found = {}
     for probe in probes:

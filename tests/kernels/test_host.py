@@ -53,6 +53,13 @@ def test_inputs_that_begin_in_the_middle_of_16_bytes_are_compiled_for(probe):
     assert found["tensors passed"] > 0
 
 
+def test_after_the_warm_up_nothing_compiles(probe):
+    found = probe["warmed_up"]
+    assert len(found["ready"]) > len(set(found["ready"])) > 4
+    assert found["late"] == []
+    assert len(found["launched"]) == 5 and found["again"] == 0  # one token, once
+
+
 def test_whoever_watches_launches_sees_them(probe):
     assert probe["watched"] > 0
 
