@@ -14,6 +14,7 @@ import torch
 
 from erniequant.errors import ErnieQuantError
 from erniequant.runtime.graphs import cache_argument, captured_steps
+from erniequant.runtime.warm_up import warm_up
 from erniequant.system import peak_memory, peak_vram
 
 SEED_TOKEN_STRIDE = 7919
@@ -190,6 +191,7 @@ class _Subject:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.prefill: list[float] = []
         self.decode: list[list[float]] = []
+        warm_up(model, (1, prompt_tokens))
         _once(model, self.ids, new_tokens, self.device)
 
     @torch.inference_mode()

@@ -17,6 +17,11 @@ from erniequant.runtime.decoding import decode_fast
 from erniequant.runtime.decoding_module import DecodingExperts, batch_without_memory
 from erniequant.runtime.ops import moe_experts, run_kernels, spec_text, takes
 
+_NAMES = {
+    projection: tuple(f"{projection}_{suffix}" for suffix in SUFFIXES)
+    for projection in ("gate_up_proj", "down_proj")
+}
+
 
 class PackedExperts(DecodingExperts):
     """All experts of a layer; parameters as stored, directly on the module.
@@ -94,7 +99,9 @@ class PackedExperts(DecodingExperts):
         run_kernels(*batch, gate_up, down, self.spec, card)
 
     def _tensors(self, projection: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        packed, scale, signs = (getattr(self, f"{projection}_{suffix}") for suffix in SUFFIXES)
+        # Six look-ups through nn.Module take the host as long as two launches.
+        stored: dict[str, Any] = self._parameters
+        packed, scale, signs = (stored[name] for name in _NAMES[projection])
         return packed, scale, signs
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,25 @@ def test_a_constant_is_not_built_in_a_capture(monkeypatch):
     monkeypatch.setattr(launch, "is_capturing", lambda: True)
     assert constant(3) is kept
     assert built == [3]
+
+
+@pytest.mark.parametrize("given, found", [({}, True), ({"enable_fp_fusion": False}, False)])
+def test_every_launch_says_whether_products_and_sums_are_rounded_once(given, found):
+    options = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **constants: options.append(constants)
+
+    launch.launch(Kernel(), (1,), 3, WIDTH=4, **given)
+    assert options == [{"WIDTH": 4, "enable_fp_fusion": found}]
+
+
+def test_nothing_is_launched_in_another_way():
+    folder = ROOT / "kernels/erniequant_kernels"
+    direct = re.compile(r"_kernel\s*\[")
+    found = {path.name for path in folder.rglob("*.py") if direct.search(path.read_text("utf-8"))}
+    assert found == {"launch.py"}
 
 
 def test_the_host_is_not_timed_in_the_interpreter():
