@@ -25,6 +25,9 @@ from erniequant.errors import ErnieQuantError
 ALIGNMENT = 256
 """Bytes at which pieces of the workspace begin."""
 
+MOST_KEPT = 4096
+"""Computations whose launches are kept, some KB each: prompts have any length. Older ones go."""
+
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _SPECIALIZED = 16
@@ -103,6 +106,7 @@ _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None
 _rehearsal: ContextVar[bool | None] = ContextVar("rehearsal", default=None)
 """Whether compiled kernels are loaded as well; None while launches are meant."""
 _launches: dict[Hashable, _Launches] = {}
+_keeping = threading.Lock()
 _kept: list[torch.Tensor] = []
 
 
@@ -188,7 +192,10 @@ def repeated(key: Hashable, tensors: Sequence[torch.Tensor], compute: Callable[[
         _recording.reset(token)
     if recording.steps:
         size = sum(_rounded(piece.nbytes) for piece in recording.pieces)
-        _launches[key] = _Launches(recording.steps, size)
+        with _keeping:
+            while len(_launches) >= MOST_KEPT:
+                del _launches[next(iter(_launches))]
+            _launches[key] = _Launches(recording.steps, size)
 
 
 def compile_all(rehearse: Callable[[], None]) -> None:

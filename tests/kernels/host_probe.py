@@ -15,6 +15,7 @@ from erniequant.packing.schema import LayerSpec, MatrixSpec
 from erniequant.runtime import experts, ops
 from erniequant.runtime.experts import PackedExperts
 from erniequant.runtime.warm_up import warm_up
+from erniequant_kernels import launch
 from erniequant_kernels.bench import host
 from erniequant_kernels.bench.problem import SHAPES, random_matrices
 from erniequant_kernels.moe import moe_experts
@@ -67,8 +68,8 @@ class Layer:
             return workspace.setdefault(address, f"workspace {len(workspace)}")
 
         return [
-            [launch.kernel, launch.grid, [name(arg) for arg in launch.args]]
-            for launch in self.mocked.launches
+            [made.kernel, made.grid, [name(arg) for arg in made.args]]
+            for made in self.mocked.launches
         ]
 
 
@@ -89,7 +90,7 @@ def same_launches(mocked: host.MockedDriver) -> dict[str, Any]:
 
 def counted(mocked: host.MockedDriver, kind: type) -> int:
     """Arguments of a type in the last launches."""
-    return sum(isinstance(arg, kind) for launch in mocked.launches for arg in launch.args)
+    return sum(isinstance(arg, kind) for made in mocked.launches for arg in made.args)
 
 
 def pieces(mocked: host.MockedDriver) -> list[tuple[int, int]]:
@@ -154,7 +155,7 @@ def warmed_up(mocked: host.MockedDriver) -> dict[str, Any]:
     experts.moe_experts = on_kernels
     PackedExperts.launches_kernels = lambda *_: True  # type: ignore[method-assign]
     warm_up(layer, top_k=shape.top_k)
-    ready, launched = list(mocked.compiled), [launch.kernel for launch in mocked.launches]
+    ready, launched = list(mocked.compiled), [made.kernel for made in mocked.launches]
     for tokens in TOKENS:
         x, index, routing = batch(tokens)
         layer(x, index, routing.bfloat16())
@@ -166,6 +167,18 @@ def warmed_up(mocked: host.MockedDriver) -> dict[str, Any]:
         "ready": ready, "late": late, "launched": launched,
         "again": len(mocked.launches) - again,
     }  # fmt: skip
+
+
+def forgotten(mocked: host.MockedDriver) -> list[bool]:
+    """Whether batches of three sizes are launched again as they were, where two are kept."""
+    layer, launch.MOST_KEPT = Layer(mocked), 2
+    for tokens in (1, 2, 3):
+        layer.run(batch(tokens))
+    found = []
+    for tokens in (3, 2, 1):  # the last is kept anew
+        layer.run(batch(tokens))
+        found.append(counted(mocked, torch.Tensor) == 0)
+    return found
 
 
 def watched(mocked: host.MockedDriver) -> int:
@@ -191,7 +204,7 @@ def counts(_: host.MockedDriver) -> dict[str, int]:
 def main() -> None:
     """Run every probe on a driver of its own."""
     probes: tuple[Callable[[host.MockedDriver], Any], ...] = (
-        same_launches, pieces, unaligned, warmed_up, watched, counts, capture,
+        same_launches, pieces, unaligned, warmed_up, watched, forgotten, counts, capture,
     )  # fmt: skip
     found = {}
     for probe in probes:

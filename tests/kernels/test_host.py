@@ -70,6 +70,10 @@ def test_other_numbers_of_tokens_compile_little(probe):
     assert {what: count for what, count in probe["counts"].items() if count > 6} == {}
 
 
+def test_the_oldest_launches_go(probe):
+    assert probe["forgotten"] == [True, True, False]
+
+
 def test_a_capture_of_what_is_not_compiled_is_refused(probe):
     cold, ready = probe["capture"]["said"]
     assert "warm_up" in cold and "prepare_kernel" in cold
