@@ -5,6 +5,7 @@ two matrices are decoded to the activation dtype as they are needed. Decoded wei
 an export: the same logits up to the order of summation.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +54,20 @@ class PackedExperts(DecodingExperts):
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype that the format gives a parameter."""
         return self._stored[name][1]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        moved = super()._apply(fn, recurse)
+        self.settle()
+        return moved
+
+    def settle(self) -> None:
+        """Have what the kernels need beside the parameters where these are. Whoever sets
+        parameters on a GPU without moving the module calls it."""
+        device = next(self.parameters()).device
+        if self.launches_kernels(device, torch.bfloat16):
+            from erniequant_kernels.moe import constants_on
+
+            constants_on(device)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
