@@ -82,7 +82,7 @@ def plan(
 
 @kept_on_device
 def constants_on(device: torch.device) -> torch.Tensor:
-    """What a layer's kernels load; built with the model, or at the latest when a layer first runs."""
+    """What a layer loads; built with the model, or at the latest when a layer first runs."""
     return decode.constants(device)
 
 

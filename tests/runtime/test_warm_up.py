@@ -1,4 +1,4 @@
-"""What `warm_up` compiles, and for which experts; tests/kernels/test_host.py sees that it is all."""
+"""What `warm_up` compiles, and for which experts; tests/kernels/test_host sees that it is all."""
 
 import pytest
 import torch
