@@ -25,12 +25,15 @@ _TEXT_ONLY = ("mm_token_type_ids", "moe_mm_token_type_ids")
 """Inputs that tell an image's tokens from text. A new token is text, and the model would ask."""
 
 
-def cuda_graph(run: Callable[[], Any]) -> Callable[[], Any]:
-    """`Capture` for a GPU."""
+def cuda_graph(device: torch.device, run: Callable[[], Any]) -> Callable[[], Any]:
+    """`Capture` for a GPU, once the device is given."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads may use the device meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        out = run()
+    with torch.cuda.device(device):
+        # torch's own stream for captures is that of the first device on which it was asked for.
+        stream = torch.cuda.Stream(device)
+        # Other threads may use the device meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            out = run()
 
     def replay() -> Any:
         graph.replay()
@@ -41,7 +44,7 @@ def cuda_graph(run: Callable[[], Any]) -> Callable[[], Any]:
 
 def capture_on(device: torch.device) -> Capture | None:
     """How passes are captured on a device, None where they are not."""
-    return cuda_graph if device.type == "cuda" else None
+    return functools.partial(cuda_graph, device) if device.type == "cuda" else None
 
 
 class DecodeStep:

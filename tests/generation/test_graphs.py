@@ -1,5 +1,6 @@
 """Passes in a CUDA graph, on the CPU: the capture is a stand-in, everything around it is not."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -260,6 +261,35 @@ def test_speed_times_captured_passes(loaded, capture):
     assert result.new_tokens == 6
     # Two turns, each captured before it is timed.
     assert (capture.captured, capture.replayed) == (2, 2 * (1 + 6))
+
+
+def test_a_graph_is_captured_on_the_device_of_the_model(monkeypatch):
+    # Launches go to the current stream of the device that they are on, not to another's.
+    done, now = [], {"device": 0}
+
+    class Graph:
+        def replay(self):
+            done.append("replay")
+
+    @contextlib.contextmanager
+    def on(device):
+        before, now["device"] = now["device"], device.index
+        yield
+        now["device"] = before
+
+    @contextlib.contextmanager
+    def capturing(graph, stream, capture_error_mode):
+        done.append((now["device"], stream, capture_error_mode))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    replay = graphs.capture_on(torch.device("cuda", 1))(lambda: done.append("run") or 7)
+    assert done == [(1, "stream of cuda:1", "thread_local"), "run"]
+    assert replay() == replay() == 7
+    assert done[2:] == ["replay", "replay"] and now["device"] == 0
 
 
 def test_on_the_cpu_nothing_is_captured(loaded):
