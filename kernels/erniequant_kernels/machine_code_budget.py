@@ -6,16 +6,19 @@ weight are the cost to watch. `check` compares them with the recorded budget (bu
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import resources
 from typing import Any
 
+import torch
 import triton
 
 from erniequant.codes import EFFORTS, REGISTERED, get_code, register_length
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels import decode
+from erniequant_kernels.bench.problem import Shape, make_batch
 from erniequant_kernels.combine import BLOCK_N, combine_kernel
 from erniequant_kernels.dense_gemm import dense_gemm_kernel
 from erniequant_kernels.expand import BLOCK_K, GROUPS_PER_PROGRAM, WARPS, expand_kernel
@@ -23,7 +26,7 @@ from erniequant_kernels.machine_code import ARCHITECTURES, KernelCost, compile_k
 from erniequant_kernels.packed_gemm import groups_per_warp, packed_gemm_kernel
 from erniequant_kernels.prepare import prepare_kernel
 from erniequant_kernels.rotation import Form, rotation_constants, swiglu_rotate_kernel
-from erniequant_kernels.routing import row_tiles_constants
+from erniequant_kernels.routing import row_tiles_constants, row_tiles_reference
 from erniequant_kernels.tuning import PackedRow, packed_warps, tables
 
 # ERNIE-4.5-21B-A3B: the shape that every figure on paper refers to.
@@ -42,6 +45,9 @@ class Case:
         constants: constexpr arguments by name.
         weights: distinct weights that a program decodes in a turn of its main loop (in all, if it
             has none).
+        values: what arguments hold where memory accesses are counted (`machine_traffic`): a number
+            for each integer, numpy arrays for tables of indices. Other pointers read as zeros.
+        program: the program of the grid whose accesses are counted.
     """
 
     label: str
@@ -51,6 +57,8 @@ class Case:
     warps: int
     stages: int
     weights: int = 0
+    values: Mapping[str, Any] = field(default_factory=dict)
+    program: tuple[int, int, int] = (0, 0, 0)
 
     def compile(self, arch: int) -> KernelCost:
         """Compile and count for ``sm_<arch>``."""
@@ -62,6 +70,18 @@ class Case:
 
 
 _TILES = {f"{name}_ptr": "*i32" for name in ("order", "tile_expert", "tile_first", "tile_end")}
+
+
+@cache
+def row_tile_values(block_m: int) -> dict[str, Any]:
+    """Values of the arguments that describe row tiles, of a random routing with full tiles."""
+    tokens = 4 * block_m * EXPERTS // TOP_K
+    index = make_batch(Shape(1, 1, EXPERTS, TOP_K), tokens, torch.device("cpu")).expert_index
+    tiles = row_tiles_reference(index, EXPERTS, block_m)
+    names = {"order": tiles.order, "tile_expert": tiles.expert, "tile_first": tiles.first,
+             "tile_end": tiles.end, "starts": tiles.starts}  # fmt: skip
+    values: dict[str, Any] = {f"{name}_ptr": tensor.numpy() for name, tensor in names.items()}
+    return values | {"assignments": index.numel()}
 
 
 def packed_case(code: ConvolutionalCode, row: PackedRow) -> Case:
@@ -88,6 +108,7 @@ def packed_case(code: ConvolutionalCode, row: PackedRow) -> Case:
         warps,
         row.stages,
         groups * row.block_k * decode.group_weights(code),
+        row_tile_values(row.block_m),
     )
 
 
