@@ -38,8 +38,8 @@ SECTIONS = (PROLOGUE, LOOP, EPILOGUE)
 class Traffic:
     """What one memory instruction does, summed over the warps of a program.
 
-    Counts are averages over the programs that ran, and over the turns for an instruction of the main
-    loop.
+    Counts are averages over the programs that ran, and over the turns for an instruction of the
+    main loop.
 
     Attributes:
         place: index of the instruction; an asynchronous copy has two entries, one a space.
@@ -134,11 +134,11 @@ def _section(place: int, loop: Section | None) -> str:
 
 def traffic(launched: Launched) -> list[Traffic]:
     """What every memory instruction of a recorded launch did, in the order of the code."""
-    machine, loop = launched.machine, main_loop(launched.program)
-    programs = len(machine.programs)
-    turns = machine.taken[loop.last] + 1 if loop else 1
+    loop = main_loop(launched.program)
+    programs = sum(len(machine.programs) for machine in launched.machines)
+    turns = launched.machines[0].taken[loop.last] + 1 if loop else 1
     groups: dict[tuple[int, str], list[Access]] = defaultdict(list)
-    for access in machine.memory.accesses:
+    for access in (a for machine in launched.machines for a in machine.accesses):
         groups[access.place, access.space].append(access)
     found = []
     for (place, space), accesses in sorted(groups.items()):
@@ -148,7 +148,10 @@ def traffic(launched: Launched) -> list[Traffic]:
             np.concatenate(parts) for parts in zip(*map(_by_warp, accesses), strict=True)
         )
         width, counts = accesses[0].width, dict[str, float]()
-        if len(addresses) and space == "global":
+        given = sum(one.wavefronts for one in accesses)
+        if given:
+            counts = {"wavefronts": given * share}
+        elif len(addresses) and space == "global":
             sectors, least, lines, total = global_counts(addresses, active, width)
             counts = {
                 "sectors": sectors * share, "least_sectors": least * share, "lines": lines * share,
@@ -160,7 +163,7 @@ def traffic(launched: Launched) -> list[Traffic]:
                 "wavefronts": wavefronts * share, "conflicts": (wavefronts - phases) * share,
             }  # fmt: skip
         instruction = str(launched.program.instructions[place])
-        requests = len(addresses) * share
+        requests = (len(accesses) if given else len(addresses)) * share
         found.append(
             Traffic(
                 place, section, instruction, space, accesses[0].store, width, requests, **counts

@@ -8,17 +8,23 @@ import numpy as np
 from erniequant_kernels.ptx.floats import conversion, float_function
 from erniequant_kernels.ptx.integers import compare, integer_function
 from erniequant_kernels.ptx.machine import (
-    Execute, Machine, Mask, UnknownInstruction, reader,
+    Execute,
+    Machine,
+    Mask,
+    UnknownInstruction,
+    reader,
 )  # fmt: skip
 from erniequant_kernels.ptx.matrix import warp_instruction
 from erniequant_kernels.ptx.parse import Instruction, Program
 from erniequant_kernels.ptx.transfers import transfer, vector
 from erniequant_kernels.ptx.values import UNSIGNED, Array, bits_of
+from erniequant_kernels.ptx.warpgroup import warpgroup_instruction
 
 # Lanes advance together, so what orders memory has nothing to do. Programs of a grid that starts
 # early (programmatic dependent launch) find the memory as it will be.
 _NOTHING = (
     "bar.sync", "bar.warp.sync", "barrier.sync", "barrier.cta", "membar", "fence", "griddepcontrol",
+    "wgmma.fence", "wgmma.commit", "wgmma.wait",
     "ret", "exit", "bra",
 )  # fmt: skip
 
@@ -130,6 +136,7 @@ def translate(program: Program) -> list[Execute]:
                 execute = (
                     transfer(program, instruction, place)
                     or warp_instruction(program, instruction)
+                    or warpgroup_instruction(program, instruction, place)
                     or _function(program, instruction)
                 )
         except (UnknownInstruction, KeyError) as error:

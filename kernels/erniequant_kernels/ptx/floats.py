@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from erniequant_kernels.ptx.values import (
-    Array, bits_of, dtype_of, from_bfloat16, packed, to_bfloat16, unsigned, view,
+    Array,
+    bits_of,
+    dtype_of,
+    from_bfloat16,
+    packed,
+    to_bfloat16,
+    unsigned,
+    view,
 )  # fmt: skip
 
 Function = Callable[..., Array]
@@ -43,6 +50,11 @@ def float_function(parts: list[str]) -> Function | None:
     return None
 
 
+def _half(value: Array) -> Array:
+    """Bits of float32 numbers rounded to float16; uint32."""
+    return value.astype(np.float16).view(np.uint16).astype(np.uint32)
+
+
 def _read(value: Array, kind: str) -> Array:
     return from_bfloat16(value) if kind == "bf16" else view(value, kind)
 
@@ -57,6 +69,10 @@ def conversion(parts: list[str]) -> Function | None:
         # The first argument goes to the upper half.
         return lambda high, low: (
             (to_bfloat16(view(high, "f32")) << np.uint32(16)) | to_bfloat16(view(low, "f32"))
+        )
+    if to == "f16x2" and source == "f32":
+        return lambda high, low: (
+            (_half(view(high, "f32")) << np.uint32(16)) | _half(view(low, "f32"))
         )
     if to == "bf16":
         return lambda a: to_bfloat16(_read(a, source).astype(np.float32))

@@ -10,9 +10,11 @@ import numpy as np
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels.ptx.code import translate
 from erniequant_kernels.ptx.machine import Execute, Machine, run
-from erniequant_kernels.ptx.memory import Memory
+from erniequant_kernels.ptx.memory import Memory, SharedMemory
 from erniequant_kernels.ptx.parse import Program, parse
 
+LANES_AT_ONCE = 4096
+"""Of as many programs as a machine runs together: their registers stay in this machine's caches."""
 _MATRIX = ("mma.sync", "wgmma.mma_async")
 
 
@@ -48,10 +50,10 @@ def _prepared(ptx: str) -> tuple[Program, list[Execute]]:
 
 @dataclass(frozen=True)
 class Launched:
-    """A finished launch: the machine, and what each array argument holds now."""
+    """A finished launch: its machines, one after the other, and what each array holds now."""
 
     program: Program
-    machine: Machine
+    machines: tuple[Machine, ...]
     arrays: Mapping[str, Any]
 
 
@@ -95,22 +97,30 @@ def launch(
             (x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])
         ]
     contents = [v if isinstance(v, np.ndarray) else None for _, v in given]
-    memory = Memory.of(contents, len(programs), shared_bytes)
+    memory = Memory.of(contents)
     parameters = {}
     for i, (name, _) in enumerate(program.parameters):
         value = given[i][1] if i < len(given) else None
         is_number = not isinstance(value, np.ndarray) and value is not None
         parameters[name] = int(value) if is_number else Memory.address(i)
-    machine = Machine(
-        program, programs, grid, memory, parameters, record=record, compute=compute, late=late
-    )
     loop = main_loop(program)
     turns = {loop.last: most_turns - 1} if loop and most_turns else None
+    at_once = max(1, LANES_AT_ONCE // program.threads)
+    machines = []
     with np.errstate(all="ignore"):
-        run(machine, code, turns=turns)
+        for first in range(0, len(programs), at_once):
+            some = programs[first : first + at_once]
+            shared = SharedMemory.of(len(some), shared_bytes, program.threads)
+            machine = Machine(
+                program, some, grid, memory, shared, parameters,
+                record=record, compute=compute, late=late,
+            )  # fmt: skip
+            run(machine, code, turns=turns)
+            machine.registers.clear()
+            machines.append(machine)
     arrays = {
         name: memory.contents(i, value)
         for i, (name, value) in enumerate(given)
         if isinstance(value, np.ndarray)
     }
-    return Launched(program, machine, arrays)
+    return Launched(program, tuple(machines), arrays)

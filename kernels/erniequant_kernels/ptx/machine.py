@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from erniequant.errors import ErnieQuantError
-from erniequant_kernels.ptx.memory import Access, Memory
+from erniequant_kernels.ptx.memory import Access, Memory, SharedMemory
 from erniequant_kernels.ptx.parse import Instruction, Program
 from erniequant_kernels.ptx.values import UNSIGNED, Array, bits_of, immediate
 
@@ -44,6 +44,7 @@ class Machine:
     programs: Sequence[tuple[int, int, int]]
     grid: tuple[int, int, int]
     memory: Memory
+    shared: SharedMemory
     parameters: Mapping[str, int]
     record: bool = True
     compute: bool = True
@@ -51,12 +52,12 @@ class Machine:
     registers: dict[str, Array] = field(default_factory=dict)
     taken: Counter[int] = field(default_factory=Counter)
     executed: Counter[int] = field(default_factory=Counter)
+    accesses: list[Access] = field(default_factory=list)
     copies: list[list[Callable[[], None]]] = field(default_factory=lambda: [[]])
 
     def __post_init__(self) -> None:
         self.threads = self.program.threads
         self.lanes = len(self.programs) * self.threads
-        self.memory.lanes = self.lanes
         self.every_lane = np.arange(self.lanes)
         thread = np.tile(np.arange(self.threads, dtype=np.uint32), len(self.programs))
         index = np.repeat(np.array(self.programs, np.uint32), self.threads, axis=0)
@@ -103,7 +104,22 @@ class Machine:
     ) -> None:
         """Keep an access for counting."""
         if self.record:
-            self.memory.accesses.append(Access(place, space, store, width, addresses, mask))
+            self.accesses.append(Access(place, space, store, width, addresses, mask))
+
+    def load(self, space: str, addresses: Array, lanes: Array, width: int, where: str) -> Array:
+        """One word of at most eight bytes for each of some lanes."""
+        memory = self.shared if space == "shared" else self.memory
+        words, index = memory.words(addresses, lanes, width, where)
+        return np.zeros(index.shape, UNSIGNED[8 * width]) if words is None else words[index]
+
+    def store(
+        self, space: str, addresses: Array, lanes: Array, width: int, value: Array, where: str
+    ) -> None:
+        """Write one word of each lane; of lanes that write to one place, the highest wins."""
+        memory = self.shared if space == "shared" else self.memory
+        words, index = memory.words(addresses, lanes, width, where)
+        if words is not None:
+            words[index] = value
 
     def arrive(self, but: int = 0) -> None:
         """Finish asynchronous copies except those of the last ``but`` committed groups."""

@@ -6,7 +6,12 @@ from typing import Any
 import numpy as np
 
 from erniequant_kernels.ptx.machine import (
-    WARP, Execute, Machine, Mask, UnknownInstruction, reader,
+    WARP,
+    Execute,
+    Machine,
+    Mask,
+    UnknownInstruction,
+    reader,
 )  # fmt: skip
 from erniequant_kernels.ptx.parse import Instruction, Program
 from erniequant_kernels.ptx.transfers import vector
@@ -16,13 +21,27 @@ _LANE = np.arange(WARP)
 _ROW, _PAIR = _LANE // 4, _LANE % 4
 
 
+def number_pairs(registers: Array, kind: str) -> tuple[Array, Array]:
+    """Low and high halves of registers as float32."""
+    if kind == "bf16":
+        return from_bfloat16(registers), from_bfloat16(registers >> np.uint32(16))
+    low, high = registers & np.uint32(0xFFFF), registers >> np.uint32(16)
+    return view(low, "f16").astype(np.float32), view(high, "f16").astype(np.float32)
+
+
 def _numbers(registers: list[Array], kind: str) -> tuple[Array, Array]:
     """Low and high halves of registers as float32, ``[registers, warps, 32]``."""
-    stacked = np.stack([r.reshape(-1, WARP) for r in registers])
-    if kind == "bf16":
-        return from_bfloat16(stacked), from_bfloat16(stacked >> np.uint32(16))
-    low, high = (stacked & np.uint32(0xFFFF)), stacked >> np.uint32(16)
-    return view(low, "f16").astype(np.float32), view(high, "f16").astype(np.float32)
+    return number_pairs(np.stack([r.reshape(-1, WARP) for r in registers]), kind)
+
+
+def fragment_numbers(registers: list[Array], kind: str) -> Array:
+    """The first operand ``[warps, 16, 16]`` that four registers of each lane hold."""
+    low, high = _numbers(registers, kind)
+    a = np.empty((low.shape[1], 16, 16), np.float32)
+    for i, (row, column) in enumerate(((0, 0), (8, 0), (0, 8), (8, 8))):
+        a[:, _ROW + row, 2 * _PAIR + column] = low[i]
+        a[:, _ROW + row, 2 * _PAIR + 1 + column] = high[i]
+    return a
 
 
 def _multiply(program: Program, instruction: Instruction) -> Execute:
@@ -42,14 +61,9 @@ def _multiply(program: Program, instruction: Instruction) -> Execute:
             for target, value in zip(targets, sums, strict=True):
                 machine.write(target, value, mask)
             return
-        low, high = _numbers([r(machine) for r in first], kind)
-        warps = low.shape[1]
-        a = np.empty((warps, 16, 16), np.float32)
-        for i, (row, column) in enumerate(((0, 0), (8, 0), (0, 8), (8, 8))):
-            a[:, _ROW + row, 2 * _PAIR + column] = low[i]
-            a[:, _ROW + row, 2 * _PAIR + 1 + column] = high[i]
+        a = fragment_numbers([r(machine) for r in first], kind)
         low, high = _numbers([r(machine) for r in second], kind)
-        b = np.empty((warps, 16, 8), np.float32)
+        b = np.empty((low.shape[1], 16, 8), np.float32)
         for i in range(2):
             b[:, 2 * _PAIR + 8 * i, _ROW] = low[i]
             b[:, 2 * _PAIR + 1 + 8 * i, _ROW] = high[i]

@@ -1,7 +1,7 @@
 """Global and shared memory of the interpreter, and the list of accesses to it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class Access:
         width: bytes of a lane.
         addresses: byte addresses of all lanes, ``[programs * threads]``.
         active: lanes that took part; None for all.
+        wavefronts: clocks of shared memory where they do not follow from addresses.
     """
 
     place: int
@@ -32,6 +33,7 @@ class Access:
     width: int
     addresses: Array
     active: Array | None
+    wavefronts: int = 0
 
 
 class OutOfBounds(ErnieQuantError):
@@ -40,7 +42,7 @@ class OutOfBounds(ErnieQuantError):
 
 @dataclass
 class Memory:
-    """Memory of arguments by region, and shared memory of each program.
+    """Global memory, a region for each argument.
 
     A region without contents reads as zeros and forgets what is written: enough to count accesses
     to arrays that are larger than this machine's memory.
@@ -48,8 +50,6 @@ class Memory:
 
     regions: list[Array | None]
     sizes: list[int]
-    shared: Array
-    accesses: list[Access] = field(default_factory=list)
 
     @staticmethod
     def address(region: int) -> int:
@@ -57,7 +57,7 @@ class Memory:
         return (region + 1) << _REGION
 
     @classmethod
-    def of(cls, contents: Iterable[Any], programs: int, shared_bytes: int) -> "Memory":
+    def of(cls, contents: Iterable[Any]) -> "Memory":
         """Memory for arguments: an array of any dtype is copied, None has no contents."""
         regions: list[Array | None] = []
         sizes = []
@@ -71,11 +71,13 @@ class Memory:
             room[: raw.size] = raw
             regions.append(room)
             sizes.append(raw.size)
-        size = shared_bytes + -shared_bytes % _ROOM
-        return cls(regions, sizes, np.zeros((programs, max(size, _ROOM)), np.uint8))
+        return cls(regions, sizes)
 
-    def _global(self, addresses: Array, width: int, where: str) -> tuple[Array | None, Array]:
-        """The buffer that all addresses lie in, as words of ``width``, and their indices."""
+    def words(
+        self, addresses: Array, lanes: Array, width: int, where: str
+    ) -> tuple[Array | None, Array]:
+        """The buffer that the addresses of some lanes lie in, as words of ``width`` bytes, and
+        their indices in it; None for a region without contents."""
         numbers = (addresses >> np.uint64(_REGION)).astype(np.int64) - 1
         number = int(numbers.flat[0])
         if (numbers != number).any() or not 0 <= number < len(self.regions):
@@ -92,46 +94,34 @@ class Memory:
         words = None if region is None else region.view(UNSIGNED[8 * width])
         return words, offsets // width
 
-    def _shared(
-        self, addresses: Array, lanes: Array, width: int, where: str
-    ) -> tuple[Array, Array]:
-        size = self.shared.shape[1]
-        offsets = addresses.astype(np.int64)
-        if (offsets % width).any() or int(offsets.max()) + width > size:
-            raise OutOfBounds(f"{where}: byte {int(offsets.max())} of {size} shared ones")
-        threads = self.lanes // self.shared.shape[0]
-        program = lanes // threads
-        return self.shared.reshape(-1).view(UNSIGNED[8 * width]), (
-            program * size + offsets
-        ) // width
-
-    lanes: int = 0
-    """Lanes of all programs together, set by the machine."""
-
-    def words(
-        self, space: str, addresses: Array, lanes: Array, width: int, where: str
-    ) -> tuple[Array | None, Array]:
-        """The buffer and indices of words of ``width`` bytes (at most 8) for some lanes."""
-        if space == "shared":
-            return self._shared(addresses, lanes, width, where)
-        return self._global(addresses, width, where)
-
-    def load(self, space: str, addresses: Array, lanes: Array, width: int, where: str) -> Array:
-        """One word of each lane."""
-        words, index = self.words(space, addresses, lanes, width, where)
-        return np.zeros(index.shape, UNSIGNED[8 * width]) if words is None else words[index]
-
-    def store(
-        self, space: str, addresses: Array, lanes: Array, width: int, value: Array, where: str
-    ) -> None:
-        """Write one word of each lane; the highest lane wins."""
-        words, index = self.words(space, addresses, lanes, width, where)
-        if words is not None:
-            words[index] = value
-
     def contents(self, region: int, like: Any) -> Any:
         """What an argument holds now, in the shape and dtype of the array that it began with."""
         buffer = self.regions[region]
         if buffer is None:
             raise ErnieQuantError(f"argument {region} has no contents")
         return buffer[: self.sizes[region]].view(like.dtype).reshape(like.shape).copy()
+
+
+@dataclass
+class SharedMemory:
+    """Shared memory ``[programs, bytes]`` of programs of ``threads`` lanes."""
+
+    contents: Array
+    threads: int
+
+    @classmethod
+    def of(cls, programs: int, size: int, threads: int) -> "SharedMemory":
+        """Zeros."""
+        rounded = max(_ROOM, size + -size % _ROOM)
+        return cls(np.zeros((programs, rounded), np.uint8), threads)
+
+    def words(
+        self, addresses: Array, lanes: Array, width: int, where: str
+    ) -> tuple[Array | None, Array]:
+        """As `Memory.words`, each lane in its own program's memory."""
+        size = self.contents.shape[1]
+        offsets = addresses.astype(np.int64)
+        if (offsets % width).any() or int(offsets.max()) + width > size:
+            raise OutOfBounds(f"{where}: byte {int(offsets.max())} of {size} shared ones")
+        index = (lanes // self.threads * size + offsets) // width
+        return self.contents.reshape(-1).view(UNSIGNED[8 * width]), index

@@ -1,4 +1,4 @@
-"""Read the PTX that Triton emits: one kernel, its parameters, registers, labels and instructions."""
+"""Read the PTX that Triton emits: a kernel's parameters, registers, labels and instructions."""
 
 import re
 from collections.abc import Mapping

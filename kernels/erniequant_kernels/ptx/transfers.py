@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from erniequant_kernels.ptx.machine import (
-    WARP, Execute, Machine, Mask, Read, UnknownInstruction, reader,
+    WARP,
+    Execute,
+    Machine,
+    Mask,
+    Read,
+    UnknownInstruction,
+    reader,
 )  # fmt: skip
 from erniequant_kernels.ptx.parse import Instruction, Program, split_operands
 from erniequant_kernels.ptx.values import UNSIGNED, Array, bits_of, dtype_of, view
@@ -60,7 +66,7 @@ def _load(program: Program, instruction: Instruction, place: int) -> Execute:
         machine.note(place, space, False, bytes_each * len(targets), addresses, mask)
         for i, target in enumerate(targets):
             at = addresses[lanes] + addresses.dtype.type(i * bytes_each)
-            words = machine.memory.load(space, at, lanes, bytes_each, name)
+            words = machine.load(space, at, lanes, bytes_each, name)
             value = np.zeros(machine.lanes, words.dtype)
             value[lanes] = words
             machine.write(target, view(value, kind), mask)
@@ -83,7 +89,7 @@ def _store(program: Program, instruction: Instruction, place: int) -> Execute:
         for i, source in enumerate(sources):
             value = np.broadcast_to(source(machine), (machine.lanes,))[lanes]
             at = addresses[lanes] + addresses.dtype.type(i * (bits // 8))
-            machine.memory.store(space, at, lanes, bits // 8, value.astype(UNSIGNED[bits]), name)
+            machine.store(space, at, lanes, bits // 8, value.astype(UNSIGNED[bits]), name)
 
     return execute
 
@@ -109,11 +115,11 @@ def _copy(program: Program, instruction: Instruction, place: int) -> Execute:
             value = np.zeros(machine.lanes, UNSIGNED[8 * width])
             if from_lanes.size:
                 at = out_of[from_lanes] + np.uint64(offset)
-                value[from_lanes] = machine.memory.load("global", at, from_lanes, width, name)
+                value[from_lanes] = machine.load("global", at, from_lanes, width, name)
             target = into[lanes] + into.dtype.type(offset)
 
             def write(target: Array = target, value: Array = value[lanes]) -> None:
-                machine.memory.store("shared", target, lanes, width, value, name)
+                machine.store("shared", target, lanes, width, value, name)
 
             if machine.late:
                 machine.copies[-1].append(write)
@@ -171,14 +177,14 @@ def _matrices(program: Program, instruction: Instruction, place: int) -> Execute
         for i, register in enumerate(registers):
             low, high = (a.reshape(-1) for a in halves(addresses, i))
             if load:
-                one = machine.memory.load("shared", low, lanes, 2, name).astype(np.uint32)
-                two = machine.memory.load("shared", high, lanes, 2, name).astype(np.uint32)
+                one = machine.load("shared", low, lanes, 2, name).astype(np.uint32)
+                two = machine.load("shared", high, lanes, 2, name).astype(np.uint32)
                 machine.write(register, one | (two << np.uint32(16)), mask)
             else:
                 value = sources[i](machine)
-                machine.memory.store("shared", low, lanes, 2, value.astype(np.uint16), name)
+                machine.store("shared", low, lanes, 2, value.astype(np.uint16), name)
                 upper = (value >> np.uint32(16)).astype(np.uint16)
-                machine.memory.store("shared", high, lanes, 2, upper, name)
+                machine.store("shared", high, lanes, 2, upper, name)
 
     return execute
 
@@ -210,13 +216,13 @@ def _atomic(program: Program, instruction: Instruction, place: int) -> Execute:
         before = np.zeros(machine.lanes, UNSIGNED[bits])
         for lane in lanes:
             one = np.array([lane])
-            old = machine.memory.load(space, addresses[one], one, bits // 8, name)
+            old = machine.load(space, addresses[one], one, bits // 8, name)
             before[lane] = old[0]
             new = function(
                 old.view(dtype_of(kind))[0], given[lane : lane + 1].view(dtype_of(kind))[0]
             )
             changed = np.array([new], dtype_of(kind)).view(UNSIGNED[bits])
-            machine.memory.store(space, addresses[one], one, bits // 8, changed, name)
+            machine.store(space, addresses[one], one, bits // 8, changed, name)
         machine.write(operands[0], before, mask)
 
     return execute

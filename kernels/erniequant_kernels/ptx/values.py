@@ -1,4 +1,4 @@
-"""Values of registers: unsigned numpy arrays, one entry a lane, read as the type an opcode names."""
+"""Values of registers: unsigned numpy arrays over lanes, read as the type an opcode names."""
 
 import re
 from collections.abc import Callable
