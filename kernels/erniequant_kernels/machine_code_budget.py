@@ -32,6 +32,7 @@ from erniequant_kernels.tuning import PackedRow, packed_warps, tables
 # ERNIE-4.5-21B-A3B: the shape that every figure on paper refers to.
 HIDDEN, INNER, EXPERTS, TOP_K = 2560, 1536, 64, 6
 TILE, ROTATION_BLOCK = 256, 128
+SPLITS = 2
 DEFAULT_TOLERANCE = 0.02
 
 
@@ -48,6 +49,7 @@ class Case:
         values: what arguments hold where memory accesses are counted (`machine_traffic`): a number
             for each integer, numpy arrays for tables of indices. Other pointers read as zeros.
         program: the program of the grid whose accesses are counted.
+        turns: of the main loop that a program makes on the shape that the case stands for.
     """
 
     label: str
@@ -59,6 +61,7 @@ class Case:
     weights: int = 0
     values: Mapping[str, Any] = field(default_factory=dict)
     program: tuple[int, int, int] = (0, 0, 0)
+    turns: int = 1
 
     def compile(self, arch: int) -> KernelCost:
         """Compile and count for ``sm_<arch>``."""
@@ -102,13 +105,14 @@ def packed_case(code: ConvolutionalCode, row: PackedRow) -> Case:
             "BLOCK_M": row.block_m,
             "BLOCK_K": row.block_k,
             "GROUPS": groups,
-            "SPLITS": 2,
+            "SPLITS": SPLITS,
         }
         | decode.code_constants(code),
         warps,
         row.stages,
         groups * row.block_k * decode.group_weights(code),
         row_tile_values(row.block_m),
+        turns=HIDDEN // row.block_k // SPLITS,
     )
 
 

@@ -6,18 +6,60 @@ access of the cases whose label contains the text.
 
 import argparse
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from erniequant.errors import ErnieQuantError
-from erniequant_kernels.machine_code import WARP, compile_kernel, measure
+from erniequant_kernels.machine_code import WARP, KernelCost, compile_kernel, measure
 from erniequant_kernels.machine_code_budget import Case, cases
-from erniequant_kernels.ptx.accesses import LOOP, SECTIONS, Traffic, clocks, traffic
-from erniequant_kernels.ptx.launch import launch
+from erniequant_kernels.ptx.accesses import (
+    EPILOGUE,
+    LOOP,
+    PROLOGUE,
+    Totals,
+    Traffic,
+    totals,
+    traffic,
+)  # fmt: skip
+from erniequant_kernels.ptx.launch import Launched, launch
 
 SCHEDULERS = 4
 TURNS = 2
 """Turns of the main loop to run: the second one is like all that follow."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """All that is counted of one case.
+
+    Attributes:
+        cost: its machine code.
+        accesses: its memory instructions, in order.
+        sections: their sums, by section of the code.
+        warps, weights: of the case; weights that a program decodes in a turn.
+    """
+
+    cost: KernelCost
+    accesses: tuple[Traffic, ...]
+    sections: Mapping[str, Totals]
+    warps: int
+    weights: int
+
+    def l1_clocks(self, turns: int) -> float:
+        """Clocks of the level-1 pipe that a program of so many turns takes."""
+        outside = self.sections[PROLOGUE].clocks + self.sections[EPILOGUE].clocks
+        return outside + turns * self.sections[LOOP].clocks
+
+    def l1_cost(self, turns: int | None = None) -> float | None:
+        """Issue slots of a lane per weight that pass meanwhile; of the main loop alone (or of a
+        kernel without one) if no number of turns is given."""
+        if not self.weights:
+            return None
+        slots = SCHEDULERS * WARP / self.weights
+        if turns is None:
+            return slots * self.sections[LOOP if self.cost.looped else PROLOGUE].clocks
+        return slots * self.l1_clocks(turns) / turns
 
 
 def compiled(case: Case, arch: int) -> Any:
@@ -28,8 +70,8 @@ def compiled(case: Case, arch: int) -> Any:
     )  # fmt: skip
 
 
-def accesses(case: Case, kernel: Any) -> list[Traffic]:
-    """The memory instructions of a program, in order.
+def run_case(case: Case, kernel: Any) -> Launched:
+    """Run one program of a case, the first turns of its main loop, and record its accesses.
 
     Raises:
         ErnieQuantError: an integer argument has no value.
@@ -40,44 +82,50 @@ def accesses(case: Case, kernel: Any) -> list[Traffic]:
         if not kind.startswith("*") and name not in case.values:
             raise ErnieQuantError(f"{case.label}: no value for the argument {name}")
         arguments[name] = case.values.get(name)
+    # Sizes of the grid that no kernel here asks for.
     grid = (1 << 16, 1 << 8, 1)
-    launched = launch(
+    return launch(
         kernel.asm["ptx"], kernel.metadata.shared, grid, arguments,
         programs=[case.program], record=True, compute=False, most_turns=TURNS,
     )  # fmt: skip
-    return traffic(launched)
 
 
-def l1_slots(case: Case, section: Iterable[Traffic]) -> float:
-    """Issue slots of a lane per weight that the level-1 pipe takes for some accesses."""
-    return clocks(section) * SCHEDULERS * WARP / case.weights
+def count(case: Case, arch: int) -> Counted:
+    """Compile a case for ``sm_<arch>`` and count everything."""
+    kernel = compiled(case, arch)
+    cost = measure(kernel, arch, weights_per_iteration=case.weights, num_warps=case.warps)
+    launched = run_case(case, kernel)
+    found = traffic(launched)
+    return Counted(cost, tuple(found), totals(launched, found), case.warps, case.weights)
 
 
 def lines(case: Case, arch: int) -> Iterator[str]:
     """A report on the accesses of one case."""
-    kernel = compiled(case, arch)
-    found = accesses(case, kernel)
-    cost = measure(kernel, arch, weights_per_iteration=case.weights, num_warps=case.warps)
+    counted = count(case, arch)
+    cost = counted.cost
     yield (
         f"{case.label}, sm_{arch}: {cost.registers} registers, {cost.spill_bytes} bytes spilled, "
         f"{cost.shared_bytes} shared, {case.warps} warps"
     )
-    for name in SECTIONS:
-        section = [one for one in found if one.section == name]
-        if not section:
+    if case.weights:
+        yield (
+            f"  slots a weight: issue {cost.issue_cost:.2f}, level 1 {counted.l1_cost():.2f}; "
+            f"with prologue and epilogue after {case.turns} turns "
+            f"{cost.cost_in_all(case.turns):.2f} and {counted.l1_cost(case.turns):.2f}"
+        )
+    for name, sums in counted.sections.items():
+        if not sums.clocks:
             continue
-        total = f"  {name}: {clocks(section):.0f} L1 clocks a program"
-        if name == LOOP:
-            total += " and turn"
-            if case.weights:
-                total += f", {l1_slots(case, section):.2f} slots a weight beside the issue's"
-                total += f" {cost.issue_cost:.2f}"
-        yield total
+        yield (
+            f"  {name}: {sums.clocks:.0f} L1 clocks a program{' and turn' * (name == LOOP)}, "
+            f"{sums.read_bytes:.0f} bytes read, {sums.written_bytes:.0f} written"
+        )
+        section = [one for one in counted.accesses if one.section == name]
         alike: Counter[tuple[str, ...]] = Counter()
         for one in section:
             alike[_described(one)] += 1
-        for (mark, requests, what, instruction), count in alike.items():
-            yield f"  {mark} {count:3} x {requests:>4} requests {what:60} {instruction}"
+        for (mark, requests, what, instruction), times in alike.items():
+            yield f"  {mark} {times:3} x {requests:>4} requests {what:60} {instruction}"
 
 
 def _described(one: Traffic) -> tuple[str, str, str, str]:

@@ -19,7 +19,7 @@ instruction a clock: one clock here is worth four issue slots.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -179,3 +179,61 @@ def clocks(of: Iterable[Traffic]) -> float:
         own = max(one.lines, one.wavefronts)
         by_instruction[one.place] = max(by_instruction[one.place], own)
     return sum(by_instruction.values())
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The accesses of one section, summed over the warps of a program (and one turn of the loop).
+
+    Attributes:
+        clocks: of the level-1 pipe.
+        requests, sectors, least_sectors: of global accesses.
+        uncoalesced: requests that touch more sectors than their bytes would fill.
+        wavefronts, conflicts: clocks of shared memory, and those beyond one a phase.
+        read_bytes, written_bytes: of different sectors, so what passes the level-2 cache if the
+            level-1 cache holds the sectors of one turn.
+    """
+
+    clocks: float
+    requests: float
+    sectors: float
+    least_sectors: float
+    uncoalesced: float
+    wavefronts: float
+    conflicts: float
+    read_bytes: float
+    written_bytes: float
+
+
+def totals(launched: Launched, found: Sequence[Traffic]) -> dict[str, Totals]:
+    """Sums by section; every section is there."""
+    loop = main_loop(launched.program)
+    programs = sum(len(machine.programs) for machine in launched.machines)
+    turns = launched.machines[0].taken[loop.last] + 1 if loop else 1
+    different: dict[tuple[str, bool], set[tuple[int, int]]] = defaultdict(set)
+    for number, machine in enumerate(launched.machines):
+        for access in machine.accesses:
+            if access.space != "global":
+                continue
+            lanes = machine.active(access.active)
+            program = number * len(launched.machines[0].programs) + lanes // machine.threads
+            sectors = access.addresses[lanes] // np.uint64(SECTOR)
+            key = _section(access.place, loop), access.store
+            different[key].update(zip(program.tolist(), sectors.tolist(), strict=True))
+    result = {}
+    for section in SECTIONS:
+        share = SECTOR / (programs * (turns if section == LOOP else 1))
+        own = [one for one in found if one.section == section]
+        everywhere = [one for one in own if one.space == "global"]
+        result[section] = Totals(
+            clocks=clocks(own),
+            requests=sum(one.requests for one in everywhere),
+            sectors=sum(one.sectors for one in everywhere),
+            least_sectors=sum(one.least_sectors for one in everywhere),
+            uncoalesced=sum(one.requests for one in everywhere if one.uncoalesced),
+            wavefronts=sum(one.wavefronts for one in own),
+            conflicts=sum(one.conflicts for one in own),
+            read_bytes=share * len(different[section, False]),
+            written_bytes=share * len(different[section, True]),
+        )
+    return result
