@@ -12,7 +12,7 @@ from typing import Any
 
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels.machine_code import WARP, KernelCost, compile_kernel, measure
-from erniequant_kernels.machine_code_budget import Case, cases
+from erniequant_kernels.machine_code_cases import Case, cases
 from erniequant_kernels.ptx.accesses import (
     EPILOGUE,
     LOOP,
