@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from erniequant.errors import ErnieQuantError
 
-_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\n\{(.*?)(?:\n\}|\$L__func_end)", re.S)
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\n\{(.*)(?:\$L__func_end|\n\})", re.S)
 _PARAMETER = re.compile(r"\.param\s+\.([a-z]\d+)\s+(?:\.[^,]*?)?([\w$]+)\s*(?:,|$)")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+([^;]+)")
 _THREADS = re.compile(r"\.(?:reqntid|maxntid)\s+(\d+)")
@@ -94,6 +94,9 @@ def parse(text: str) -> Program:
     """
     files = dict(_FILE.findall(text))
     text = re.sub(r"//[^\n]*", "", text)
+    # LLVM marks the end; braces of inline assembly may stand at the beginning of a line, too.
+    code, mark, _ = text.partition("$L__func_end")
+    text = code + mark
     entry = _ENTRY.search(text)
     if entry is None:
         raise ErnieQuantError("no kernel in this PTX")
@@ -111,7 +114,7 @@ def parse(text: str) -> Program:
             place = f"{file}:{location[2]}"
             continue
         label = _LABEL.match(line)
-        if label and not pending.strip():
+        if label and not pending.strip(" {}\t"):
             labels[label[1]] = len(instructions)
             line = line[label.end() :]
         pending += line + " "
