@@ -38,6 +38,7 @@ class Counted:
         accesses: its memory instructions, in order.
         sections: their sums, by section of the code.
         warps, weights: of the case; weights that a program decodes in a turn.
+        executed: instructions of PTX that the program executed, with the first turns of the loop.
     """
 
     cost: KernelCost
@@ -45,6 +46,7 @@ class Counted:
     sections: Mapping[str, Totals]
     warps: int
     weights: int
+    executed: int
 
     def l1_clocks(self, turns: int) -> float:
         """Clocks of the level-1 pipe that a program of so many turns takes."""
@@ -96,7 +98,9 @@ def count(case: Case, arch: int) -> Counted:
     cost = measure(kernel, arch, weights_per_iteration=case.weights, num_warps=case.warps)
     launched = run_case(case, kernel)
     found = traffic(launched)
-    return Counted(cost, tuple(found), totals(launched, found), case.warps, case.weights)
+    executed = sum(launched.machines[0].executed.values())
+    sums = totals(launched, found)
+    return Counted(cost, tuple(found), sums, case.warps, case.weights, executed)
 
 
 def lines(case: Case, arch: int) -> Iterator[str]:

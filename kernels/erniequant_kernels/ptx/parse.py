@@ -121,7 +121,7 @@ def parse(text: str) -> Program:
         *statements, pending = pending.split(";")
         for statement in statements:
             # Braces around inline assembly open a scope; those of a vector follow an opcode.
-            statement = statement.strip().lstrip("{}").strip()
+            statement = statement.lstrip("{} \t").rstrip()
             if not statement or statement.startswith("."):
                 continue
             guard = _GUARD.match(statement)
