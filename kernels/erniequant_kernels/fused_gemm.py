@@ -189,8 +189,7 @@ _HALF_SUM = tl.constexpr("""{
     fma.rn.bf16 first, low, one, high;
     mov.b32 {low, high}, b;
     fma.rn.bf16 second, low, one, high;
-    mov.b32 $0, {first, second};
-}""")
+    mov.b32 $0, {first, second}; }""")
 
 
 @triton.jit
