@@ -42,11 +42,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class WantedRotation:
-    """One of the other kernels of a layer, which depend on the number of splits."""
+    """One of the other kernels of a layer, which depend on what the products write."""
 
     arch: int
     name: str
     splits: int
+    partial: str = "*fp32"
 
     @property
     def key(self) -> "WantedRotation":
@@ -60,7 +61,7 @@ _counted: dict[Wanted | WantedRotation, Counted] = {}
 def _count(wanted: Wanted | WantedRotation) -> Counted:
     if isinstance(wanted, WantedRotation):
         shape = Shape(HIDDEN, INNER, EXPERTS, TOP_K)
-        cases = rotate_cases(shape, 64, wanted.splits)
+        cases = rotate_cases(shape, 64, wanted.splits, wanted.partial)
         return count(cases[ROTATIONS.index(wanted.name)], wanted.arch)
     code = get_code(f"cc{wanted.bits}", wanted.register_length)
     return count(gemm_case(code, wanted.config, 2 * INNER, HIDDEN, TOP_K), wanted.arch)

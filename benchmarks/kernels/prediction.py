@@ -130,7 +130,6 @@ def product(
         out_bytes = 4 * splits
     else:
         blocks, splits, out_bytes = -(-outputs // config.block_n), 1, 2
-    programs = spread.row_tiles(config.block_m) * blocks * splits
     turns = inputs // config.block_k // splits
     issue = turns * cost.slots + cost.once
     group_wide = "HGMMA" in cost.matrix_opcode
@@ -138,12 +137,16 @@ def product(
         matrix = config.block_m * config.block_n * config.block_k / card.peak
     else:
         matrix = cost.matrix * config.warps * MULTIPLY_ADDS / card.mma
-    traffic = turns * (loop.read_bytes + loop.written_bytes) + sum(
-        part.read_bytes + part.written_bytes for part in outside
+    # Rows of a tile without a token are computed, but not stored.
+    row_tiles = spread.row_tiles(config.block_m)
+    programs = row_tiles * blocks * splits
+    filled = min(1.0, tokens * shape.top_k / (row_tiles * config.block_m))
+    traffic = turns * loop.read_bytes + sum(
+        part.read_bytes + filled * part.written_bytes for part in outside
     )
     pipes = {
         "issue": config.warps * issue / 4,
-        "level 1": counts.l1_clocks(turns),
+        "level 1": counts.l1_clocks(turns, filled),
         "matrix": turns * matrix,
         "level 2": traffic / L2_PORT,
     }
@@ -166,11 +169,16 @@ def product(
     return _time(card, name, counts, programs, work, pipes, memory_bytes, programs * traffic)
 
 
+def _written(config: GemmConfig) -> tuple[int, str]:
+    """Splits and type of what a product writes."""
+    return (config.splits, "*fp32") if isinstance(config, PackedGemmConfig) else (1, "*bf16")
+
+
 def _rotation(
-    card: Card, name: str, programs: int, splits: int, memory_bytes: float
+    card: Card, name: str, programs: int, written: tuple[int, str], memory_bytes: float
 ) -> KernelTime:
     """One of the kernels between the products; they have no main loop."""
-    counts = counted(WantedRotation(card.arch, name, splits))
+    counts = counted(WantedRotation(card.arch, name, *written))
     part = counts.sections[PROLOGUE]
     issue = max(counts.cost.slots, counts.executed)
     traffic = part.read_bytes + part.written_bytes
@@ -198,12 +206,12 @@ def predict(
     first, second = configs or layer_configs(card, shape, tokens, bits, tuning)
     spread = spread or load(shape, tokens)
     assignments = tokens * shape.top_k
-    splits = [c.splits if isinstance(c, PackedGemmConfig) else 1 for c in (first, second)]
-    width = 4 if isinstance(first, PackedGemmConfig) else 2
+    written = [_written(first), _written(second)]
+    width = [splits * (4 if kind == "*fp32" else 2) for splits, kind in written]
     prepared, swiglu, combined = rotate_programs(shape, tokens)
-    gate_up_bytes = width * splits[0] * assignments * 2 * shape.inner
-    down_bytes = width * splits[1] * assignments * shape.hidden
-    prepare = _rotation(card, "prepare", prepared, 1, 2 * tokens * shape.hidden)
+    gate_up_bytes = width[0] * assignments * 2 * shape.inner
+    down_bytes = width[1] * assignments * shape.hidden
+    prepare = _rotation(card, "prepare", prepared, (1, "*fp32"), 2 * tokens * shape.hidden)
     scans = 2 * -(-assignments // SCAN)
     sorting = (FIRST_LOADS + scans * SORT_SCAN) / card.clock + LAUNCH
     if sorting > prepare.seconds:
@@ -211,9 +219,9 @@ def predict(
     return LayerTime((
         prepare,
         product(card, shape, tokens, bits, first, down=False, spread=spread),
-        _rotation(card, "swiglu_rotate", swiglu, splits[0], _beyond_l2(card, gate_up_bytes)),
+        _rotation(card, "swiglu_rotate", swiglu, written[0], _beyond_l2(card, gate_up_bytes)),
         product(card, shape, tokens, bits, second, down=True, spread=spread),
-        _rotation(card, "combine", combined, splits[1], _beyond_l2(card, down_bytes)),
+        _rotation(card, "combine", combined, written[1], _beyond_l2(card, down_bytes)),
     ))  # fmt: skip
 
 
@@ -274,10 +282,10 @@ def wanted(
     """What `predict` has counted, to be counted in parallel before."""
     length = register_length(bits, "standard")
     configs = layer_configs(card, shape, tokens, bits, tuning)
-    splits = [c.splits if isinstance(c, PackedGemmConfig) else 1 for c in configs]
+    written = [_written(config) for config in configs]
     return [
         *(Wanted(card.arch, bits, length, config) for config in configs),
-        WantedRotation(card.arch, "prepare", 1),
-        WantedRotation(card.arch, "swiglu_rotate", splits[0]),
-        WantedRotation(card.arch, "combine", splits[1]),
+        WantedRotation(card.arch, "prepare", 1, "*fp32"),
+        WantedRotation(card.arch, "swiglu_rotate", *written[0]),
+        WantedRotation(card.arch, "combine", *written[1]),
     ]

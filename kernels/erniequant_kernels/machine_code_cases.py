@@ -113,8 +113,14 @@ _ROW_TILES = {
 }  # fmt: skip
 
 
-def rotate_cases(shape: Shape, tokens: int, splits: int) -> tuple[Case, Case, Case]:
-    """``prepare``, ``swiglu_rotate`` and ``combine`` of a layer."""
+def rotate_cases(
+    shape: Shape, tokens: int, splits: int, partial: str = "*fp32"
+) -> tuple[Case, Case, Case]:
+    """``prepare``, ``swiglu_rotate`` and ``combine`` of a layer.
+
+    Args:
+        partial: type of what the products write; fused ones write ``*bf16``.
+    """
     block = rotation_constants(ROTATION_BLOCK)
     assignments = tokens * shape.top_k
     rotation = {"x_ptr": "*bf16", "signs_ptr": "*i32", "out_ptr": "*bf16", "blocks": "i32"}
@@ -129,7 +135,7 @@ def rotate_cases(shape: Shape, tokens: int, splits: int) -> tuple[Case, Case, Ca
         program=(shape.experts, 0, 0),
     )  # fmt: skip
     pointers = {
-        "partial_ptr": "*fp32", "scale_ptr": "*i16", "expert_index_ptr": "*i64",
+        "partial_ptr": partial, "scale_ptr": "*i16", "expert_index_ptr": "*i64",
         "signs_ptr": "*i32", "out_ptr": "*bf16", "rows": "i32", "splits": "i32",
     }  # fmt: skip
     swiglu = Case(
@@ -140,7 +146,7 @@ def rotate_cases(shape: Shape, tokens: int, splits: int) -> tuple[Case, Case, Ca
     combine = Case(
         "combine", combine_kernel,
         {
-            "partial_ptr": "*fp32", "scale_ptr": "*i16", "expert_index_ptr": "*i64",
+            "partial_ptr": partial, "scale_ptr": "*i16", "expert_index_ptr": "*i64",
             "routing_ptr": "*bf16", "out_ptr": "*bf16", "assignments": "i32", "splits": "i32",
         },
         {"EXPERTS": shape.experts, "OUTPUTS": shape.hidden, "TOP_K": shape.top_k,

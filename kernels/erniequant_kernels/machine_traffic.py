@@ -48,9 +48,16 @@ class Counted:
     weights: int
     executed: int
 
-    def l1_clocks(self, turns: int) -> float:
-        """Clocks of the level-1 pipe that a program of so many turns takes."""
-        outside = self.sections[PROLOGUE].clocks + self.sections[EPILOGUE].clocks
+    def l1_clocks(self, turns: int, filled: float = 1.0) -> float:
+        """Clocks of the level-1 pipe that a program of so many turns takes.
+
+        Args:
+            filled: share of the results that it stores: rows of a row tile that have a token.
+        """
+        outside = sum(
+            self.sections[name].clocks - (1 - filled) * self.sections[name].store_clocks
+            for name in (PROLOGUE, EPILOGUE)
+        )
         return outside + turns * self.sections[LOOP].clocks
 
     def l1_cost(self, turns: int | None = None) -> float | None:

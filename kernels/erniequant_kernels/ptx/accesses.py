@@ -186,7 +186,7 @@ class Totals:
     """The accesses of one section, summed over the warps of a program (and one turn of the loop).
 
     Attributes:
-        clocks: of the level-1 pipe.
+        clocks: of the level-1 pipe; ``store_clocks``: of these, for stores to global memory.
         requests, sectors, least_sectors: of global accesses.
         uncoalesced: requests that touch more sectors than their bytes would fill.
         wavefronts, conflicts: clocks of shared memory, and those beyond one a phase.
@@ -195,6 +195,7 @@ class Totals:
     """
 
     clocks: float
+    store_clocks: float
     requests: float
     sectors: float
     least_sectors: float
@@ -227,6 +228,7 @@ def totals(launched: Launched, found: Sequence[Traffic]) -> dict[str, Totals]:
         everywhere = [one for one in own if one.space == "global"]
         result[section] = Totals(
             clocks=clocks(own),
+            store_clocks=clocks(one for one in everywhere if one.store),
             requests=sum(one.requests for one in everywhere),
             sectors=sum(one.sectors for one in everywhere),
             least_sectors=sum(one.least_sectors for one in everywhere),
