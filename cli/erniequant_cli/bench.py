@@ -1,7 +1,6 @@
 """`erniequant bench`: the cost of the kernels, in machine code and in time."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,12 +117,12 @@ def kernels(
 
     On a GPU, the rivals are torch's grouped product, transformers' implementations and our own
     kernels on bfloat16 weights. Times are medians of single calls with a cold cache, in CUDA graphs
-    where possible.
+    where possible. Every method has one turn in each round; ratios are medians over the rounds,
+    with quartiles.
 
     On the CPU, the rivals are torch's products with decoded weights in bfloat16 and float32, expert
-    by expert. Every method has one turn in each round, with weights that no cache holds; ratios are
-    medians over the rounds, with quartiles. The memory's limit is that of a triad in the same
-    rounds. ERNIEQUANT_CPU=haswell measures the code for AVX2.
+    by expert, in rounds as well, with weights that no cache holds. The memory's limit is that of a
+    triad in the same rounds. ERNIEQUANT_CPU=haswell measures the code for AVX2.
 
     Weights are random, and tokens spread evenly over experts. Every result is checked.
 
@@ -183,26 +182,30 @@ def _on_gpu(
             "bench kernels measures time on an NVIDIA GPU and there is none; --device cpu measures "
             "the CPU, and `erniequant bench static` counts machine code without a GPU"
         )
-    from erniequant_cli.tables import print_bench_row, print_verdicts
+    from erniequant_cli.tables import print_bench_row, print_ratios
     from erniequant_kernels.bench.machine import machine
-    from erniequant_kernels.bench.rows import verdicts
-    from erniequant_kernels.bench.run import measure
+    from erniequant_kernels.bench.rows import against_the_fastest
+    from erniequant_kernels.bench.run import BatchResult, measure
     from erniequant_kernels.bench.timing import copy_bandwidth, cuda_timer
 
-    bandwidth = copy_bandwidth()
+    timer = cuda_timer()
+    bandwidth = copy_bandwidth(timer)
     facts = machine()
-    rows: list[Row] = []
+    results: list[BatchResult] = []
     widths = [int(code) for code in codes]
-    for row in measure(shapes, tokens, widths, torch.device("cuda"), cuda_timer, bandwidth):
+    for found in measure(shapes, tokens, widths, torch.device("cuda"), timer, bandwidth):
         if not quiet:
-            show(print_bench_row, row, not rows)
-        rows.append(row)
-    compared = verdicts(rows)
+            for i, row in enumerate(found.rows):
+                show(print_bench_row, row, not results and not i)
+        results.append(found)
+    rows = [row for found in results for row in found.rows]
+    ratios = [ratio for found in results for ratio in found.ratios]
     card = str(facts["card"])
     if not quiet:
-        show(print_verdicts, compared, card, bandwidth)
+        fastest = against_the_fastest(rows, ratios)
+        show(print_ratios, fastest, f"{card}, copies {bandwidth / 1e9:.0f} GB/s")
     result = {"machine": facts, "copy_gb_per_s": bandwidth / 1e9}
-    result |= {"rows": [row.to_dict() for row in rows], "verdicts": [asdict(v) for v in compared]}
+    result |= {"rows": [r.to_dict() for r in rows], "ratios": [r.to_dict() for r in ratios]}
     return result, rows, card
 
 
@@ -236,7 +239,7 @@ def _on_cpu(
     rows = [row for result in results for row in result.rows]
     name = f"{facts['processor']}, {threads} cores"
     if not quiet:
-        show(print_ratios, ratios, name, limit)
+        show(print_ratios, ratios, f"{name}, triad {limit / 1e9:.1f} GB/s")
     return (
         {
             "machine": facts,
