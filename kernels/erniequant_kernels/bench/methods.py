@@ -27,7 +27,7 @@ from erniequant_kernels.dense_gemm import DenseGemmConfig, dense_gemm
 from erniequant_kernels.moe import moe_experts
 from erniequant_kernels.rotation import Form, swiglu_rotate
 from erniequant_kernels.routing import row_tiles
-from erniequant_kernels.tuning import tuning_for
+from erniequant_kernels.tuning import Tuning, tuning_for
 
 Run = Callable[[], torch.Tensor]
 
@@ -59,11 +59,12 @@ class Method:
     capturable: bool = True
 
 
-def packed(shape: Shape, bits: int, device: torch.device) -> Method:
-    """This package, as the operator of the runtime calls it."""
+def packed(shape: Shape, bits: int, device: torch.device, tuning: Tuning | None = None) -> Method:
+    """This package, as the operator of the runtime calls it; by default with the table of the
+    device."""
     gate_up, down = random_matrices(shape, bits, shape.experts, device)
     matrices = {"gate_up_proj": gate_up, "down_proj": down}
-    tuning = tuning_for(device)
+    tuning = tuning or tuning_for(device)
 
     def prepare(batch: Batch) -> Run:
         return lambda: moe_experts(
