@@ -4,7 +4,6 @@ Decoding reads the weights of every module once a token, so the bytes it reads a
 with those of a triad ``a = b + s c`` over more memory than caches hold, measured in the same run.
 """
 
-import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -14,11 +13,15 @@ from typing import Any
 import torch
 
 from erniequant.errors import ErnieQuantError
+from erniequant.runtime.graphs import cache_argument, captured_steps
 from erniequant.system import peak_memory, peak_vram
 from erniequant.timing import Spread, extremes, triad, triad_bytes, turn_ratios
 
 SEED_TOKEN_STRIDE = 7919
 """Prompt ids step through the vocabulary by a prime: varied, equal for equal vocabularies."""
+
+CAPTURED_BY = 2
+"""New tokens after which the pass of one is a CUDA graph."""
 
 TRIAD_NUMBERS = 64 * 2**20
 TRIAD_TURNS = 5
@@ -247,9 +250,18 @@ def bytes_of_a_token(model: Any) -> int:
 
 def _once(model: Any, ids: torch.Tensor, new_tokens: int, device: torch.device) -> list[float]:
     """Seconds of the prompt, then of each new token."""
-    # The argument was renamed in transformers 5.2x; the old name goes in 5.40.
-    named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    cache, seconds = None, []
+    named = cache_argument(model)
+    with captured_steps(model, ids.shape[1] + new_tokens) as cache:
+        if cache is not None:
+            _tokens(model, ids, min(new_tokens, CAPTURED_BY), device, named, cache)
+            cache.reset()
+        return _tokens(model, ids, new_tokens, device, named, cache)
+
+
+def _tokens(
+    model: Any, ids: torch.Tensor, new_tokens: int, device: torch.device, named: str, cache: Any
+) -> list[float]:
+    seconds = []
     for _ in range(new_tokens + 1):
         started = time.perf_counter()
         out = model(input_ids=ids, use_cache=True, **{named: cache})

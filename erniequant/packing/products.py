@@ -31,12 +31,12 @@ def experts_forward(
         routing: float ``[T, k]``.
 
     Returns:
-        ``[T, H]`` in the dtype of ``x``.
+        ``[T, H]`` in the dtype of ``x``, contiguous.
 
     Waits for the device: it asks which experts were chosen.
     """
     act = ACT2FN[activation]
-    out = torch.zeros_like(x, dtype=torch.float32)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in _chosen(expert_index, experts):
         token, slot = torch.where(expert_index == expert)
         gate_up = functional.linear(x[token], weight("gate_up_proj", expert))
@@ -52,11 +52,11 @@ def experts_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of `experts_forward` with the activation "silu" for ``x`` and for ``routing``.
 
-    grad: ``[T, H]``, of the output. Both results have the shape and dtype of what they belong to;
-    sums run in float32.
+    grad: ``[T, H]``, of the output. Both results have the shape and dtype of what they belong to
+    and are contiguous; sums run in float32.
     """
-    grad_x = torch.zeros_like(x, dtype=torch.float32)
-    grad_routing = torch.zeros_like(routing, dtype=torch.float32)
+    grad_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    grad_routing = torch.zeros(routing.shape, dtype=torch.float32, device=x.device)
     for expert in _chosen(expert_index, experts):
         token, slot = torch.where(expert_index == expert)
         gate_up_weight = weight("gate_up_proj", expert)

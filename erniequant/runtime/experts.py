@@ -15,7 +15,7 @@ from erniequant.packing.products import DIFFERENTIABLE
 from erniequant.packing.schema import SUFFIXES, LayerSpec, layer_params
 from erniequant.runtime.decoding import decode_fast
 from erniequant.runtime.decoding_module import DecodingExperts
-from erniequant.runtime.ops import CPU_DTYPES, KERNEL_DTYPES, moe_experts, spec_text
+from erniequant.runtime.ops import moe_experts, spec_text, takes
 
 
 class PackedExperts(DecodingExperts):
@@ -58,8 +58,7 @@ class PackedExperts(DecodingExperts):
 
     def multiplies_packed(self, device: torch.device, dtype: torch.dtype) -> bool:
         """As the operator does."""
-        dtypes = {"cuda": KERNEL_DTYPES, "cpu": CPU_DTYPES}.get(device.type, ())
-        return dtype in dtypes and self.activation == "silu"
+        return takes(device, dtype, self.activation)
 
     def decode(self, projection: str, expert: int) -> torch.Tensor:
         """Weights float32 ``[N, K]`` of one expert."""
@@ -86,7 +85,7 @@ class PackedExperts(DecodingExperts):
 
     def _tensors(self, projection: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         packed, scale, signs = (getattr(self, f"{projection}_{suffix}") for suffix in SUFFIXES)
-        return packed, scale, signs[0, 0]
+        return packed, scale, signs
 
     def extra_repr(self) -> str:
         """Sizes and codes, for printing a model."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from erniequant.runtime.decoding_module import DecodingExperts
-from erniequant.runtime.ops import CPU_DTYPES, KERNEL_DTYPES
+from erniequant.runtime.ops import takes
 
 if TYPE_CHECKING:
     from erniequant_kernels.matrices import Wint2Matrices
@@ -64,7 +64,7 @@ class FastDeployExperts(DecodingExperts):
 
     def multiplies_packed(self, device: torch.device, dtype: torch.dtype) -> bool:
         """WINT2 on the CPU; the kernels of a GPU decode a few experts at a time."""
-        return device.type == "cpu" and dtype in CPU_DTYPES and self._fits_kernels
+        return device.type == "cpu" and self._fits_kernels and takes(device, dtype)
 
     def decode(self, projection: str, expert: int) -> torch.Tensor:
         """Weights float32 ``[N, K]`` of one expert."""
@@ -92,7 +92,7 @@ class FastDeployExperts(DecodingExperts):
         return self.activation == "silu" and self.k_order is not None
 
     def _on_kernels(self, x: torch.Tensor) -> bool:
-        return x.is_cuda and x.dtype in KERNEL_DTYPES and self._fits_kernels
+        return x.is_cuda and self._fits_kernels and takes(x.device, x.dtype)
 
     def _matrices(self) -> "tuple[Wint2Matrices, Wint2Matrices]":
         from erniequant_kernels.matrices import Wint2Matrices

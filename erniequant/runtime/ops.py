@@ -21,6 +21,7 @@ from erniequant.packing.products import (
     experts_forward,
 )
 from erniequant.packing.schema import LayerSpec, MatrixSpec
+from erniequant.runtime.cards import runs_kernels
 from erniequant.runtime.decoding import decode_fast
 
 if TYPE_CHECKING:
@@ -31,6 +32,15 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Activations that the products on the CPU take."""
+
+
+def takes(device: torch.device, dtype: torch.dtype, activation: str = "silu") -> bool:
+    """Whether there are kernels for activations of a dtype on a device."""
+    if activation != "silu":
+        return False
+    if device.type == "cuda":
+        return dtype in KERNEL_DTYPES and runs_kernels(device)
+    return device.type == "cpu" and dtype in CPU_DTYPES
 
 
 def _in_plain_torch(
@@ -53,7 +63,7 @@ def _in_plain_torch(
         expert_index: integer ``[T, k]``; an index outside ``[0, E)`` contributes nothing.
         routing: float ``[T, k]``.
         gate_up_packed, gate_up_scale, down_packed, down_scale: as stored (docs/format.md).
-        gate_up_signs, down_signs: one row of the stored signs.
+        gate_up_signs, down_signs: the stored signs, or one row of them: all are equal.
         spec: from `spec_text`.
         activation: name of the activation of the gate, as in the model's config.
 
@@ -76,7 +86,8 @@ def _decoder(
 
     def weight(projection: str, expert: int) -> torch.Tensor:
         packed, scale, signs = tensors[projection]
-        decoded = decode(packed[expert], scale[expert], signs, spec.projection(projection))
+        row = signs.reshape(-1, signs.shape[-1])[0]
+        decoded = decode(packed[expert], scale[expert], row, spec.projection(projection))
         return decoded.to(dtype)
 
     return weight
@@ -99,7 +110,7 @@ def _on_cuda(
 ) -> torch.Tensor:  # fmt: skip
     gate_up = (gate_up_packed, gate_up_scale, gate_up_signs)
     down = (down_packed, down_scale, down_signs)
-    if x.dtype not in KERNEL_DTYPES or activation != "silu":
+    if not takes(x.device, x.dtype, activation):
         return _in_plain_torch(x, expert_index, routing, *gate_up, *down, spec, activation)
     return run_kernels(x, expert_index, routing, gate_up, down, parse_spec(spec))
 
@@ -113,7 +124,7 @@ def _on_cpu(
 ) -> torch.Tensor:  # fmt: skip
     gate_up = (gate_up_packed, gate_up_scale, gate_up_signs)
     down = (down_packed, down_scale, down_signs)
-    if x.dtype not in CPU_DTYPES or activation != "silu":
+    if not takes(x.device, x.dtype, activation):
         return _in_plain_torch(x, expert_index, routing, *gate_up, *down, spec, activation)
     from erniequant_kernels.cpu.moe import moe_experts_cpu
 
@@ -143,7 +154,10 @@ def _(
     grad: torch.Tensor, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor,
     *_: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return torch.empty_like(x), torch.empty_like(routing)
+    grad_x, grad_routing = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, routing)
+    )
+    return grad_x, grad_routing
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -160,6 +174,26 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 moe_experts.register_autograd(_gradient, setup_context=_keep_inputs)
+
+
+_autocast = torch.library.Library("erniequant", "FRAGMENT")
+
+
+def _cast_first(key: str, device: str) -> None:
+    """Let `moe_experts` under autocast run in its dtype, as linear layers do."""
+    without = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast_and_run(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        # `register_autocast` knows one dtype for good, not the one of the moment.
+        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(without):
+            return moe_experts(x.to(dtype), *rest)
+
+    _autocast.impl("moe_experts", cast_and_run, key)
+
+
+_cast_first("AutocastCUDA", "cuda")
+_cast_first("AutocastCPU", "cpu")
 
 
 def run_kernels(
@@ -179,15 +213,20 @@ def run_kernels(
 
 
 def _matrices(
-    gate_up: tuple[torch.Tensor, ...], down: tuple[torch.Tensor, ...], spec: LayerSpec
+    gate_up: tuple[Any, ...], down: tuple[Any, ...], spec: LayerSpec
 ) -> tuple["PackedMatrices", "PackedMatrices"]:
     from erniequant_kernels.matrices import PackedMatrices
 
-    def matrices(tensors: tuple[torch.Tensor, ...], how: MatrixSpec) -> PackedMatrices:
-        packed, scale, signs = tensors
-        return PackedMatrices(packed, scale, signs, how.conv(), how.tile, how.rotation_block)
+    both = zip((gate_up, down), _codes(spec), strict=True)
+    first, second = (PackedMatrices(*tensors, *how) for tensors, how in both)
+    return first, second
 
-    return matrices(gate_up, spec.gate_up_proj), matrices(down, spec.down_proj)
+
+@cache
+def _codes(spec: LayerSpec) -> tuple[tuple[Any, ...], ...]:
+    """Code, tile and rotation block of both projections."""
+    both = (spec.gate_up_proj, spec.down_proj)
+    return tuple((matrix.conv(), matrix.tile, matrix.rotation_block) for matrix in both)
 
 
 def spec_text(spec: LayerSpec) -> str:

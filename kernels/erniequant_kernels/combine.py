@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from erniequant_kernels.bfloat16 import from_pattern, rounded
+from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import assigned_scales
 
 BLOCK_N = 512
@@ -21,7 +22,7 @@ def combine_reference(
     return torch.where(valid[..., None], y, 0.0).sum(1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["assignments", "splits"])
 def combine_kernel(
     partial_ptr,
     scale_ptr,
@@ -29,10 +30,10 @@ def combine_kernel(
     routing_ptr,
     out_ptr,
     assignments,
+    splits,
     EXPERTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TOP_K: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Program (token, n): BLOCK_N outputs of one token."""
@@ -46,7 +47,7 @@ def combine_kernel(
         valid = output < tl.where((expert >= 0) & (expert < EXPERTS), OUTPUTS, 0)
         weight = tl.load(routing_ptr + assignment).to(tl.float32)
         y = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        for split in tl.static_range(SPLITS):
+        for split in range(0, splits):
             row = split * assignments + assignment
             y += tl.load(partial_ptr + row * OUTPUTS + output, mask=valid, other=0).to(tl.float32)
         scale = from_pattern(tl.load(scale_ptr + expert * OUTPUTS + output, mask=valid, other=0))
@@ -69,8 +70,9 @@ def combine(
     """
     splits, assignments, outputs = partial.shape
     tokens, top_k = expert_index.shape
-    combine_kernel[(tokens, triton.cdiv(outputs, BLOCK_N))](
-        partial, scale, expert_index, routing, out, assignments,
-        EXPERTS=scale.shape[0], OUTPUTS=outputs, TOP_K=top_k, SPLITS=splits, BLOCK_N=BLOCK_N,
+    launch(
+        combine_kernel, (tokens, triton.cdiv(outputs, BLOCK_N)),
+        partial, scale, expert_index, routing, out, assignments, splits,
+        EXPERTS=scale.shape[0], OUTPUTS=outputs, TOP_K=top_k, BLOCK_N=BLOCK_N,
         num_warps=4,
     )  # fmt: skip

@@ -13,7 +13,8 @@ What makes it cheap (counts: `erniequant bench static`):
 
 * Groups are loaded in runs of neighbours, whole words (two of one word, four of three or two
   bytes): all but the first find the bits before them in their neighbour, and shifts of the run are
-  constants.
+  constants. Words lie in shared memory in the order of the lanes that decode them, so that neither
+  loading nor reading them costs more requests than their bytes do, whatever the tile size.
 * Registers of a group that lie 16 bits apart (15 for 3-bit steps) are cut out together. With ``v =
   low + (high << 16)`` and the multiplier ``m``, ``low * m = v * m - high * (m << 16)`` modulo 2^32:
   a multiplication in place of a shift and a mask, on the pipe that is idle.
@@ -95,42 +96,87 @@ def _funnel(before, newest, DISTANCE: tl.constexpr):
 
 
 @triton.jit
+def _places(
+    i, first_run, LAST_RUN: tl.constexpr, RUNS: tl.constexpr, BLOCK_K: tl.constexpr,
+    INPUTS: tl.constexpr, TILE_WORDS: tl.constexpr, RUN_WORDS: tl.constexpr, SPREAD: tl.constexpr,
+):  # fmt: skip
+    """Where the words of (run, position) pairs begin: the row of their tile, and the run in it.
+
+    Pairs go by four positions, then runs, then the other positions: the order of the lanes of a
+    matrix operand. Position p is input p, or in SPREAD order ``p % 4 * BLOCK_K / 4 + p // 4``.
+    """
+    run = first_run + i // 4 % RUNS
+    if LAST_RUN % RUNS != RUNS - 1:  # the last program has runs beyond the end: the last one again
+        run = tl.minimum(run, LAST_RUN)
+    row = i % 4 * (BLOCK_K // 4) + i // (4 * RUNS) if SPREAD else i % 4 + i // (4 * RUNS) * 4
+    RUNS_OF_TILE: tl.constexpr = TILE_WORDS // RUN_WORDS
+    place = run // RUNS_OF_TILE * (INPUTS * TILE_WORDS) + row * TILE_WORDS
+    return place, run % RUNS_OF_TILE
+
+
+@triton.jit
 def load_groups(
-    packed_ptr, run, row, INPUTS: tl.constexpr, TILE_WORDS: tl.constexpr, STEP_BITS: tl.constexpr
-):
-    """The groups of every run and input row.
+    packed_ptr, first_run, first_row, LAST_RUN: tl.constexpr, RUNS: tl.constexpr,
+    BLOCK_K: tl.constexpr, INPUTS: tl.constexpr, TILE_WORDS: tl.constexpr, STEP_BITS: tl.constexpr,
+    SPREAD: tl.constexpr,
+):  # fmt: skip
+    """The groups of RUNS runs and BLOCK_K inputs.
+
+    A request of a warp covers eight runs and four inputs: whole sectors for every tile size. Runs
+    of two words are read by 64 bits, which go through the first-level cache; there the words before
+    them hit. (128-bit copies to shared memory pass it by, and the words before came a second time
+    from the second level.) Runs of three words are read together with the word before them.
 
     Args:
         packed_ptr: the words of one expert, ``[tiles, INPUTS * TILE_WORDS]``.
-        run: int32 ``[R]``, index of each run along the outputs; ``row``: int32 ``[K]``.
+        first_run: index of the first run along the outputs, a multiple of RUNS; runs beyond
+            LAST_RUN are LAST_RUN again.
+        first_row: index of the first input.
+        SPREAD: order of the inputs, which is free within a turn if both factors agree: the quarter
+            of them that a lane multiplies (every fourth position) are neighbours in memory, so a
+            lane reads its part of ``x`` by one wide load.
 
     Returns:
-        Two tuples of uint32 ``[R, K]``, one entry per group of a run: the 32 bits that end with the
-        group, and the bits before those, of which at least 8 are valid (a register needs 5).
+        Two tuples of uint32 ``[RUNS, BLOCK_K]``, one entry per group of a run: the 32 bits that end
+        with the group, and the bits before those, of which at least 8 are valid (a register needs
+        5).
     """
     RUN_WORDS: tl.constexpr = run_length(STEP_BITS) * STEP_BITS // 4
-    RUNS: tl.constexpr = TILE_WORDS // RUN_WORDS  # of one tile
-    base = (run // RUNS) * (INPUTS * TILE_WORDS)
-    first = run % RUNS * RUN_WORDS
-    words = packed_ptr + base[:, None] + row[None, :] * TILE_WORDS
-    last = (first + TILE_WORDS - 1) % TILE_WORDS
-    before = tl.load(words + last[:, None]).to(tl.uint32, bitcast=True)
-    if STEP_BITS == 4:
-        two = tl.arange(0, 2)
-        start = packed_ptr + base[:, None, None] + row[None, :, None] * TILE_WORDS
-        both = tl.load(start + first[:, None, None] + two[None, None, :])
-        even, odd = tl.split(both.to(tl.uint32, bitcast=True))
-        return (even, odd), (before, even)
-    elif STEP_BITS == 2:
-        a = tl.load(words + first[:, None]).to(tl.uint32, bitcast=True)
-        b = tl.load(words + (first + 1)[:, None]).to(tl.uint32, bitcast=True)
-        # Four groups of two bytes end 16, 32, 48 and 64 bits into the run.
-        newest = (_funnel(before, a, 16), a, _funnel(a, b, 16), b)
-        return newest, (before >> 16, before, a >> 16, a)
+    PAIRS: tl.constexpr = RUNS * BLOCK_K
+    packed_ptr += first_row * TILE_WORDS
+    if RUN_WORDS == 2:
+        i = tl.arange(0, 2 * PAIRS)
+        place, run = _places(
+            i // 2, first_run, LAST_RUN, RUNS, BLOCK_K, INPUTS, TILE_WORDS, RUN_WORDS, SPREAD
+        )
+        both = tl.load(packed_ptr + place + run * 2 + i % 2).to(tl.uint32, bitcast=True)
+        both = tl.permute(tl.reshape(both, (BLOCK_K // 4, RUNS, 4, 2)), (1, 0, 2, 3))
+        even, odd = tl.split(tl.reshape(both, (RUNS, BLOCK_K, 2)))
+        place, run = _places(
+            tl.arange(0, PAIRS), first_run, LAST_RUN, RUNS, BLOCK_K, INPUTS, TILE_WORDS, RUN_WORDS,
+            SPREAD,
+        )  # fmt: skip
+        place += (run * 2 + TILE_WORDS - 1) % TILE_WORDS
+        before = tl.load(packed_ptr + place).to(tl.uint32, bitcast=True)
+        before = tl.permute(tl.reshape(before, (BLOCK_K // 4, RUNS, 4)), (1, 0, 2))
+        before = tl.reshape(before, (RUNS, BLOCK_K))
+        if STEP_BITS == 4:
+            return (even, odd), (before, even)
+        else:
+            # Four groups of two bytes end 16, 32, 48 and 64 bits into the run.
+            newest = (_funnel(before, even, 16), even, _funnel(even, odd, 16), odd)
+            return newest, (before >> 16, before, even >> 16, even)
     else:  # Triton 3.6 compiles what follows a branch that returns, so this is one
-        a = tl.load(words + first[:, None]).to(tl.uint32, bitcast=True)
-        b = tl.load(words + (first + 1)[:, None]).to(tl.uint32, bitcast=True)
-        c = tl.load(words + (first + 2)[:, None]).to(tl.uint32, bitcast=True)
+        i = tl.arange(0, 4 * PAIRS)
+        place, run = _places(
+            i // 4, first_run, LAST_RUN, RUNS, BLOCK_K, INPUTS, TILE_WORDS, RUN_WORDS, SPREAD
+        )
+        place += (run * 3 + TILE_WORDS - 1 + i % 4) % TILE_WORDS
+        four = tl.load(packed_ptr + place).to(tl.uint32, bitcast=True)
+        four = tl.permute(tl.reshape(four, (BLOCK_K // 4, RUNS, 4, 2, 2)), (1, 0, 2, 4, 3))
+        front, back = tl.split(tl.reshape(four, (RUNS, BLOCK_K, 2, 2)))
+        before, a = tl.split(front)
+        b, c = tl.split(back)
         # Four groups of three bytes end 24, 48, 72 and 96 bits into the run.
         newest = (_funnel(before, a, 8), _funnel(a, b, 16), _funnel(b, c, 24), c)
         return newest, (before >> 8, a >> 16, b >> 24, b)
@@ -206,12 +252,12 @@ def operand(products, keep_bits, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Products of all groups of a run, ``[ROWS / groups, BLOCK_K]`` each, as a matrix operand.
 
     The result is bfloat16 ``[ROWS, 2 * BLOCK_K]``: both halves of each product side by side, as
-    they lie in its register, so nothing is moved to build the operand. The other operand does the
-    rest of the label: with each input twice the product sums the halves (``half_sum``), with zeros
-    in between it takes one (``pair``); `erniequant_kernels.rotation` writes the inputs so.
+    they lie in its register, so nothing is moved to build the operand. The other operand,
+    `paired_inputs`, does the rest of the label.
 
-    Groups of a run lie eight rows apart (`operand_group`), because lane ``l`` of the matrix
-    instruction holds rows ``l // 4`` and ``l // 4 + 8``: it loads whole runs.
+    Groups of a run lie eight rows apart, because lane ``l`` of the matrix instruction holds rows
+    ``l // 4`` and ``l // 4 + 8``; the second two of four groups lie ROWS / 2 apart, in
+    the next rows of the same warp if it has 32 of them. So a warp loads whole runs.
     """
     RUN: tl.constexpr = len(products)
     if RUN == 2:
@@ -222,7 +268,7 @@ def operand(products, keep_bits, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
         front = tl.join(_halves_tile(products[0], keep_bits), _halves_tile(products[1], keep_bits))
         back = tl.join(_halves_tile(products[2], keep_bits), _halves_tile(products[3], keep_bits))
         four = tl.reshape(tl.join(front, back), (ROWS // 32, 8, BLOCK_K, 2, 2, 2))
-        rows = tl.permute(four, (0, 5, 4, 1, 2, 3))
+        rows = tl.permute(four, (5, 0, 4, 1, 2, 3))
     return tl.reshape(rows, (ROWS, 2 * BLOCK_K)).to(MATRIX_TYPE)
 
 
@@ -233,7 +279,60 @@ def _halves_tile(products, keep_bits):
 
 
 @triton.jit
-def operand_group(ROWS: tl.constexpr, RUN: tl.constexpr):
-    """Which group, counted from the first of the tile, each row of `operand` holds: ``[ROWS]``."""
-    row = tl.arange(0, ROWS)
-    return row // (8 * RUN) * (8 * RUN) + row % 8 * RUN + row // 8 % RUN
+def paired_inputs(x, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, LABEL: tl.constexpr):
+    """Inputs ``[BLOCK_M, BLOCK_K]`` as the other factor of `operand`.
+
+    The result is bfloat16 ``[2 * BLOCK_K, weights per step * BLOCK_M]``, inputs in SPREAD order.
+    Each input twice lets the product sum the halves (``half_sum``). For ``pair``, each input before
+    a zero takes the low half, in the first BLOCK_M columns, and after a zero the high half.
+    """
+    x = tl.permute(tl.reshape(x, (BLOCK_M, 4, BLOCK_K // 4)), (2, 1, 0))
+    x = tl.reshape(x, (BLOCK_K, BLOCK_M))
+    if LABEL == "half_sum":
+        paired = tl.permute(tl.join(x, x), (0, 2, 1))
+    else:
+        tl.static_assert(LABEL == "pair")
+        zero = tl.zeros_like(x)
+        either = tl.join(tl.join(x, zero), tl.join(zero, x))  # [K, M, half, form]
+        paired = tl.permute(either, (0, 2, 3, 1))
+    COLUMNS: tl.constexpr = weights_per_step(LABEL) * BLOCK_M
+    return tl.reshape(paired, (2 * BLOCK_K, COLUMNS)).to(MATRIX_TYPE)
+
+
+@triton.constexpr_function
+def turn_of(step, step_bits):
+    """Inverse of `step_at`."""
+    return [step_at(turn, step_bits) for turn in range(STEPS)].index(step)
+
+
+@triton.jit
+def outputs_of(
+    sums, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, STEP_BITS: tl.constexpr, LABEL: tl.constexpr
+):  # fmt: skip
+    """Sums of the products of `operand` and `paired_inputs`, one of each turn, in order of outputs.
+
+    Args:
+        sums: eight float32 ``[ROWS, weights per step * BLOCK_M]``, by turn (`step_at`).
+
+    Returns:
+        float32 ``[BLOCK_M, ROWS * 8 * weights per step]``: consecutive outputs of each token.
+    """
+    PER_STEP: tl.constexpr = weights_per_step(LABEL)
+    RUN: tl.constexpr = run_length(STEP_BITS)
+    # Each join adds a bit of the step behind: the highest is joined first.
+    even = tl.join(
+        tl.join(sums[turn_of(0, STEP_BITS)], sums[turn_of(4, STEP_BITS)]),
+        tl.join(sums[turn_of(2, STEP_BITS)], sums[turn_of(6, STEP_BITS)]),
+    )
+    odd = tl.join(
+        tl.join(sums[turn_of(1, STEP_BITS)], sums[turn_of(5, STEP_BITS)]),
+        tl.join(sums[turn_of(3, STEP_BITS)], sums[turn_of(7, STEP_BITS)]),
+    )
+    steps = tl.join(even, odd)
+    if RUN == 2:
+        steps = tl.reshape(steps, (ROWS // 16, 2, 8, PER_STEP, BLOCK_M, 8))
+        steps = tl.permute(steps, (4, 0, 2, 1, 5, 3))
+    else:
+        steps = tl.reshape(steps, (2, ROWS // 32, 2, 8, PER_STEP, BLOCK_M, 8))
+        steps = tl.permute(steps, (5, 1, 3, 0, 2, 6, 4))
+    return tl.reshape(steps, (BLOCK_M, ROWS * 8 * PER_STEP))

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from erniequant_kernels.bfloat16 import MATRIX_TYPE, rounded
+from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import RowTiles
 
 
@@ -101,7 +102,8 @@ def dense_gemm(
         out: ``[A, N]`` of any float type, contiguous; other experts' rows are left as they are.
     """
     experts, outputs, inputs = weights.shape
-    dense_gemm_kernel[(config.programs,)](
+    launch(
+        dense_gemm_kernel, (config.programs,),
         x, weights, tiles.order, tiles.expert, tiles.first, tiles.end, tiles.starts, out,
         first_expert, first_expert + experts,
         TOP_K=top_k, INPUTS=inputs, OUTPUTS=outputs, BLOCK_M=config.block_m,

@@ -11,6 +11,7 @@ import triton.language as tl
 from erniequant.codes.reference import decode as reference_decode
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
+from erniequant_kernels.launch import launch
 
 GROUPS_PER_PROGRAM = 16
 BLOCK_K = 64
@@ -24,6 +25,53 @@ of 4.1 at 2 bits, 10.0 to 10.6 instead of 7.3 to 8.0 at 4, 8.2 to 9.1 instead of
 def expand_reference(packed: torch.Tensor, code: ConvolutionalCode, tile: int) -> torch.Tensor:
     """Labels of packed experts in plain torch: as `expand`, exact in bfloat16."""
     return reference_decode(packed, code, tile).to(torch.bfloat16)
+
+
+@triton.jit
+def _load_groups(
+    packed_ptr, run, row, INPUTS: tl.constexpr, TILE_WORDS: tl.constexpr, STEP_BITS: tl.constexpr
+):
+    """The groups of every run and input row.
+
+    Args:
+        packed_ptr: the words of one expert, ``[tiles, INPUTS * TILE_WORDS]``.
+        run: int32 ``[R]``, index of each run along the outputs; ``row``: int32 ``[K]``.
+
+    Returns:
+        Two tuples of uint32 ``[R, K]``, one entry per group of a run: the 32 bits that end with the
+        group, and the bits before those, of which at least 8 are valid (a register needs 5).
+    """
+    RUN_WORDS: tl.constexpr = decode.run_length(STEP_BITS) * STEP_BITS // 4
+    RUNS: tl.constexpr = TILE_WORDS // RUN_WORDS  # of one tile
+    base = (run // RUNS) * (INPUTS * TILE_WORDS)
+    first = run % RUNS * RUN_WORDS
+    words = packed_ptr + base[:, None] + row[None, :] * TILE_WORDS
+    last = (first + TILE_WORDS - 1) % TILE_WORDS
+    before = tl.load(words + last[:, None]).to(tl.uint32, bitcast=True)
+    if STEP_BITS == 4:
+        two = tl.arange(0, 2)
+        start = packed_ptr + base[:, None, None] + row[None, :, None] * TILE_WORDS
+        both = tl.load(start + first[:, None, None] + two[None, None, :])
+        even, odd = tl.split(both.to(tl.uint32, bitcast=True))
+        return (even, odd), (before, even)
+    elif STEP_BITS == 2:
+        a = tl.load(words + first[:, None]).to(tl.uint32, bitcast=True)
+        b = tl.load(words + (first + 1)[:, None]).to(tl.uint32, bitcast=True)
+        # Four groups of two bytes end 16, 32, 48 and 64 bits into the run.
+        newest = (decode._funnel(before, a, 16), a, decode._funnel(a, b, 16), b)
+        return newest, (before >> 16, before, a >> 16, a)
+    else:  # Triton 3.6 compiles what follows a branch that returns, so this is one
+        a = tl.load(words + first[:, None]).to(tl.uint32, bitcast=True)
+        b = tl.load(words + (first + 1)[:, None]).to(tl.uint32, bitcast=True)
+        c = tl.load(words + (first + 2)[:, None]).to(tl.uint32, bitcast=True)
+        # Four groups of three bytes end 24, 48, 72 and 96 bits into the run.
+        newest = (
+            decode._funnel(before, a, 8),
+            decode._funnel(a, b, 16),
+            decode._funnel(b, c, 24),
+            c,
+        )
+        return newest, (before >> 8, a >> 16, b >> 24, b)
 
 
 @triton.jit
@@ -55,9 +103,7 @@ def expand_kernel(
     # Out of range means: compute the last one again and do not store it.
     safe_run = tl.minimum(run, RUN_COUNT - 1)
     safe_row = tl.minimum(row, INPUTS - 1)
-    newest, before = decode.load_groups(
-        packed_ptr, safe_run, safe_row, INPUTS, TILE_WORDS, STEP_BITS
-    )
+    newest, before = _load_groups(packed_ptr, safe_run, safe_row, INPUTS, TILE_WORDS, STEP_BITS)
     keep = decode.load_keep_bits(constants_ptr)
     for i in tl.static_range(RUN):
         for step in tl.static_range(8):
@@ -94,7 +140,8 @@ def expand(
         triton.cdiv(runs, GROUPS_PER_PROGRAM // run),
         experts,
     )
-    expand_kernel[grid](
+    launch(
+        expand_kernel, grid,
         packed, constants, out,
         INPUTS=inputs, OUTPUTS=outputs, TILE_WORDS=code.words_per_sequence(tile),
         RUNS=GROUPS_PER_PROGRAM // run, BLOCK_K=block_k, num_warps=WARPS,

@@ -114,10 +114,11 @@ def compile_kernel(
     """
     signature = {**signature, **dict.fromkeys(constants, "constexpr")}
     names = list(signature)
+    # Integers are not specialised (`do_not_specialize`), so nothing is known about them.
     aligned: dict[Any, Any] = {
         (names.index(n),): [["tt.divisibility", 16]]
         for n, t in signature.items()
-        if t.startswith("*") or t == "i32"
+        if t.startswith("*")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}

@@ -22,7 +22,7 @@ from erniequant_kernels.expand import BLOCK_K, GROUPS_PER_PROGRAM, WARPS, expand
 from erniequant_kernels.machine_code import ARCHITECTURES, KernelCost, compile_kernel, measure
 from erniequant_kernels.packed_gemm import groups_per_warp, packed_gemm_kernel
 from erniequant_kernels.prepare import prepare_kernel
-from erniequant_kernels.rotation import Form, rotation_constants, swiglu_rotate_kernel
+from erniequant_kernels.rotation import rotation_constants, swiglu_rotate_kernel
 from erniequant_kernels.routing import row_tiles_constants
 from erniequant_kernels.tuning import PackedRow, packed_warps, tables
 
@@ -114,29 +114,20 @@ _ROW_TILES = {
 
 
 def _rotation_cases() -> Iterator[Case]:
-    for form in (Form.EITHER, Form.TWICE):
-        block = rotation_constants(ROTATION_BLOCK, form)
-        rotation = {"x_ptr": "*bf16", "signs_ptr": "*i32", "out_ptr": "*bf16", "blocks": "i32"}
-        yield Case(
-            f"prepare {form.name.lower()}",
-            prepare_kernel,
-            _ROW_TILES | rotation,
-            row_tiles_constants(EXPERTS, 8) | {"INPUTS": HIDDEN} | block,
-            4,
-            3,
-        )
-        pointers = {
-            "partial_ptr": "*fp32", "scale_ptr": "*i16", "expert_index_ptr": "*i64",
-            "signs_ptr": "*i32", "out_ptr": "*bf16", "rows": "i32",
-        }  # fmt: skip
-        yield Case(
-            f"swiglu_rotate {form.name.lower()}",
-            swiglu_rotate_kernel,
-            pointers,
-            {"EXPERTS": EXPERTS, "INNER": INNER, "SPLITS": 4} | block,
-            4,
-            3,
-        )
+    block = rotation_constants(ROTATION_BLOCK)
+    rotation = {"x_ptr": "*bf16", "signs_ptr": "*i32", "out_ptr": "*bf16", "blocks": "i32"}
+    tiles = row_tiles_constants(EXPERTS, 8)
+    yield Case(
+        "prepare", prepare_kernel, _ROW_TILES | rotation, tiles | {"INPUTS": HIDDEN} | block, 4, 3
+    )
+    pointers = {
+        "partial_ptr": "*fp32", "scale_ptr": "*i16", "expert_index_ptr": "*i64",
+        "signs_ptr": "*i32", "out_ptr": "*bf16", "rows": "i32", "splits": "i32",
+    }  # fmt: skip
+    yield Case(
+        "swiglu_rotate", swiglu_rotate_kernel, pointers,
+        {"EXPERTS": EXPERTS, "INNER": INNER} | block, 4, 3,
+    )  # fmt: skip
 
 
 def _other_cases(arch: int) -> Iterator[Case]:
@@ -160,8 +151,9 @@ def _other_cases(arch: int) -> Iterator[Case]:
         {
             "partial_ptr": "*fp32", "scale_ptr": "*i16", "expert_index_ptr": "*i64",
             "routing_ptr": "*bf16", "out_ptr": "*bf16", "assignments": "i32",
+            "splits": "i32",
         },
-        {"EXPERTS": EXPERTS, "OUTPUTS": HIDDEN, "TOP_K": TOP_K, "SPLITS": 4, "BLOCK_N": BLOCK_N},
+        {"EXPERTS": EXPERTS, "OUTPUTS": HIDDEN, "TOP_K": TOP_K, "BLOCK_N": BLOCK_N},
         4,
         3,
     )  # fmt: skip

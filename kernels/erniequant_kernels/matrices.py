@@ -1,6 +1,6 @@
 """What every product with packed weights is given, on any device."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,19 @@ class PackedMatrices:
     code: ConvolutionalCode
     tile: int
     rotation_block: int
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Packed words, scales and signs."""
+        return self.packed, self.scale, self.signs
+
+    @property
+    def sizes(self) -> tuple[Hashable, ...]:
+        """All but the tensors, quick to hash."""
+        code = self.code
+        return (
+            self.packed.shape, code.name, code.register_length, self.tile, self.rotation_block
+        )  # fmt: skip
 
     @property
     def experts(self) -> int:

@@ -1,24 +1,21 @@
 """The experts of a layer on packed weights: which kernels run, in which order, in which memory.
 
 Every launch has a shape that follows from the sizes of its arguments, and nothing waits for the
-device, so the whole can be captured in a CUDA graph.
+device, so the whole can be captured in a CUDA graph. Weights are never decoded to memory.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from erniequant_kernels import decode
 from erniequant_kernels.combine import combine
-from erniequant_kernels.dense_gemm import dense_gemm
-from erniequant_kernels.expand import expand
+from erniequant_kernels.fused_gemm import FusedGemmConfig, fused_gemm
+from erniequant_kernels.launch import empty, kept_on_device, repeated
 from erniequant_kernels.matrices import PackedMatrices
 from erniequant_kernels.packed_gemm import PackedGemmConfig, packed_gemm
 from erniequant_kernels.prepare import prepare
-from erniequant_kernels.rotation import Form, form_of, form_shape, swiglu_rotate
+from erniequant_kernels.rotation import swiglu_rotate
 from erniequant_kernels.routing import RowTiles, most_row_tiles
 from erniequant_kernels.tuning import Tuning
 
@@ -28,18 +25,14 @@ class MatrixPlan:
     """How one projection is computed.
 
     Attributes:
-        config: of the packed product, or None: decode some experts, multiply, and so on.
-        partial: shape and dtype of the unscaled products.
-        rotated: shape of the rotated inputs, bfloat16.
-        expanded: shape of decoded experts, bfloat16 ``[2, experts at a time, N, K]``; empty for the
-            packed product.
+        config: of the product, packed for few tokens and fused for many.
+        partial: shape ``[splits, A, N]`` and dtype of the unscaled products.
+        rotated: shape ``[rows, K]`` of the rotated inputs, bfloat16.
     """
 
-    config: PackedGemmConfig | None
-    form: Form
+    config: PackedGemmConfig | FusedGemmConfig
     partial: tuple[tuple[int, int, int], torch.dtype]
-    rotated: tuple[int, ...]
-    expanded: tuple[int, int, int, int]
+    rotated: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,6 @@ class Plan:
             shape, dtype = matrix.partial
             total += torch.Size(shape).numel() * dtype.itemsize
             total += 2 * torch.Size(matrix.rotated).numel()
-            total += 2 * torch.Size(matrix.expanded).numel()
         return total
 
 
@@ -70,100 +62,40 @@ def plan(
 ) -> Plan:
     """Choose kernels and tile sizes for a batch of ``tokens``."""
     experts, assignments = gate_up.experts, tokens * top_k
-    row = tuning.packed_row(assignments / experts, {gate_up.code.bits, down.code.bits})
+    row = tuning.row(assignments / experts)
 
     def matrix_plan(matrix: PackedMatrices, rows: int) -> MatrixPlan:
         inputs, outputs = matrix.inputs, matrix.outputs
-        if row is None:
-            chunk = min(experts, tuning.experts_at_once(outputs, inputs))
+        config = tuning.config(row, matrix.code, outputs, inputs, experts, top_k)
+        if isinstance(config, PackedGemmConfig):
+            partial = ((config.splits, assignments, outputs), torch.float32)
+        else:
             partial = ((1, assignments, outputs), torch.bfloat16)
-            return MatrixPlan(None, Form.PLAIN, partial, form_shape(rows, inputs, Form.PLAIN),
-                              (2, chunk, outputs, inputs))  # fmt: skip
-        config = tuning.packed_config(row, matrix.code, outputs, inputs, assignments, experts)
-        form = form_of(matrix.code)
-        partial = ((config.splits, assignments, outputs), torch.float32)
-        return MatrixPlan(config, form, partial, form_shape(rows, inputs, form), (0, 0, 0, 0))
+        return MatrixPlan(config, partial, (rows, inputs))
 
-    block_m = tuning.dense.block_m if row is None else row.block_m
+    block_m = tuning.rows[row].block_m
     return Plan(
         block_m, most_row_tiles(assignments, experts, block_m),
         matrix_plan(gate_up, tokens), matrix_plan(down, assignments), assignments, experts,
     )  # fmt: skip
 
 
-@cache
+@kept_on_device
 def _constants(device: torch.device) -> torch.Tensor:
     return decode.constants(device)
 
 
 def _multiply(
-    x: torch.Tensor, matrix: PackedMatrices, how: MatrixPlan, tiles: RowTiles, top_k: int,
-    tuning: Tuning,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor, matrix: PackedMatrices, how: MatrixPlan, tiles: RowTiles, top_k: int
+) -> torch.Tensor:
     """Unscaled products of all assignments: ``[splits, A, N]``."""
-    shape, dtype = how.partial
-    out = torch.empty(shape, dtype=dtype, device=x.device)
-    constants = _constants(x.device)
-    if how.config is not None:
-        packed_gemm(
-            x, matrix.packed, constants, matrix.code, matrix.tile, tiles, top_k, out, how.config
-        )
-        return out
-    expanded = torch.empty(how.expanded, dtype=torch.bfloat16, device=x.device)
-    overlap = _Overlap(x.device)
-    for turn, first in enumerate(range(0, matrix.experts, how.expanded[1])):
-        some = matrix.packed[first : first + how.expanded[1]]
-        labels = expanded[turn % 2, : some.shape[0]]
-        with overlap.decoding(turn):
-            expand(some, constants, matrix.code, matrix.tile, labels)
-        overlap.wait_for_labels()
-        dense_gemm(x, labels, tiles, top_k, out[0], tuning.dense, first_expert=first)
-        overlap.multiplied()
+    out = empty(*how.partial, x.device)
+    packed, constants, code = matrix.packed, _constants(x.device), matrix.code
+    if isinstance(how.config, PackedGemmConfig):
+        packed_gemm(x, packed, constants, code, matrix.tile, tiles, top_k, out, how.config)
+    else:
+        fused_gemm(x, packed, constants, code, matrix.tile, tiles, top_k, out[0], how.config)
     return out
-
-
-class _Overlap:
-    """Decode the next experts while the last ones are multiplied: one needs the logic units and
-    memory, the other the matrix units. Two halves of the workspace take turns.
-
-    On a GPU the decoding has a stream of its own, forked from the current one and joined before
-    every product, also when captured in a graph; elsewhere all is in order anyway.
-    """
-
-    def __init__(self, device: torch.device):
-        self.main = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self.products: list[torch.cuda.Event] = []
-        self.labels: torch.cuda.Event | None = None
-        if self.main is not None:
-            self.side = _side_stream(device)
-            self.side.wait_stream(self.main)
-
-    @contextmanager
-    def decoding(self, turn: int) -> Iterator[None]:
-        """Launch on the side stream, once the half that turn ``turn`` writes has been read."""
-        if self.main is None:
-            yield
-            return
-        if turn >= 2:
-            self.side.wait_event(self.products[turn - 2])
-        with torch.cuda.stream(self.side):
-            yield
-            self.labels = self.side.record_event()
-
-    def wait_for_labels(self) -> None:
-        """What is launched now runs after the decoding so far."""
-        if self.main is not None and self.labels is not None:
-            self.main.wait_event(self.labels)
-
-    def multiplied(self) -> None:
-        """The product that was just launched is the last to read its half."""
-        if self.main is not None:
-            self.products.append(self.main.record_event())
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def moe_experts(
@@ -172,8 +104,8 @@ def moe_experts(
 ) -> torch.Tensor:  # fmt: skip
     """Weighted sum of ``down(silu(gate(x)) * up(x))`` over the chosen experts of each token.
 
-    Rotated activations are bfloat16, sums float32 (bfloat16 between the projections where experts
-    are decoded once).
+    Rotated activations are bfloat16, sums float32 (rounded to bfloat16 between the projections
+    where the load calls for fused products).
 
     Args:
         x: ``[T, H]`` of any float type, contiguous.
@@ -189,21 +121,23 @@ def moe_experts(
     if tokens == 0 or top_k == 0:
         return out.zero_()
     expert_index, routing = expert_index.contiguous(), routing.contiguous()
-    how = plan(tokens, top_k, gate_up, down, tuning)
 
-    def rotated(matrix: MatrixPlan) -> torch.Tensor:
-        return torch.empty(matrix.rotated, dtype=torch.bfloat16, device=x.device)
+    def compute() -> None:
+        how = plan(tokens, top_k, gate_up, down, tuning)
+        hidden = empty(how.gate_up.rotated, torch.bfloat16, x.device)
+        tiles = prepare(
+            expert_index, gate_up.experts, how.block_m, x, gate_up.signs, gate_up.rotation_block,
+            hidden,
+        )  # fmt: skip
+        partial = _multiply(hidden, gate_up, how.gate_up, tiles, top_k)
+        inner = empty(how.down.rotated, torch.bfloat16, x.device)
+        swiglu_rotate(partial, gate_up.scale, expert_index, down.signs, down.rotation_block, inner)
+        partial = _multiply(inner, down, how.down, tiles, 1)
+        combine(partial, down.scale, expert_index, routing, out)
 
-    hidden = rotated(how.gate_up)
-    tiles = prepare(
-        expert_index, gate_up.experts, how.block_m, x, gate_up.signs, gate_up.rotation_block,
-        how.gate_up.form, hidden,
-    )  # fmt: skip
-    partial = _multiply(hidden, gate_up, how.gate_up, tiles, top_k, tuning)
-    inner = rotated(how.down)
-    swiglu_rotate(
-        partial, gate_up.scale, expert_index, down.signs, down.rotation_block, how.down.form, inner
+    repeated(
+        ("moe", expert_index.shape, x.shape, gate_up.sizes, down.sizes, tuning),
+        [x, expert_index, routing, *gate_up.tensors, *down.tensors, out],
+        compute,
     )
-    partial = _multiply(inner, down, how.down, tiles, 1, tuning)
-    combine(partial, down.scale, expert_index, routing, out)
     return out

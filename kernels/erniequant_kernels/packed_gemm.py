@@ -15,8 +15,8 @@ import triton.language as tl
 from erniequant.codes.reference import decode as reference_decode
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
-from erniequant_kernels.bfloat16 import MATRIX_TYPE
 from erniequant_kernels.dense_gemm import dense_gemm_reference
+from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import RowTiles
 
 
@@ -27,8 +27,8 @@ class PackedGemmConfig:
     Attributes:
         block_m: tokens of a row tile, a power of two from 8.
         block_k: inputs of one turn of the loop, a power of two; must divide the inputs.
-        splits: parts into which the inputs are cut, summed by the consumer in a fixed order.
-        warps: warps of a program, each with 16 groups (32 of three bytes).
+        splits: equal parts into which the turns are cut, summed by the consumer in a fixed order.
+        warps: warps of a program, each with 16 groups (32 of three or two bytes).
         stages: turns whose loads are under way at once.
     """
 
@@ -58,7 +58,7 @@ def packed_gemm_reference(
     return dense_gemm_reference(x, reference_decode(packed, code, tile), expert_index, top_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["assignments"])
 def packed_gemm_kernel(
     x_ptr,
     packed_ptr,
@@ -84,15 +84,18 @@ def packed_gemm_kernel(
 ):
     """Program (row tile and group block, split): GROUPS groups of outputs for one row tile.
 
-    ``x`` is bf16 ``[rows, weights per step, 2 * INPUTS]``, ``out`` float32 ``[SPLITS, assignments,
-    OUTPUTS]``.
+    ``x`` is bf16 ``[rows, INPUTS]``, ``out`` float32 ``[SPLITS, assignments, OUTPUTS]``; each split
+    takes an equal part of the turns.
     """
     PER_STEP: tl.constexpr = decode.weights_per_step(LABEL)
     PER_GROUP: tl.constexpr = 8 * PER_STEP
     GROUP_COUNT: tl.constexpr = OUTPUTS // PER_GROUP
     BLOCKS: tl.constexpr = (GROUP_COUNT + GROUPS - 1) // GROUPS
     RUN: tl.constexpr = decode.run_length(STEP_BITS)
-    COLUMNS: tl.constexpr = PER_STEP * BLOCK_M
+    RUNS: tl.constexpr = GROUPS // RUN
+    WIDE: tl.constexpr = GROUPS * PER_GROUP
+    # A number of turns that is known only at run time costs 5 % more issue slots: ptxas then moves
+    # the guard of the loads from a uniform register to a predicate once a load.
     TURNS: tl.constexpr = INPUTS // BLOCK_K // SPLITS
     row_tile = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
@@ -101,27 +104,24 @@ def packed_gemm_kernel(
     if expert < 0:
         return
 
-    # Column c of the product is token c % BLOCK_M, in its form number c // BLOCK_M.
-    column = tl.arange(0, COLUMNS)
-    position = tl.load(tile_first_ptr + row_tile) + column % BLOCK_M
+    position = tl.load(tile_first_ptr + row_tile) + tl.arange(0, BLOCK_M)
     inside = position < tl.load(tile_end_ptr + row_tile)
-    # Columns beyond the tile compute some token again and are not stored.
+    # Tokens beyond the tile compute the first one again and are not stored.
     assignment = tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64)
-    x_row = assignment // TOP_K * PER_STEP + column // BLOCK_M
-    x_ptrs = (x_ptr + x_row * (2 * INPUTS))[None, :]
+    x_ptrs = (x_ptr + assignment // TOP_K * INPUTS)[:, None] + tl.arange(0, BLOCK_K)[None, :]
 
     packed_ptr += expert * (GROUP_COUNT * STEP_BITS // 4 * INPUTS)
-    run = block * (GROUPS // RUN) + tl.arange(0, GROUPS // RUN)
-    run = tl.minimum(run, GROUP_COUNT // RUN - 1)
     sums = ()
     for _ in tl.static_range(8):
-        sums = sums + (tl.zeros((GROUPS, COLUMNS), dtype=tl.float32),)
-    for turn in range(0, TURNS):
-        first = (split * TURNS + turn) * BLOCK_K
-        row = first + tl.arange(0, BLOCK_K)
-        newest, before = decode.load_groups(packed_ptr, run, row, INPUTS, TILE_WORDS, STEP_BITS)
-        half = 2 * first + tl.arange(0, 2 * BLOCK_K)
-        x = tl.load(x_ptrs + half[:, None]).to(MATRIX_TYPE)
+        sums = sums + (tl.zeros((GROUPS, PER_STEP * BLOCK_M), dtype=tl.float32),)
+    x_ptrs += split * (TURNS * BLOCK_K)
+    packed_ptr += split * (TURNS * BLOCK_K * TILE_WORDS)
+    for _ in range(0, TURNS):
+        newest, before = decode.load_groups(
+            packed_ptr, block * RUNS, 0, GROUP_COUNT // RUN - 1, RUNS, BLOCK_K, INPUTS,
+            TILE_WORDS, STEP_BITS, True,
+        )  # fmt: skip
+        x = decode.paired_inputs(tl.load(x_ptrs), BLOCK_M, BLOCK_K, LABEL)
         keep = decode.load_keep_bits(constants_ptr)
         updated = ()
         for i in tl.static_range(8):
@@ -136,19 +136,20 @@ def packed_gemm_kernel(
             weights = decode.operand(products, keep, GROUPS, BLOCK_K)
             updated = updated + (tl.dot(weights, x, sums[i]),)
         sums = updated
+        packed_ptr += BLOCK_K * TILE_WORDS
+        x_ptrs += BLOCK_K
 
     # Loaded again rather than kept in registers through the loop.
-    position = tl.load(tile_first_ptr + row_tile) + column % BLOCK_M
+    position = tl.load(tile_first_ptr + row_tile) + tl.arange(0, BLOCK_M)
     inside = position < tl.load(tile_end_ptr + row_tile)
     assignment = tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64)
-    group = block * GROUPS + decode.operand_group(GROUPS, RUN)
     out_row = split.to(tl.int64) * assignments + assignment
-    mask = (group < GROUP_COUNT)[:, None] & inside[None, :]
-    output = group[:, None] * PER_GROUP + (column // BLOCK_M)[None, :]
-    place = out_ptr + out_row[None, :] * OUTPUTS + output
-    for i in tl.static_range(8):
-        shift = decode.step_at(i, STEP_BITS) * PER_STEP
-        tl.store(place + shift, sums[i], mask=mask)
+    output = block * WIDE + tl.arange(0, WIDE)
+    mask = inside[:, None]
+    if OUTPUTS % WIDE != 0:
+        mask &= (output < OUTPUTS)[None, :]
+    whole = decode.outputs_of(sums, GROUPS, BLOCK_M, STEP_BITS, LABEL)
+    tl.store(out_ptr + out_row[:, None] * OUTPUTS + output[None, :], whole, mask=mask)
 
 
 def packed_gemm(
@@ -158,7 +159,7 @@ def packed_gemm(
     """Products of all assignments with their experts' labels; scales are left to the consumer.
 
     Args:
-        x: rotated inputs in the form of the code (`rotation.form_of`); assignment ``a`` reads row
+        x: rotated inputs, bfloat16 ``[rows, K]``, contiguous; assignment ``a`` reads row
             ``a // top_k``.
         packed: int32 ``[E, N / tile, K * words]``, contiguous.
         constants: from `decode.constants`.
@@ -169,9 +170,10 @@ def packed_gemm(
     groups = config.warps * groups_per_warp(code)
     outputs = out.shape[-1]
     blocks = triton.cdiv(outputs // decode.group_weights(code), groups)
-    packed_gemm_kernel[(tiles.expert.numel() * blocks, config.splits)](
+    launch(
+        packed_gemm_kernel, (tiles.expert.numel() * blocks, config.splits),
         x, packed, constants, tiles.order, tiles.expert, tiles.first, tiles.end, out, out.shape[1],
-        TOP_K=top_k, INPUTS=x.shape[-1] // 2, OUTPUTS=outputs,
+        TOP_K=top_k, INPUTS=x.shape[-1], OUTPUTS=outputs,
         TILE_WORDS=code.words_per_sequence(tile),
         BLOCK_M=config.block_m, BLOCK_K=config.block_k, GROUPS=groups, SPLITS=config.splits,
         num_warps=config.warps, num_stages=config.stages, **decode.code_constants(code),

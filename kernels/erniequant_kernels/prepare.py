@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from erniequant_kernels.rotation import Form, rotate_kernel, rotation_constants, rotation_programs
+from erniequant_kernels.launch import launch
+from erniequant_kernels.rotation import rotate_kernel, rotation_constants, rotation_programs
 from erniequant_kernels.routing import (
     RowTiles,
     empty_row_tiles,
@@ -14,7 +15,7 @@ from erniequant_kernels.routing import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["assignments", "tiles", "blocks"])
 def prepare_kernel(
     index_ptr,
     order_ptr,
@@ -36,7 +37,6 @@ def prepare_kernel(
     BLOCK: tl.constexpr,
     ROOT: tl.constexpr,
     NORM: tl.constexpr,
-    FORM: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """The first EXPERTS programs are those of `row_tiles_kernel`, the others of `rotate_kernel`."""
@@ -46,14 +46,12 @@ def prepare_kernel(
             EXPERTS, BINS, BLOCK_M, SCAN,
         )  # fmt: skip
     else:
-        rotate_kernel(
-            x_ptr, signs_ptr, out_ptr, blocks, INPUTS, BLOCK, ROOT, NORM, FORM, ROWS, EXPERTS
-        )
+        rotate_kernel(x_ptr, signs_ptr, out_ptr, blocks, INPUTS, BLOCK, ROOT, NORM, ROWS, EXPERTS)
 
 
 def prepare(
     expert_index: torch.Tensor, experts: int, block_m: int, x: torch.Tensor, signs: torch.Tensor,
-    block: int, form: Form, out: torch.Tensor,
+    block: int, out: torch.Tensor,
 ) -> RowTiles:  # fmt: skip
     """Row tiles of a batch (see `routing.row_tiles`), and its rotated inputs.
 
@@ -61,14 +59,15 @@ def prepare(
         x: ``[T, K]`` of any float type, contiguous.
         signs: int32 ``[ceil(K / 32)]``.
         block: rotation block, a power of two that divides K, at most 128.
-        out: bfloat16 of `rotation.form_shape`, contiguous; receives the rotated inputs.
+        out: bfloat16 ``[T, K]``, contiguous; receives the rotated inputs.
     """
     tiles = empty_row_tiles(expert_index, experts, block_m)
     blocks = x.numel() // block
-    prepare_kernel[(experts + rotation_programs(blocks, block),)](
+    launch(
+        prepare_kernel, (experts + rotation_programs(blocks, block),),
         expert_index, tiles.order, tiles.expert, tiles.first, tiles.end, tiles.starts,
         expert_index.numel(), tiles.expert.numel(), x, signs, out, blocks,
         **row_tiles_constants(experts, block_m), INPUTS=x.shape[-1],
-        **rotation_constants(block, form), num_warps=4,
+        **rotation_constants(block), num_warps=4,
     )  # fmt: skip
     return tiles

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from erniequant.packing.decoding import decode_scale
+from erniequant_kernels.launch import empty, launch
 
 SCAN = 1024
 
@@ -75,7 +76,7 @@ def assigned_scales(
     return decode_scale(scale)[torch.where(valid, expert_index, 0)], valid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["assignments", "tiles"])
 def row_tiles_kernel(
     index_ptr,
     order_ptr,
@@ -140,12 +141,13 @@ def empty_row_tiles(expert_index: torch.Tensor, experts: int, block_m: int) -> R
     assignments = expert_index.numel()
     tiles = most_row_tiles(assignments, experts, block_m)
 
-    def empty(size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int32, device=expert_index.device)
+    def numbers(size: int) -> torch.Tensor:
+        return empty(size, torch.int32, expert_index.device)
 
     return RowTiles(
-        empty(assignments), empty(tiles), empty(tiles), empty(tiles), empty(experts + 1), block_m
-    )
+        numbers(assignments), numbers(tiles), numbers(tiles), numbers(tiles), numbers(experts + 1),
+        block_m,
+    )  # fmt: skip
 
 
 def row_tiles_constants(experts: int, block_m: int) -> dict[str, int]:
@@ -166,7 +168,8 @@ def row_tiles(expert_index: torch.Tensor, experts: int, block_m: int) -> RowTile
             mean no expert.
     """
     result = empty_row_tiles(expert_index, experts, block_m)
-    row_tiles_kernel[(experts,)](
+    launch(
+        row_tiles_kernel, (experts,),
         expert_index, result.order, result.expert, result.first, result.end, result.starts,
         expert_index.numel(), result.expert.numel(), num_warps=4,
         **row_tiles_constants(experts, block_m),

@@ -5,115 +5,178 @@ model gives the same numbers on every card of a kind.
 """
 
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels import decode
-from erniequant_kernels.dense_gemm import DenseGemmConfig
+from erniequant_kernels.fused_gemm import FusedGemmConfig
 from erniequant_kernels.packed_gemm import PackedGemmConfig, groups_per_warp
-from erniequant_kernels.routing import most_row_tiles
 
 DEFAULT = "default"
-MAX_SPLITS = 16
+MAX_SPLITS = 32
+TABLE = "ERNIEQUANT_TUNING"
+"""Environment variable: a file in the form of tuning.json whose tables replace the shipped ones."""
+
+GemmConfig = PackedGemmConfig | FusedGemmConfig
 
 
 @dataclass(frozen=True)
-class PackedRow:
-    """Tile sizes of the packed product up to some average number of assignments per expert.
+class PackedTile:
+    """What a row says about the packed product of one width; see `PackedGemmConfig`."""
 
-    ``bits`` are the widths that it is for: at 2 and 3 bits a warp has twice the outputs, and 32
-    tokens of them do not fit its registers.
-    """
-
-    rows_per_expert: float
-    block_m: int
     block_k: int
     warps: int
     stages: int
-    bits: tuple[int, ...] = (2, 3, 4)
-
-
-def packed_warps(code: ConvolutionalCode, row: PackedRow) -> int:
-    """Warps of a program. Runs of four groups must not be shared out over warps."""
-    return row.warps if decode.run_length(code.step_bits) == 2 else 1
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """The table of one architecture.
+class FusedTile:
+    """What a row says about the fused product of one width; see `FusedGemmConfig`."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class TuningRow:
+    """The product for loads up to some average number of assignments per expert.
 
     Attributes:
-        warps_wanted: the inputs are split until this many warps have work.
-        packed: rows, of which the first that fits is taken; beyond them, experts are decoded once
-            and multiplied by ``dense``.
-        expanded_bytes: memory for decoded experts, two halves of at least one expert; enough of
-            them that their product fills the card.
+        rows_per_expert: that number; infinite in the last row.
+        kernel: ``packed`` for few tokens, ``fused`` for many.
+        block_m: tokens of a row tile, for both matrices of a layer.
+        tiles: by bits per weight.
+    """
+
+    rows_per_expert: float
+    kernel: Literal["packed", "fused"]
+    block_m: int
+    tiles: Mapping[int, PackedTile | FusedTile]
+
+
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """The table of one architecture; one equals itself alone.
+
+    Attributes:
+        warps_wanted: the inputs of packed products are split until this many warps have work.
+        rows: by rising load; the first that fits is taken.
     """
 
     warps_wanted: int
-    packed: tuple[PackedRow, ...]
-    dense: DenseGemmConfig
-    expanded_bytes: int
+    rows: tuple[TuningRow, ...]
 
-    def packed_row(self, rows_per_expert: float, bits: set[int]) -> PackedRow | None:
-        """The row for a load and the widths of a layer, or None where decoding once is better."""
-        fitting = (
-            row
-            for row in self.packed
-            if rows_per_expert <= row.rows_per_expert and bits <= set(row.bits)
-        )
-        return next(fitting, None)
+    def row(self, rows_per_expert: float) -> int:
+        """Index of the row for a load."""
+        fits = (i for i, row in enumerate(self.rows) if rows_per_expert <= row.rows_per_expert)
+        return next(fits, len(self.rows) - 1)
 
-    def experts_at_once(self, outputs: int, inputs: int) -> int:
-        """Experts of ``outputs`` by ``inputs`` that one half of the workspace holds decoded."""
-        return max(1, self.expanded_bytes // (2 * torch.bfloat16.itemsize * outputs * inputs))
-
-    def packed_config(
-        self, row: PackedRow, code: ConvolutionalCode, outputs: int, inputs: int,
-        assignments: int, experts: int,
-    ) -> PackedGemmConfig:  # fmt: skip
-        """Tile sizes for a matrix of ``outputs`` by ``inputs``.
+    def config(
+        self, index: int, code: ConvolutionalCode, outputs: int, inputs: int, experts: int,
+        top_k: int,
+    ) -> GemmConfig:  # fmt: skip
+        """Tile sizes for a matrix of ``outputs`` by ``inputs``: the same for all loads of a row, so
+        that few variants of a kernel are compiled.
 
         Raises:
             ErnieQuantError: the inputs are not a multiple of 16.
         """
-        block_k = row.block_k
+        row = self.rows[index]
+        tile = row.tiles[code.bits]
+        block_k = tile.block_k
         while inputs % block_k:
             block_k //= 2
         if block_k < 16:
             raise ErnieQuantError(f"{inputs} inputs: the kernels need a multiple of 16")
-        turns = inputs // block_k
-        per_program = packed_warps(code, row)
+        if isinstance(tile, FusedTile):
+            return FusedGemmConfig(row.block_m, tile.block_n, block_k, tile.warps, tile.stages)
+        # At its least load the row has so many row tiles, all experts but the unlucky being hit.
+        least = self.rows[index - 1].rows_per_expert if index else 0.0
+        row_tiles = max(top_k, min(experts, int(least * experts)))
         groups = outputs // decode.group_weights(code)
-        blocks = -(-groups // (per_program * groups_per_warp(code)))
-        warps = blocks * per_program * most_row_tiles(assignments, experts, row.block_m)
+        warps = -(-groups // groups_per_warp(code)) * row_tiles
+        turns = inputs // block_k
         divisors = [d for d in range(1, MAX_SPLITS + 1) if turns % d == 0]
         enough = (d for d in divisors if warps * d >= self.warps_wanted)
         splits = next(enough, divisors[-1])
-        return PackedGemmConfig(row.block_m, block_k, splits, per_program, row.stages)
+        return PackedGemmConfig(row.block_m, block_k, splits, tile.warps, tile.stages)
 
 
-def parse(settings: dict[str, Any]) -> Tuning:
-    """One entry of tuning.json."""
-    rows = tuple(
-        PackedRow(**{**row, "bits": tuple(row.get("bits", PackedRow.bits))})
-        for row in settings["packed"]
-    )
-    dense = DenseGemmConfig(**settings["dense"])
-    return Tuning(settings["warps_wanted"], rows, dense, settings["expanded_bytes"])
+def parse(settings: Mapping[str, Any]) -> Tuning:
+    """One entry of tuning.json.
+
+    Raises:
+        ErnieQuantError: it is no such entry.
+    """
+    try:
+        rows = tuple(map(_row, settings["rows"]))
+        tuning = Tuning(int(settings["warps_wanted"]), rows)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ErnieQuantError(f"a tuning table is damaged: {error!r}") from error
+    loads = [row.rows_per_expert for row in rows]
+    if not rows or loads != sorted(set(loads)) or loads[-1] != float("inf"):
+        raise ErnieQuantError(
+            "a tuning table needs rows by rising rows_per_expert, null in the last one"
+        )
+    return tuning
+
+
+def _row(settings: Mapping[str, Any]) -> TuningRow:
+    kind = {"packed": PackedTile, "fused": FusedTile}[settings["kernel"]]
+    tiles = {int(bits): kind(**tile) for bits, tile in settings["tiles"].items()}
+    missing = {2, 3, 4} - set(tiles)
+    if missing:
+        raise ValueError(f"no tile for {min(missing)} bits")
+    load = settings["rows_per_expert"]
+    most = float("inf") if load is None else float(load)
+    return TuningRow(most, settings["kernel"], int(settings["block_m"]), tiles)
+
+
+def settings_of(tuning: Tuning) -> dict[str, Any]:
+    """Inverse of `parse`."""
+    return {
+        "warps_wanted": tuning.warps_wanted,
+        "rows": [
+            {
+                "rows_per_expert": None
+                if row.rows_per_expert == float("inf")
+                else row.rows_per_expert,
+                "kernel": row.kernel,
+                "block_m": row.block_m,
+                "tiles": {str(bits): vars(tile) for bits, tile in row.tiles.items()},
+            }
+            for row in tuning.rows
+        ],
+    }
 
 
 @cache
 def tables() -> dict[str, Tuning]:
-    """Every table, by architecture (``sm_90``) or ``default``."""
+    """Every table, by architecture (``sm_90``) or ``default``.
+
+    Raises:
+        ErnieQuantError: the file that `TABLE` names cannot be read.
+    """
     text = resources.files("erniequant_kernels").joinpath("tuning.json").read_text()
-    return {name: parse(settings) for name, settings in json.loads(text).items()}
+    settings = json.loads(text)
+    own = os.environ.get(TABLE)
+    if own:
+        try:
+            settings |= json.loads(Path(own).read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError) as error:
+            raise ErnieQuantError(f"{TABLE}={own} is no tuning table: {error}") from error
+    return {name: parse(entry) for name, entry in settings.items()}
 
 
 @cache

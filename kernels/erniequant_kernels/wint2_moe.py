@@ -13,7 +13,7 @@ from erniequant_kernels.combine import combine
 from erniequant_kernels.dense_gemm import dense_gemm
 from erniequant_kernels.matrices import Wint2Matrices
 from erniequant_kernels.prepare import prepare
-from erniequant_kernels.rotation import Form, form_shape, swiglu_rotate
+from erniequant_kernels.rotation import swiglu_rotate
 from erniequant_kernels.routing import RowTiles
 from erniequant_kernels.tuning import Tuning
 from erniequant_kernels.wint2 import expand_wint2
@@ -46,13 +46,13 @@ def moe_experts_wint2(
     hidden = _rows(x, tokens, gate_up.inputs)
     tiles = prepare(
         expert_index, gate_up.experts, tuning.dense.block_m, x, _positive(gate_up.inputs, x.device),
-        1, Form.PLAIN, hidden,
+        1, hidden,
     )  # fmt: skip
     partial = _multiply(hidden, gate_up, tiles, top_k, tuning)
     inner = _rows(x, tokens * top_k, down.inputs)
     swiglu_rotate(
         partial, _ones(gate_up, x.device), expert_index, _positive(down.inputs, x.device), 1,
-        Form.PLAIN, inner,
+        inner,
     )  # fmt: skip
     partial = _multiply(inner, down, tiles, 1, tuning)
     combine(partial, _ones(down, x.device), expert_index, routing, out)
@@ -81,8 +81,7 @@ def _multiply(
 
 
 def _rows(x: torch.Tensor, rows: int, inputs: int) -> torch.Tensor:
-    shape = form_shape(rows, inputs, Form.PLAIN)
-    return torch.empty(shape, dtype=torch.bfloat16, device=x.device)
+    return torch.empty(rows, inputs, dtype=torch.bfloat16, device=x.device)
 
 
 @cache

@@ -19,7 +19,6 @@ from erniequant.errors import ErnieQuantError
 from erniequant_kernels import decode
 from erniequant_kernels.expand import expand
 from erniequant_kernels.packed_gemm import PackedGemmConfig, packed_gemm, packed_gemm_reference
-from erniequant_kernels.rotation import arrange_reference, form_of
 from erniequant_kernels.routing import row_tiles
 from tests.micro import CALIBRATION
 
@@ -79,7 +78,7 @@ def test_packed_product(tile: int, tiles: int, splits: int) -> None:
     config = PackedGemmConfig(block_m=8, block_k=32, splits=splits, warps=1, stages=2)
     out = torch.full((splits, 6, tiles * tile), torch.nan, device=DEVICE)
     packed_gemm(
-        arrange_reference(x, form_of(code)), packed, decode.constants(DEVICE), code, tile,
+        x, packed, decode.constants(DEVICE), code, tile,
         row_tiles(index, 2, config.block_m), 2, out, config,
     )  # fmt: skip
     expected = packed_gemm_reference(x, packed, code, tile, index.flatten(), 2)

@@ -7,7 +7,6 @@ from erniequant.codes import get_code
 from erniequant_kernels import decode
 from erniequant_kernels.dense_gemm import DenseGemmConfig, dense_gemm
 from erniequant_kernels.packed_gemm import PackedGemmConfig, packed_gemm, packed_gemm_reference
-from erniequant_kernels.rotation import arrange_reference, form_of
 from erniequant_kernels.routing import RowTiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,11 +38,11 @@ def random_words(*shape):
 
 def test_packed_product_of_a_row_far_behind():
     code, tile = get_code("cc4", 12), 32
-    x = huge(LAST + 1, 1, 64, dtype=torch.bfloat16)
+    x = huge(LAST + 1, 64, dtype=torch.bfloat16)
     out = huge(1, LAST + 1, 64, dtype=torch.float32)
-    row = torch.randn(1, 32, device=DEVICE).bfloat16()
-    x[LAST:] = arrange_reference(row, form_of(code))
-    packed = random_words(1, 2, 32 * code.words_per_sequence(tile))
+    row = torch.randn(1, 64, device=DEVICE).bfloat16()
+    x[LAST:] = row
+    packed = random_words(1, 2, 64 * code.words_per_sequence(tile))
     packed_gemm(
         x, packed, decode.constants(DEVICE), code, tile, one_row_tile(LAST, 0, 8), 1, out,
         PackedGemmConfig(8, 32, 1, 1, 1),
@@ -60,7 +59,7 @@ def test_packed_product_with_an_expert_far_behind():
     x = torch.randn(1, inputs, device=DEVICE).bfloat16()
     out = torch.empty(1, 1, 64, device=DEVICE)
     packed_gemm(
-        arrange_reference(x, form_of(code)), packed, decode.constants(DEVICE), code, tile,
+        x, packed, decode.constants(DEVICE), code, tile,
         one_row_tile(0, experts - 1, 8), 1, out,
         # Few turns for the interpreter; a compiler would unroll so large a tile for ever.
         PackedGemmConfig(8, 64 if DEVICE == "cuda" else 1024, 1, 1, 1),

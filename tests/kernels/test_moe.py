@@ -1,6 +1,5 @@
 """A whole layer of experts on packed weights, in every regime, against plain torch."""
 
-import contextlib
 import dataclasses
 
 import pytest
@@ -9,21 +8,26 @@ import torch
 from erniequant.packing.decoding import decode_weight, encode_scale
 from erniequant.packing.rotation import pack_signs, random_signs
 from erniequant.packing.schema import MatrixSpec
-from erniequant_kernels import moe
-from erniequant_kernels.dense_gemm import DenseGemmConfig
+from erniequant_kernels.fused_gemm import FusedGemmConfig
 from erniequant_kernels.matrices import PackedMatrices
 from erniequant_kernels.moe import moe_experts, plan
-from erniequant_kernels.tuning import PackedRow, Tuning, tables
+from erniequant_kernels.tuning import FusedTile, PackedTile, Tuning, TuningRow, tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN, INNER, EXPERTS = 192, 96, 5
 
-# One table per regime, small enough for the interpreter.
-DENSE = DenseGemmConfig(16, 64, 32, 4, 2, 8)
-SMALL = Tuning(8, (PackedRow(1e9, 8, 32, 1, 2),), DENSE, 2**20)
-GROUPED = Tuning(64, (PackedRow(1e9, 16, 32, 2, 2),), DENSE, 2**20)
-ONCE = Tuning(8, (), DENSE, 2 * 2 * 2 * HIDDEN * INNER * 2)  # two experts' gate and up at a time
-REGIMES = {"small": SMALL, "grouped": GROUPED, "decode once": ONCE}
+
+# One table per regime, small enough for the interpreter. 3 bits take fewer warps, as shipped.
+def only(kernel, block_m, tile, warps_wanted=8):
+    tiles = {bits: tile for bits in (2, 3, 4)}
+    return Tuning(warps_wanted, (TuningRow(float("inf"), kernel, block_m, tiles),))
+
+
+REGIMES = {
+    "small": only("packed", 8, PackedTile(32, 1, 2)),
+    "grouped": only("packed", 16, PackedTile(32, 2, 2), 64),
+    "fused": only("fused", 16, FusedTile(64, 32, 4, 2)),
+}
 
 
 def matrices(spec, outputs, inputs, seed):
@@ -160,64 +164,31 @@ def test_the_workspace_is_what_the_plan_says(regime, tokens, monkeypatch):
     assert sum(allocated) == stated
 
 
-def test_wider_row_tiles_are_for_layers_of_four_bits_throughout():
-    loads = (1, 40, 100, 10**4)
-    found = {}
-    for codes in (("cc4", "cc4"), ("cc2", "cc4"), ("cc3", "cc3")):
-        gate_up, down = layer(*codes)
-        plans = [plan(tokens, 2, gate_up[0], down[0], tables()["sm_90"]) for tokens in loads]
-        found[codes] = [None if p.gate_up.config is None else p.block_m for p in plans]
-    assert found[("cc4", "cc4")] == [8, 32, 32, None]
-    assert found[("cc2", "cc4")] == found[("cc3", "cc3")] == [8, 16, 16, None]
+def test_shipped_tables_use_both_kernels_and_few_variants():
+    # A kernel is compiled anew for every configuration: 21B shapes, 1 to 4096 tokens.
+    gate_up, down = sizes_of(3072, 2560), sizes_of(2560, 1536)
+    for name, tuning in tables().items():
+        found = {"packed": set(), "fused": set()}
+        for tokens in range(1, 4097):
+            how = plan(tokens, 6, gate_up, down, tuning)
+            for matrix in (how.gate_up, how.down):
+                kernel = "fused" if isinstance(matrix.config, FusedGemmConfig) else "packed"
+                found[kernel].add((matrix.rotated[1], matrix.config))
+        assert 1 <= len(found["packed"]) <= 8 and 1 <= len(found["fused"]) <= 6, name
 
 
-def test_shipped_tables_use_every_regime():
-    gate_up, down = layer()
-    for tuning in tables().values():
-        kinds = {
-            None if how.gate_up.config is None else how.block_m
-            for how in (plan(tokens, 2, gate_up[0], down[0], tuning) for tokens in (1, 40, 10**4))
-        }
-        assert kinds == {8, 16, None}
+def sizes_of(outputs, inputs):
+    """Matrices of 64 experts at 2 bits, without memory."""
+    code = MatrixSpec("cc2", 12, 256, 128).conv()
+    packed = torch.empty(64, outputs // 256, inputs * 16, dtype=torch.int32, device="meta")
+    return PackedMatrices(packed, packed, packed, code, 256, 128)
 
 
-class FakeStream:
-    """Launches in order; an event stands for all launches so far and what they waited for."""
-
-    def __init__(self):
-        self.before = set()
-
-    def launch(self, name):
-        done = set(self.before)
-        self.before.add(name)
-        return done
-
-    def record_event(self):
-        return set(self.before)
-
-    def wait_event(self, event):
-        self.before |= event
-
-    def wait_stream(self, other):
-        self.before |= other.before
-
-
-def test_decoding_beside_products_never_overtakes_them(monkeypatch):
-    # The twin of the streams on a GPU: what has surely finished when each launch starts.
-    main, side = FakeStream(), FakeStream()
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: main)
-    monkeypatch.setattr(moe, "_side_stream", lambda _: side)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    main.launch("rotation")
-    overlap = moe._Overlap(torch.device("cuda"))
-    for turn in range(5):
-        with overlap.decoding(turn):
-            finished = side.launch(f"labels {turn}")
-        assert "rotation" in finished
-        if turn >= 2:  # the half that it writes
-            assert f"product {turn - 2}" in finished
-            assert f"product {turn - 1}" not in finished  # or nothing would overlap
-        overlap.wait_for_labels()
-        assert f"labels {turn}" in main.launch(f"product {turn}")
-        overlap.multiplied()
-    assert {f"labels {turn}" for turn in range(5)} <= main.before, "joined at the end"
+def test_splits_depend_on_the_row_and_not_on_the_tokens():
+    # The first row is for one token: six experts must fill the card. At the least load of the
+    # second, 64 x 0.15 assignments hit nine experts.
+    tuning = tables()["sm_90"]
+    gate_up, down = sizes_of(3072, 2560), sizes_of(2560, 1536)
+    one, two, ten = (plan(t, 6, gate_up, down, tuning).gate_up.config for t in (1, 2, 10))
+    assert two == ten != one
+    assert one.splits > two.splits

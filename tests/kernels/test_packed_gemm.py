@@ -6,7 +6,6 @@ import torch
 from erniequant.codes import CODE_NAMES, REGISTERED, get_code
 from erniequant_kernels import decode
 from erniequant_kernels.packed_gemm import PackedGemmConfig, packed_gemm, packed_gemm_reference
-from erniequant_kernels.rotation import arrange_reference, form_of
 from erniequant_kernels.routing import row_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,7 +19,7 @@ def product(x, packed, code, tile, index, top_k, config):
     outputs = packed.shape[1] * tile
     out = torch.full((config.splits, index.numel(), outputs), torch.nan, device=DEVICE)
     packed_gemm(
-        arrange_reference(x, form_of(code)), packed, decode.constants(DEVICE), code, tile,
+        x, packed, decode.constants(DEVICE), code, tile,
         row_tiles(index, packed.shape[0], config.block_m), top_k, out, config,
     )  # fmt: skip
     return out

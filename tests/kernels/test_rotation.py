@@ -1,4 +1,4 @@
-"""Rotation on the device: bit-equal to the format's, in every form."""
+"""Rotation on the device: bit-equal to the format's."""
 
 import pytest
 import torch
@@ -7,8 +7,6 @@ from erniequant.packing.decoding import encode_scale
 from erniequant.packing.rotation import pack_signs, random_signs
 from erniequant_kernels.prepare import prepare
 from erniequant_kernels.rotation import (
-    Form,
-    form_shape,
     rotate_reference,
     swiglu_rotate,
     swiglu_rotate_reference,
@@ -19,9 +17,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(96, 32), (160, 32), (512, 128), (96, 1), (288, 32), (2560, 128), (64, 64)]
 
 
-def rotate(x, signs, block, form, out):
+def rotate(x, signs, block, out):
     one_expert = torch.zeros(len(x), 1, dtype=torch.int64, device=DEVICE)
-    prepare(one_expert, 1, 8, x, signs, block, form, out)
+    prepare(one_expert, 1, 8, x, signs, block, out)
 
 
 def packed_signs(inputs):
@@ -29,14 +27,13 @@ def packed_signs(inputs):
 
 
 @pytest.mark.parametrize("inputs, block", SHAPES)
-@pytest.mark.parametrize("form", Form)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_rotation_is_equal_to_the_last_bit(inputs, block, form, dtype):
+def test_rotation_is_equal_to_the_last_bit(inputs, block, dtype):
     x = torch.randn(5, inputs, device=DEVICE).to(dtype)
     signs = packed_signs(inputs)
-    out = torch.full(form_shape(5, inputs, form), torch.nan, dtype=torch.bfloat16, device=DEVICE)
-    rotate(x, signs, block, form, out)
-    assert torch.equal(out, rotate_reference(x, signs, block, form))
+    out = torch.full((5, inputs), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    rotate(x, signs, block, out)
+    assert torch.equal(out, rotate_reference(x, signs, block))
 
 
 def test_a_rotation_is_what_a_hadamard_matrix_does():
@@ -48,15 +45,14 @@ def test_a_rotation_is_what_a_hadamard_matrix_does():
     matrix = (1 - 2 * parity.float()) / 8
     flips = torch.tensor([1.0 - 2 * (int(signs[c // 32]) >> c % 32 & 1) for c in range(64)])
     out = torch.empty(3, 64, dtype=torch.bfloat16, device=DEVICE)
-    rotate(x, signs, 64, Form.PLAIN, out)
+    rotate(x, signs, 64, out)
     expected = (x.cpu() * flips) @ matrix
     torch.testing.assert_close(out.cpu().float(), expected, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("inner, block", [(96, 32), (160, 32), (512, 128), (96, 1)])
 @pytest.mark.parametrize("splits, dtype", [(1, torch.bfloat16), (3, torch.float32)])
-@pytest.mark.parametrize("form", Form)
-def test_swiglu_then_rotation(inner, block, splits, dtype, form):
+def test_swiglu_then_rotation(inner, block, splits, dtype):
     experts, rows = 4, 7
     partial = torch.randn(splits, rows, 2 * inner, device=DEVICE).to(dtype)
     # Two rows belong to no expert; what they hold must not matter to the others.
@@ -64,9 +60,9 @@ def test_swiglu_then_rotation(inner, block, splits, dtype, form):
     partial[:, 2] = torch.nan
     scale = encode_scale(torch.rand(experts, 2 * inner) * 2 + 0.1).to(DEVICE)
     signs = packed_signs(inner)
-    out = torch.empty(form_shape(rows, inner, form), dtype=torch.bfloat16, device=DEVICE)
-    swiglu_rotate(partial, scale, expert_index, signs, block, form, out)
-    expected = swiglu_rotate_reference(partial, scale, expert_index, signs, block, form)
+    out = torch.empty(rows, inner, dtype=torch.bfloat16, device=DEVICE)
+    swiglu_rotate(partial, scale, expert_index, signs, block, out)
+    expected = swiglu_rotate_reference(partial, scale, expert_index, signs, block)
     routed = [0, 1, 3, 5, 6]
     out, expected = out[routed].float(), expected[routed].float()
     # exp differs in its last bits, so a value may round to the next bfloat16.
@@ -80,6 +76,5 @@ def test_swiglu_does_not_overflow(value):
     scale = encode_scale(torch.ones(1, 64)).to(DEVICE)
     signs = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     out = torch.empty(2, 32, dtype=torch.bfloat16, device=DEVICE)
-    swiglu_rotate(partial, scale, torch.zeros(2, dtype=torch.int64, device=DEVICE), signs, 1,
-                  Form.PLAIN, out)  # fmt: skip
+    swiglu_rotate(partial, scale, torch.zeros(2, dtype=torch.int64, device=DEVICE), signs, 1, out)
     assert torch.equal(out.float().cpu(), torch.full((2, 32), max(value, 0.0)))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from erniequant.errors import ErnieQuantWarning
 from erniequant.packing.decoding import encode_scale
 from erniequant.packing.schema import LayerSpec, MatrixSpec
-from erniequant.runtime import ops
+from erniequant.runtime import cards, ops
 from erniequant.runtime.experts import PackedExperts
 
 EXPERTS, HIDDEN, INNER = 5, 96, 64
@@ -77,6 +78,86 @@ def test_kernels_and_plain_torch_agree(experts, dtype):
     found = ops.run_kernels(x, index, routing, tuple(tensors[:3]), tuple(tensors[3:]), SPEC)
     bound = 2**-7 * reference.abs().max().item()
     torch.testing.assert_close(found.float(), reference, rtol=0, atol=bound)
+
+
+def transposed(x):
+    """The same values, columns first in memory."""
+    return x.t().contiguous().t()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])  # kernels, and plain torch
+def test_inputs_may_lie_in_memory_as_they_like(experts, dtype):
+    x, index, routing = batch(6, dtype)
+    expected = ops.moe_experts(*arguments(experts, x, index, routing))
+    strided = arguments(experts, transposed(x), transposed(index), transposed(routing))
+    found = ops.moe_experts(*strided)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous()  # as torch.compile is told
+    torch.library.opcheck(ops.moe_experts, strided)
+
+
+def test_the_gradient_of_strided_inputs_is_contiguous(experts):
+    x, index, routing = batch(6, torch.float32)
+    given = arguments(experts, transposed(x), transposed(index), transposed(routing))
+    *tensors, _activation = given
+    grad = torch.randn_like(x)
+    found = ops.moe_experts_backward(grad, *tensors)
+    assert [g.is_contiguous() for g in found] == [True, True]
+    torch.library.opcheck(ops.moe_experts_backward, (grad, *tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_decides_about_the_dtype(experts, dtype):
+    # As for a linear layer; float32 would leave the kernels of a GPU and wait for it.
+    x, index, routing = batch(6, torch.float32)
+    expected = ops.moe_experts(*arguments(experts, x.to(dtype), index, routing))
+    with torch.autocast(DEVICE, dtype=dtype):
+        found = ops.moe_experts(*arguments(experts, x.requires_grad_(True), index, routing))
+        double = ops.moe_experts(*arguments(experts, x.detach().double(), index, routing))
+    assert found.dtype == dtype and torch.equal(found, expected)
+    assert double.dtype == torch.float64
+    found.float().sum().backward()
+    assert x.grad.dtype == torch.float32 and x.grad.abs().sum() > 0
+
+
+class Card:
+    """What torch says of a GPU."""
+
+    def __init__(self, monkeypatch, name, capability, hip=None):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        cards.runs_kernels.cache_clear()
+
+
+@pytest.fixture
+def forget_cards():
+    yield
+    cards.runs_kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("forget_cards")
+@pytest.mark.parametrize(
+    "card", [("Tesla T4", (7, 5), None), ("AMD Instinct MI250X", (9, 0), "6.4")]
+)
+def test_other_cards_decode_in_plain_torch_and_say_so_once(card, monkeypatch):
+    Card(monkeypatch, *card)
+    device = torch.device("cuda", 0)
+    with pytest.warns(ErnieQuantWarning, match=f"{card[0]}.*device='cpu'.*keep_decoded") as said:
+        assert not any(ops.takes(device, dtype) for dtype in ops.KERNEL_DTYPES)
+        assert not ops.takes(device, torch.bfloat16)
+    assert len(said) == 1
+
+
+@pytest.mark.usefixtures("forget_cards")
+def test_cards_from_ampere_on_run_the_kernels(monkeypatch, recwarn):
+    for capability in ((8, 0), (8, 9), (9, 0), (12, 0)):
+        Card(monkeypatch, "card", capability)
+        assert ops.takes(torch.device("cuda", 0), torch.bfloat16)
+        assert not ops.takes(torch.device("cuda", 0), torch.float32)
+        assert not ops.takes(torch.device("cuda", 0), torch.bfloat16, "gelu")
+    assert not [w for w in recwarn if issubclass(w.category, ErnieQuantWarning)]
 
 
 def test_a_gradient_reaches_the_inputs(experts):

@@ -25,7 +25,7 @@ from erniequant_kernels.bench.problem import (
 from erniequant_kernels.combine import combine
 from erniequant_kernels.dense_gemm import DenseGemmConfig, dense_gemm
 from erniequant_kernels.moe import moe_experts
-from erniequant_kernels.rotation import Form, swiglu_rotate
+from erniequant_kernels.rotation import swiglu_rotate
 from erniequant_kernels.routing import row_tiles
 from erniequant_kernels.tuning import Tuning, tuning_for
 
@@ -96,7 +96,7 @@ def triton_bf16(config: DenseGemmConfig, experts: DenseExperts) -> Method:
             partial = torch.empty(1, rows, double, dtype=torch.bfloat16, device=device)
             dense_gemm(batch.x, experts.gate_up, tiles, top_k, partial[0], config)
             inner = torch.empty(rows, double // 2, dtype=torch.bfloat16, device=device)
-            swiglu_rotate(partial, gate_scale, batch.expert_index, no_signs, 1, Form.PLAIN, inner)
+            swiglu_rotate(partial, gate_scale, batch.expert_index, no_signs, 1, inner)
             partial = torch.empty(1, rows, hidden, dtype=torch.bfloat16, device=device)
             dense_gemm(inner, experts.down, tiles, 1, partial[0], config)
             out = torch.empty_like(batch.x)
