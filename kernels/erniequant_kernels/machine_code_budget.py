@@ -17,14 +17,14 @@ from erniequant.codes.spec import ConvolutionalCode
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels import decode
 from erniequant_kernels.combine import BLOCK_N, combine_kernel
-from erniequant_kernels.dense_gemm import dense_gemm_kernel
+from erniequant_kernels.dense_gemm import DenseGemmConfig, dense_gemm_kernel
 from erniequant_kernels.expand import BLOCK_K, GROUPS_PER_PROGRAM, WARPS, expand_kernel
 from erniequant_kernels.machine_code import ARCHITECTURES, KernelCost, compile_kernel, measure
 from erniequant_kernels.packed_gemm import groups_per_warp, packed_gemm_kernel
 from erniequant_kernels.prepare import prepare_kernel
 from erniequant_kernels.rotation import rotation_constants, swiglu_rotate_kernel
 from erniequant_kernels.routing import row_tiles_constants
-from erniequant_kernels.tuning import PackedRow, packed_warps, tables
+from erniequant_kernels.tuning import PackedTile, TuningRow, tables
 
 # ERNIE-4.5-21B-A3B: the shape that every figure on paper refers to.
 HIDDEN, INNER, EXPERTS, TOP_K = 2560, 1536, 64, 6
@@ -64,9 +64,11 @@ class Case:
 _TILES = {f"{name}_ptr": "*i32" for name in ("order", "tile_expert", "tile_first", "tile_end")}
 
 
-def packed_case(code: ConvolutionalCode, row: PackedRow) -> Case:
+def packed_case(code: ConvolutionalCode, row: TuningRow) -> Case:
     """Gate and up of a fused layer."""
-    warps = packed_warps(code, row)
+    tile = row.tiles[code.bits]
+    assert isinstance(tile, PackedTile)
+    warps = tile.warps
     groups = warps * groups_per_warp(code)
     return Case(
         f"packed_gemm {code.name} L{code.register_length} M{row.block_m}",
@@ -80,14 +82,14 @@ def packed_case(code: ConvolutionalCode, row: PackedRow) -> Case:
             "OUTPUTS": 2 * INNER,
             "TILE_WORDS": code.words_per_sequence(TILE),
             "BLOCK_M": row.block_m,
-            "BLOCK_K": row.block_k,
+            "BLOCK_K": tile.block_k,
             "GROUPS": groups,
             "SPLITS": 2,
         }
         | decode.code_constants(code),
         warps,
-        row.stages,
-        groups * row.block_k * decode.group_weights(code),
+        tile.stages,
+        groups * tile.block_k * decode.group_weights(code),
     )
 
 
@@ -131,7 +133,7 @@ def _rotation_cases() -> Iterator[Case]:
 
 
 def _other_cases(arch: int) -> Iterator[Case]:
-    dense = tables()[f"sm_{arch}"].dense
+    dense = DenseGemmConfig(64, 128, 64, 4, 3, 264)
     yield Case(
         f"dense_gemm M{dense.block_m} N{dense.block_n}",
         dense_gemm_kernel,
@@ -164,7 +166,7 @@ def cases(arch: int) -> Iterator[Case]:
     for code in (get_code(*key) for key in REGISTERED):
         if code.register_length not in {register_length(code.bits, e) for e in EFFORTS}:
             continue
-        rows = [row for row in tables()[f"sm_{arch}"].packed if code.bits in row.bits]
+        rows = [row for row in tables()[f"sm_{arch}"].rows if row.kernel == "packed"]
         # Two rows may differ in nothing but the load that they are for.
         yield from {row.block_m: packed_case(code, row) for row in rows}.values()
         yield _expand_case(code)

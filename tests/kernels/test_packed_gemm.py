@@ -43,6 +43,24 @@ def test_one_hot_inputs_read_every_weight(name, length):
     assert torch.equal(found[0], packed_gemm_reference(x, packed, code, tile, index[:, 0], 1))
 
 
+@pytest.mark.parametrize("name, length", REGISTERED)
+def test_every_register_value_at_every_step_of_a_group(name, length):
+    # A sequence of equal words: a rotated value appears at every step, and 2^16 of them (all
+    # fillings of 16 bits) show every register at every step and at the seam.
+    code, tile, inputs = get_code(name, length), 32, 16
+    values = torch.arange(2**16, dtype=torch.int64)
+    word = values << 16 | values
+    word = torch.where(word >= 2**31, word - 2**32, word).to(torch.int32).to(DEVICE)
+    sequences = word[:, None].expand(-1, code.words_per_sequence(tile))
+    packed = sequences.reshape(1, 2**16 // inputs, -1)
+    x = torch.eye(inputs, dtype=torch.bfloat16, device=DEVICE)
+    index = torch.zeros(inputs, 1, dtype=torch.int64, device=DEVICE)
+    # Few programs for the interpreter; a compiler would unroll so large a tile for ever.
+    config = PackedGemmConfig(16, 16, 1, 1 if DEVICE == "cuda" else 256, 2)
+    found = product(x, packed, code, tile, index, 1, config)
+    assert torch.equal(found[0], packed_gemm_reference(x, packed, code, tile, index[:, 0], 1))
+
+
 # tile, tiles, inputs, config. 3 tiles of 64: an odd multiple that fills no program evenly. One tile
 # of 32: fewer groups than a warp takes. 96 and 160 inputs: three and five turns, split in as many.
 SIZES = [
