@@ -301,10 +301,10 @@ def test_measured_is_the_fastest_row_of_the_predicted_shape(path: Path) -> None:
 
     rows = [row(16, 90.0), row(16, 60.0), row(16, None), row(2, 20.0), row(4, 9.0, "vl")]
     assert compared.fastest(rows) == {(1, 16): 60.0, (1, 2): 20.0}
-    made = Report(path, FACTS, [GOOD], fresh=True)
-    made.parts["good"]["records"] = [{"row": r} for r in rows]
+    program = f"from benchmarks.gpu.records import record; [record(row=r) for r in {rows!r}]"
+    made = Report(path, FACTS, [part("products", program)], fresh=True)
+    run_all([part("products", program)], made, 60.0, print, print, report.add_comparison)
     assert "largest errors" in report.add_comparison(made)
-    made.write()
     content = json.loads(path.read_text())
     assert [(c["bits"], c["measured"]) for c in content["predicted"]] == [(2, 20.0), (16, 60.0)]
     assert len(content["largest_errors"]) == 2

@@ -297,6 +297,7 @@ def table(kernel, block_m, tile):
 good = [table("packed", 8, PackedTile(32, 1, 2)), table("fused", 16, FusedTile(64, 32, 4, 2))]
 nonsense = table("packed", 8, PackedTile(32, 3, 2))  # no power of two
 with host.mocked_driver(90) as driver:
+    driver.keeping = True
     measure = OnCard(good[0], None, torch.device("cpu"), threads=2)
     some = [*good, nonsense]
     first = measure._compiled(Problem("tiny", 3, 4), some)
