@@ -14,6 +14,7 @@ import torch
 
 from erniequant.errors import ErnieQuantError
 from erniequant.runtime.graphs import cache_argument, captured_steps
+from erniequant.runtime.warm_up import warm_up
 from erniequant.system import peak_memory, peak_vram
 from erniequant.timing import Spread, extremes, triad, triad_bytes, turn_ratios
 
@@ -182,6 +183,7 @@ class _Subject:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.prefill: list[float] = []
         self.decode: list[list[float]] = []
+        warm_up(model, (1, prompt_tokens))
         _once(model, self.ids, new_tokens, self.device)
 
     @torch.inference_mode()
@@ -250,7 +252,7 @@ def bytes_of_a_token(model: Any) -> int:
 
 def _once(model: Any, ids: torch.Tensor, new_tokens: int, device: torch.device) -> list[float]:
     """Seconds of the prompt, then of each new token."""
-    named = cache_argument(model)
+    named = cache_argument()
     with captured_steps(model, ids.shape[1] + new_tokens) as cache:
         if cache is not None:
             _tokens(model, ids, min(new_tokens, CAPTURED_BY), device, named, cache)
@@ -262,9 +264,14 @@ def _tokens(
     model: Any, ids: torch.Tensor, new_tokens: int, device: torch.device, named: str, cache: Any
 ) -> list[float]:
     seconds = []
+    # Some models ask the cache for its length, unless they are told where they are.
+    positions = torch.arange(ids.shape[1] + new_tokens, device=device)[None]
     for _ in range(new_tokens + 1):
         started = time.perf_counter()
-        out = model(input_ids=ids, use_cache=True, **{named: cache})
+        at, positions = positions.split_with_sizes(
+            (ids.shape[1], positions.shape[1] - ids.shape[1]), dim=1
+        )
+        out = model(input_ids=ids, position_ids=at, use_cache=True, **{named: cache})
         cache, ids = getattr(out, named), out.logits[:, -1:].argmax(-1)
         _finish(device)
         seconds.append(time.perf_counter() - started)

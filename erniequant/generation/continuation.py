@@ -17,6 +17,7 @@ from erniequant.generation.positions import max_positions, positions_of
 from erniequant.generation.sampling import COLDEST, require_temperature
 from erniequant.generation.streaming import OnText, TokenStreamer
 from erniequant.runtime.graphs import cache_argument, captured_steps
+from erniequant.runtime.warm_up import warm_up
 
 WORTH_CAPTURING = 8
 """New tokens from which a CUDA graph pays: capturing one takes about as long as two tokens."""
@@ -87,10 +88,11 @@ def generate(
         sampling["streamer"] = streamer
     started = time.perf_counter()
     prompt_length = batch["input_ids"].shape[1]
+    warm_up(model, (1, prompt_length))
     with torch.inference_mode(), _captured(model, prompt_length, max_tokens) as cache:
         if cache is not None:
             # transformers would compile the model for such a cache.
-            sampling |= {cache_argument(model): cache, "disable_compile": True}
+            sampling |= {cache_argument(): cache, "disable_compile": True}
         output = model.generate(
             **batch,
             max_new_tokens=max_tokens,

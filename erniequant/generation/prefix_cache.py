@@ -6,7 +6,6 @@ the last one, so it never sees an image and cannot mix up positions of this text
 another.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from erniequant.data.inputs import ImagePatches, ModelInput
 from erniequant.errors import ErnieQuantError
 from erniequant.generation.streaming import TokenStreamer
+from erniequant.runtime.graphs import cache_argument
 
 _Key = int | tuple[int, int]
 """A token id; for a token of an image also which image it is."""
@@ -99,7 +99,7 @@ class PrefixCache:
         )
 
     def _named(self) -> dict[str, Any]:
-        return {_cache_argument(): self._cache}
+        return {cache_argument(): self._cache}
 
     def _on_device(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         device = next(self._model.parameters()).device
@@ -157,11 +157,3 @@ def _positions(entry: ModelInput) -> torch.Tensor:
     if entry.positions is None:
         return plain
     return torch.cat([plain[None], entry.positions[:, None]])
-
-
-def _cache_argument() -> str:
-    """Name of the cache among the model's arguments: transformers 5.24 or so renamed it."""
-    from transformers import GenerationMixin
-
-    names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    return "cache" if "cache" in names else "past_key_values"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from erniequant.runtime.decoding_module import DecodingExperts
+from erniequant.runtime.decoding_module import DecodingExperts, batch_without_memory
 from erniequant.runtime.ops import takes
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class FastDeployExperts(DecodingExperts):
             for suffix, tensor in tensors.items():
                 parameter = nn.Parameter(tensor, requires_grad=False)
                 self.register_parameter(f"{name}_{suffix}", parameter)
+        if k_order is not None:
+            self.hidden_dim = 4 * parts["up_gate_proj"]["quant_weight"].shape[1]
 
     @property
     def weights(self) -> int:
@@ -91,8 +93,12 @@ class FastDeployExperts(DecodingExperts):
     def _fits_kernels(self) -> bool:
         return self.activation == "silu" and self.k_order is not None
 
+    def launches_kernels(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """WINT2 on a GPU."""
+        return device.type == "cuda" and self._fits_kernels and takes(device, dtype)
+
     def _on_kernels(self, x: torch.Tensor) -> bool:
-        return x.is_cuda and self._fits_kernels and takes(x.device, x.dtype)
+        return self.launches_kernels(x.device, x.dtype)
 
     def _matrices(self) -> "tuple[Wint2Matrices, Wint2Matrices]":
         from erniequant_kernels.matrices import Wint2Matrices
@@ -112,6 +118,17 @@ class FastDeployExperts(DecodingExperts):
         with torch.no_grad():
             return moe_experts_wint2_cpu(x, expert_index, routing, *self._matrices())
 
+    def rehearse(self, tokens: int, top_k: int, dtype: torch.dtype) -> None:
+        """See `DecodingExperts.rehearse`."""
+        from erniequant_kernels.tuning import tuning_for
+        from erniequant_kernels.wint2_moe import moe_experts_wint2
+
+        gate_up, down = (matrices.to("meta") for matrices in self._matrices())
+        batch = batch_without_memory(tokens, self.hidden_dim, top_k, dtype)
+        card = next(self.parameters()).device
+        moe_experts_wint2(*batch, gate_up, down, tuning_for(card))
+
+    @torch.compiler.disable
     def _run_kernels(
         self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
     ) -> torch.Tensor:

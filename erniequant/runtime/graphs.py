@@ -122,9 +122,12 @@ def _alike(given: dict[str, Any], inputs: dict[str, Any]) -> bool:
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def cache_argument(model: Any) -> str:
+def cache_argument() -> str:
     """Name of the cache among a model's arguments: transformers 5.24 or so renamed it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    from transformers import GenerationMixin
+
+    names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 @contextmanager

@@ -89,6 +89,11 @@ class Wint2Matrices:
         """K."""
         return 4 * self.quant_weight.shape[1]
 
+    def to(self, device: str) -> "Wint2Matrices":
+        """The same on another device."""
+        first, second, third, fourth, fifth = (part.to(device) for part in self.parts)
+        return Wint2Matrices(first, second, third, fourth, fifth, self.k_order)
+
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
         """The tensors in the order in which `erniequant.ccq.decode_wint2` takes them."""
