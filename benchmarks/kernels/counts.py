@@ -9,12 +9,7 @@ from os import cpu_count
 from erniequant.codes import get_code
 from erniequant_kernels.bench.problem import Shape
 from erniequant_kernels.machine_code_cases import (
-    EXPERTS,
-    HIDDEN,
-    INNER,
-    TOP_K,
-    gemm_case,
-    rotate_cases,
+    EXPERTS, HIDDEN, INNER, TOP_K, gemm_case, rotate_cases,
 )  # fmt: skip
 from erniequant_kernels.machine_traffic import Counted, count
 from erniequant_kernels.packed_gemm import PackedGemmConfig

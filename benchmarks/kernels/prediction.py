@@ -13,13 +13,7 @@ from benchmarks.kernels.cards import Card
 from benchmarks.kernels.counts import Wanted, WantedRotation, counted
 from benchmarks.kernels.load import Load, load
 from benchmarks.kernels.placement import (
-    ALONE,
-    L2_LATENCY,
-    L2_PORT,
-    MEMORY_LATENCY,
-    Work,
-    ideal,
-    makespan,
+    ALONE, L2_LATENCY, L2_PORT, MEMORY_LATENCY, Work, ideal, makespan,
 )  # fmt: skip
 from erniequant.codes import get_code, register_length
 from erniequant_kernels import decode
