@@ -214,25 +214,29 @@ def by_output(rows, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, WARPS: tl.cons
 
 
 @triton.jit
-def group_inputs(x, BLOCK_M: tl.constexpr, MMA64: tl.constexpr, WARP_GROUP: tl.constexpr):
-    """Inputs ``[64, BLOCK_M]`` of a group in the order of the operand.
+def operand_inputs(
+    x, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, MMA64: tl.constexpr, WARP_GROUP: tl.constexpr
+):
+    """Inputs ``[BLOCK_K, BLOCK_M]`` in the order of `operand`.
 
     Of every 16 inputs, the instruction of warp groups has 2 l, 2 l + 1, 2 l + 8 and 2 l + 9 in lane
     ``l`` (of four): that is a byte in mma64's order. The other one has, as Triton loads it, four
     neighbours: a byte in plain order.
     """
     if MMA64 and not WARP_GROUP:
-        x = tl.permute(tl.reshape(x, (4, 2, 4, 2, BLOCK_M)), (0, 2, 1, 3, 4))
+        x = tl.permute(tl.reshape(x, (BLOCK_K // 16, 2, 4, 2, BLOCK_M)), (0, 2, 1, 3, 4))
     elif WARP_GROUP and not MMA64:
-        x = tl.permute(tl.reshape(x, (4, 4, 2, 2, BLOCK_M)), (0, 2, 1, 3, 4))
-    return tl.reshape(x, (GROUP, BLOCK_M))
+        x = tl.permute(tl.reshape(x, (BLOCK_K // 16, 4, 2, 2, BLOCK_M)), (0, 2, 1, 3, 4))
+    return tl.reshape(x, (BLOCK_K, BLOCK_M))
 
 
 @triton.jit
-def operand(first, second, BLOCK_N: tl.constexpr, WARP_GROUP: tl.constexpr):
-    """Pairs of scaled labels ``[BLOCK_N, 16 bytes]`` as bfloat16 ``[BLOCK_N, 64 inputs]``."""
+def operand(first, second, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARP_GROUP: tl.constexpr):
+    """Pairs of scaled labels ``[BLOCK_N, BLOCK_K / 4]`` as bfloat16 ``[BLOCK_N, BLOCK_K]``."""
     both = tl.join(_halves(first), _halves(second))
     # Dimensions: output, 16 inputs, lane, label of a pair, pair.
-    both = tl.reshape(both, (BLOCK_N, 4, 4, 2, 2))
-    order: tl.constexpr = (0, 1, 4, 2, 3) if WARP_GROUP else (0, 1, 2, 4, 3)
-    return tl.reshape(tl.permute(both, order), (BLOCK_N, GROUP))
+    both = tl.reshape(both, (BLOCK_N, BLOCK_K // 16, 4, 2, 2))
+    if WARP_GROUP:
+        return tl.reshape(tl.permute(both, (0, 1, 4, 2, 3)), (BLOCK_N, BLOCK_K))
+    else:
+        return tl.reshape(tl.permute(both, (0, 1, 2, 4, 3)), (BLOCK_N, BLOCK_K))

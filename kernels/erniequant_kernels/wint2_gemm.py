@@ -39,6 +39,8 @@ class Wint2GemmConfig:
     Attributes:
         block_m: tokens of a row tile, a power of two from 8.
         block_n: outputs of a program, a power of two of at least 32 for each warp.
+        block_k: inputs of one matrix product: 16, 32 or 64. With fewer, fewer registers wait to be
+            filled; instructions of warp groups want more.
         splits: parts into which the inputs are cut, summed by the consumer in a fixed order; no
             more than K / 128.
         warps: warps of a program.
@@ -49,6 +51,7 @@ class Wint2GemmConfig:
 
     block_m: int
     block_n: int
+    block_k: int
     splits: int
     warps: int
     stages: int
@@ -90,6 +93,7 @@ def wint2_gemm_kernel(
     MMA64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     WARPS: tl.constexpr,
     WARP_GROUP: tl.constexpr,
 ):
@@ -101,6 +105,8 @@ def wint2_gemm_kernel(
     BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
     WORDS: tl.constexpr = OUTPUTS // 4
     TURNS: tl.constexpr = INPUTS // 128
+    PARTS: tl.constexpr = 64 // BLOCK_K  # of a group
+    PART_BYTES: tl.constexpr = BLOCK_K // 16 if MMA64 else BLOCK_K // 4
     row_tile = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     split = tl.program_id(1)
@@ -114,7 +120,7 @@ def wint2_gemm_kernel(
     inside = position < tl.load(tile_end_ptr + row_tile)
     # Columns beyond the tile compute some token again and are not stored.
     assignment = tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64)
-    x_ptrs = (x_ptr + assignment // TOP_K * INPUTS)[None, :]
+    x_row = (assignment // TOP_K * INPUTS)[None, :]
 
     output = block * BLOCK_N + decode.output_of_row(BLOCK_N, WARPS)
     of_output = expert * OUTPUTS + output
@@ -125,7 +131,7 @@ def wint2_gemm_kernel(
 
     word = block * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
     known = (word < WORDS)[None, :]
-    byte = tl.arange(0, decode.GROUP_BYTES)
+    byte = tl.arange(0, BLOCK_K // 4)
     if MMA64:
         # Byte 4 a + b holds inputs 16 b + 2 a, + 1, + 8 and + 9 of its group: 16 b first.
         byte = byte % 4 * 4 + byte // 4
@@ -133,7 +139,7 @@ def wint2_gemm_kernel(
     code_ptrs = code_ptr + byte[:, None] * WORDS + word[None, :]
     local_ptr += expert * (TURNS * WORDS)
     local_ptrs = local_ptr + word[None, :]
-    x_ptrs += tl.arange(0, decode.GROUP)[:, None]
+    k = tl.arange(0, BLOCK_K)[:, None]
     zero = tl.arange(0, 1)
     constants_ptrs = constants_ptr + zero[:, None] + zero[None, :]
 
@@ -143,22 +149,25 @@ def wint2_gemm_kernel(
         add_2_23 = tl.load(constants_ptrs + 1).to(tl.uint32, bitcast=True)
         local = tl.load(local_ptrs + turn * WORDS, mask=known, other=0).to(tl.uint32, bitcast=True)
         nibbles = decode.by_row(decode.nibble_pairs(local), BLOCK_N, WARPS, 1)
+        codes_here = code_ptrs + turn * (2 * decode.GROUP_BYTES * WORDS)
+        x_here = x_ptr + turn * (2 * decode.GROUP)
         for half in tl.static_range(2):
-            group = 2 * turn + half
-            codes = tl.load(code_ptrs + group * (decode.GROUP_BYTES * WORDS), mask=known, other=0)
-            x = decode.group_inputs(
-                tl.load(x_ptrs + group * decode.GROUP), BLOCK_M, MMA64, WARP_GROUP
-            )
-            numbers = decode.byte_numbers(codes.to(tl.uint32, bitcast=True), add_2_23)
-            numbers = decode.by_row(numbers, BLOCK_N, WARPS, decode.GROUP_BYTES)
-            words = decode.code_words(numbers, scale, offset, code_zp)
-            first, second = decode.label_pairs(words, add_128)
             # The high nibble belongs to the even group.
             local_scale, zero_point = decode.local_scales(nibbles >> (4 - 4 * half), add_128)
-            first = decode.fma_pairs(first, local_scale, zero_point)
-            second = decode.fma_pairs(second, local_scale, zero_point)
-            weights = decode.operand(first, second, BLOCK_N, WARP_GROUP)
-            total = tl.dot(weights.to(MATRIX_TYPE), x.to(MATRIX_TYPE), total)
+            for part in tl.static_range(PARTS):
+                first_byte = half * decode.GROUP_BYTES + part * PART_BYTES
+                codes = tl.load(codes_here + first_byte * WORDS, mask=known, other=0)
+                # The offsets are added here: as pointers they would fill registers.
+                x = tl.load(x_here + half * decode.GROUP + part * BLOCK_K + x_row + k)
+                numbers = decode.byte_numbers(codes.to(tl.uint32, bitcast=True), add_2_23)
+                numbers = decode.by_row(numbers, BLOCK_N, WARPS, BLOCK_K // 4)
+                words = decode.code_words(numbers, scale, offset, code_zp)
+                first, second = decode.label_pairs(words, add_128)
+                first = decode.fma_pairs(first, local_scale, zero_point)
+                second = decode.fma_pairs(second, local_scale, zero_point)
+                weights = decode.operand(first, second, BLOCK_N, BLOCK_K, WARP_GROUP)
+                x = decode.operand_inputs(x, BLOCK_K, BLOCK_M, MMA64, WARP_GROUP)
+                total = tl.dot(weights.to(MATRIX_TYPE), x.to(MATRIX_TYPE), total)
 
     # Loaded again rather than kept in registers through the loop.
     position = tl.load(tile_first_ptr + row_tile) + token
@@ -197,7 +206,7 @@ def wint2_gemm(
         x, codes, local, matrix.code_scale, matrix.code_zp, decode.wint2_constants(x.device),
         tiles.order, tiles.expert, tiles.first, tiles.end, out, out.shape[1],
         TOP_K=top_k, INPUTS=matrix.inputs, OUTPUTS=outputs, MMA64=matrix.k_order == "mma64",
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, WARPS=config.warps,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, WARPS=config.warps,
         WARP_GROUP=config.warp_group, num_warps=config.warps, num_stages=config.stages,
         enable_fp_fusion=False,
     )  # fmt: skip

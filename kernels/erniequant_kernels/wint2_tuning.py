@@ -33,6 +33,7 @@ class Wint2Row:
     rows_per_expert: float | None
     block_m: int
     block_n: int
+    block_k: int
     warps: int
     stages: int
     warp_group: bool = False
@@ -72,7 +73,7 @@ class Wint2Tuning:
             most = max(1, matrix.inputs // TURN // TURNS_OF_A_SPLIT)
             splits = min(most, -(-self.warps_wanted // warps))
         return Wint2GemmConfig(
-            row.block_m, row.block_n, splits, row.warps, row.stages, row.warp_group
+            row.block_m, row.block_n, row.block_k, splits, row.warps, row.stages, row.warp_group
         )
 
 
