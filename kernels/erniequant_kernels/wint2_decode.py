@@ -10,15 +10,13 @@ What makes it cheap (counts: `erniequant bench static`), for a byte, which is fo
   applies the local scale, so the scale costs nothing.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from erniequant.errors import ErnieQuantError
 from erniequant_kernels.bfloat16 import INTERPRETED, rounded
+from erniequant_kernels.launch import kept_on_device
 
 GROUP = tl.constexpr(64)
 GROUP_BYTES = tl.constexpr(16)
@@ -37,31 +35,14 @@ PAIR_1, PAIR_MINUS_128 = tl.constexpr(0x3F803F80), tl.constexpr(0xC300C300)
 PAIR_MINUS_160, PAIR_20480 = tl.constexpr(0xC320C320), tl.constexpr(0x46A046A0)
 
 
-@cache
+@kept_on_device
 def wint2_constants(device: torch.device) -> torch.Tensor:
     """What the kernel loads instead of computing: int32 ``[2]``.
 
     An instruction takes one immediate; a second one is moved into a register over and over, a
     loaded one stays there.
-
-    Raises:
-        ErnieQuantError: they are not there yet and a CUDA graph is being captured.
     """
-    refuse_capture(device)
     return torch.tensor([_ADD_128, _ADD_2_23], dtype=torch.int32, device=device)
-
-
-def refuse_capture(device: torch.device) -> None:
-    """What is built now would lie in a graph's memory, and copies from the host cannot be captured.
-
-    Raises:
-        ErnieQuantError: the current stream of ``device`` is captured.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise ErnieQuantError(
-            "a CUDA graph is captured before WINT2's constants were built: call "
-            "erniequant_kernels.wint2_moe.prepare_constants, or run the experts once, before it"
-        )
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from erniequant.errors import ErnieQuantError
 from erniequant_kernels import wint2_decode as decode
 from erniequant_kernels.bfloat16 import MATRIX_TYPE, rounded
 from erniequant_kernels.dense_gemm import dense_gemm_reference
+from erniequant_kernels.launch import launch
 from erniequant_kernels.matrices import Wint2Matrices
 from erniequant_kernels.routing import RowTiles
 
@@ -195,14 +196,15 @@ def wint2_gemm(
             expert are left as they are.
 
     Raises:
-        ErnieQuantError: N is not a multiple of 16.
+        ErnieQuantError: N is not a multiple of 16; see `launch` and `kept_on_device`.
     """
     outputs = matrix.outputs
     if outputs % LOAD_BYTES:
         raise ErnieQuantError(f"{outputs} outputs: the kernel needs a multiple of {LOAD_BYTES}")
     blocks = triton.cdiv(outputs, config.block_n)
     codes, local = (part.view(torch.int32) for part in (matrix.quant_weight, matrix.weight_scale))
-    wint2_gemm_kernel[(tiles.expert.numel() * blocks, config.splits)](
+    launch(
+        wint2_gemm_kernel, (tiles.expert.numel() * blocks, config.splits),
         x, codes, local, matrix.code_scale, matrix.code_zp, decode.wint2_constants(x.device),
         tiles.order, tiles.expert, tiles.first, tiles.end, out, out.shape[1],
         TOP_K=top_k, INPUTS=matrix.inputs, OUTPUTS=outputs, MMA64=matrix.k_order == "mma64",

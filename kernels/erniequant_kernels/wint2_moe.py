@@ -5,16 +5,15 @@ bfloat16 numbers, one an output, which is what the kernels between and after the
 scales.
 """
 
-from functools import cache
-
 import torch
 
 from erniequant_kernels.combine import combine
+from erniequant_kernels.launch import empty, kept_on_device, repeated
 from erniequant_kernels.matrices import Wint2Matrices
 from erniequant_kernels.prepare import prepare
 from erniequant_kernels.rotation import swiglu_rotate
 from erniequant_kernels.routing import RowTiles
-from erniequant_kernels.wint2_decode import refuse_capture, wint2_constants
+from erniequant_kernels.wint2_decode import wint2_constants
 from erniequant_kernels.wint2_gemm import wint2_gemm
 from erniequant_kernels.wint2_tuning import Wint2Row, Wint2Tuning
 
@@ -24,7 +23,7 @@ def prepare_constants(*matrices: Wint2Matrices) -> None:
     few bytes, to be there before a CUDA graph is captured.
 
     Raises:
-        ErnieQuantError: one is being captured.
+        ErnieQuantError: one is being captured, and they are not there.
     """
     for matrix in matrices:
         device = matrix.quant_weight.device
@@ -51,7 +50,8 @@ def moe_experts_wint2(
         in which programs run.
 
     Raises:
-        ErnieQuantError: a CUDA graph is captured and `prepare_constants` was not called before.
+        ErnieQuantError: a CUDA graph is being captured, and a kernel is not compiled or
+            `prepare_constants` was not called before.
     """
     out = torch.empty_like(x)
     tokens, top_k = expert_index.shape
@@ -59,19 +59,25 @@ def moe_experts_wint2(
         return out.zero_()
     expert_index, routing = expert_index.contiguous(), routing.contiguous()
     row = tuning.row(tokens * top_k / gate_up.experts)
-    hidden = _rows(x, tokens, gate_up.inputs)
-    tiles = prepare(
-        expert_index, gate_up.experts, row.block_m, x, _positive(gate_up.inputs, x.device), 1,
-        Form.PLAIN, hidden,
-    )  # fmt: skip
-    partial = _multiply(hidden, gate_up, tiles, top_k, row, tuning)
-    inner = _rows(x, tokens * top_k, down.inputs)
-    swiglu_rotate(
-        partial, _scales(gate_up), expert_index, _positive(down.inputs, x.device), 1, Form.PLAIN,
-        inner,
-    )  # fmt: skip
-    partial = _multiply(inner, down, tiles, 1, row, tuning)
-    combine(partial, _scales(down), expert_index, routing, out)
+
+    def compute() -> None:
+        hidden = empty((tokens, gate_up.inputs), torch.bfloat16, x.device)
+        tiles = prepare(
+            expert_index, gate_up.experts, row.block_m, x, _positive(gate_up.inputs, x.device), 1,
+            hidden,
+        )  # fmt: skip
+        partial = _multiply(hidden, gate_up, tiles, top_k, row, tuning)
+        inner = empty((tokens * top_k, down.inputs), torch.bfloat16, x.device)
+        positive = _positive(down.inputs, x.device)
+        swiglu_rotate(partial, _scales(gate_up), expert_index, positive, 1, inner)
+        partial = _multiply(inner, down, tiles, 1, row, tuning)
+        combine(partial, _scales(down), expert_index, routing, out)
+
+    repeated(
+        ("wint2", expert_index.shape, x.shape, gate_up.sizes, down.sizes, tuning),
+        [x, expert_index, routing, *gate_up.parts, *down.parts, out],
+        compute,
+    )
     return out
 
 
@@ -83,7 +89,7 @@ def _multiply(
     assignments = tiles.order.numel()
     config = tuning.config(row, matrix, assignments)
     shape = (config.splits, assignments, matrix.outputs)
-    out = torch.empty(shape, dtype=row.partial_dtype, device=x.device)
+    out = empty(shape, row.partial_dtype, x.device)
     wint2_gemm(x, matrix, tiles, top_k, out, config)
     return out
 
@@ -93,11 +99,6 @@ def _scales(matrix: Wint2Matrices) -> torch.Tensor:
     return matrix.super_scales.view(torch.int16)
 
 
-def _rows(x: torch.Tensor, rows: int, inputs: int) -> torch.Tensor:
-    return torch.empty(rows, inputs, dtype=torch.bfloat16, device=x.device)
-
-
-@cache
+@kept_on_device
 def _positive(inputs: int, device: torch.device) -> torch.Tensor:
-    refuse_capture(device)
     return torch.zeros(-(-inputs // 32), dtype=torch.int32, device=device)
