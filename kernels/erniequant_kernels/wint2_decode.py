@@ -168,15 +168,61 @@ def _uint32(VALUE: tl.constexpr):
 
 
 @triton.jit
-def by_row(tile, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``[COLUMNS, BLOCK_N / 4, 2, 2]``, bytes of words, as rows of the operand.
+def local_offsets(block, BLOCK_N: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Words of the local scales of a block of outputs, from those of a turn: ``[BLOCK_N / 4]``."""
+    word = tl.arange(0, BLOCK_N // 4)
+    return _word_of(block, word // 8, word % 8, BLOCK_N, OUTPUTS)
+
+
+@triton.jit
+def code_offsets(
+    block, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OUTPUTS: tl.constexpr, MMA64: tl.constexpr
+):
+    """Words of codes of a block of outputs and BLOCK_K inputs: ``[BLOCK_N * BLOCK_K / 16]``.
+
+    Dimensions: 16 inputs, 32 outputs, lane of four, eight words, which are a sector. In this order
+    the lanes of a warp read them from shared memory side by side.
+    """
+    SECTORS: tl.constexpr = BLOCK_N // 32
+    word = tl.arange(0, BLOCK_N * BLOCK_K // 16)
+    lane = word // 8 % 4
+    k16 = word // (32 * SECTORS)
+    # In mma64's order byte 4 a + b holds inputs 16 b + 2 a, + 1, + 8 and + 9 of its group.
+    byte = lane * 4 + k16 if MMA64 else k16 * 4 + lane
+    offset = _word_of(block, word // 32 % SECTORS, word % 8, BLOCK_N, OUTPUTS)
+    return tl.max_contiguous(tl.multiple_of(byte * (OUTPUTS // 4) + offset, 8), 8)
+
+
+@triton.jit
+def _word_of(block, sector, word, BLOCK_N: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Out of range means: the last sector again; its products are not stored."""
+    sector += block * (BLOCK_N // 32)
+    if OUTPUTS % BLOCK_N != 0:
+        sector = tl.minimum(sector, OUTPUTS // 32 - 1)
+    return tl.max_contiguous(tl.multiple_of(sector * 8 + word, 8), 8)
+
+
+@triton.jit
+def local_rows(nibbles, BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
+    """`nibble_pairs` of the words at `local_offsets` as ``[BLOCK_N, 1]``; see `code_rows`."""
+    words = tl.reshape(nibbles, (WARPS, 8, BLOCK_N // WARPS // 32, 2, 2))
+    return tl.reshape(tl.permute(words, (2, 3, 0, 4, 1)), (BLOCK_N, 1))
+
+
+@triton.jit
+def code_rows(numbers, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr):
+    """`byte_numbers` of the words at `code_offsets` as rows of the operand,
+    ``[BLOCK_N, BLOCK_K / 4]``.
 
     A lane of the matrix instruction holds rows ``l // 4`` and ``l // 4 + 8`` of each 16, and warps
-    take 16 rows in turn. The outputs of all of a lane's rows are neighbours, so it loads whole
+    take 16 rows in turn. The outputs of all of a lane's rows are neighbours, so it reads whole
     words: `output_of_row`.
     """
-    words = tl.reshape(tile, (COLUMNS, WARPS, 8, BLOCK_N // WARPS // 32, 2, 2))
-    return tl.reshape(tl.permute(words, (3, 4, 1, 5, 2, 0)), (BLOCK_N, COLUMNS))
+    MINE: tl.constexpr = BLOCK_N // WARPS // 32  # words of a lane, and sectors of a warp
+    words = tl.reshape(numbers, (BLOCK_K // 16, WARPS, MINE, 4, 8 // MINE, MINE, 2, 2))
+    # To: word of the lane, high bit of the byte, warp, its low bit, lane of eight; inputs.
+    words = tl.permute(words, (5, 6, 1, 7, 2, 4, 0, 3))
+    return tl.reshape(words, (BLOCK_N, BLOCK_K // 4))
 
 
 @triton.jit

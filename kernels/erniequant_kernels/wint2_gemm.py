@@ -26,7 +26,7 @@ from erniequant_kernels.launch import launch
 from erniequant_kernels.matrices import Wint2Matrices
 from erniequant_kernels.routing import RowTiles
 
-LOAD_BYTES = 16
+LOAD_BYTES = 32
 """Rows of bytes are loaded so many at a time: outputs must be a multiple of it."""
 
 TURN = 128
@@ -130,16 +130,10 @@ def wint2_gemm_kernel(
     code_zp = tl.load(code_zp_ptr + of_output, mask=output < OUTPUTS, other=0)[:, None]
     offset = scale * -decode.TWO_23
 
-    word = block * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
-    known = (word < WORDS)[None, :]
-    byte = tl.arange(0, BLOCK_K // 4)
-    if MMA64:
-        # Byte 4 a + b holds inputs 16 b + 2 a, + 1, + 8 and + 9 of its group: 16 b first.
-        byte = byte % 4 * 4 + byte // 4
-    code_ptr += expert * (INPUTS // 4 * WORDS)
-    code_ptrs = code_ptr + byte[:, None] * WORDS + word[None, :]
-    local_ptr += expert * (TURNS * WORDS)
-    local_ptrs = local_ptr + word[None, :]
+    local_ptrs = local_ptr + expert * (TURNS * WORDS)
+    local_ptrs += decode.local_offsets(block, BLOCK_N, OUTPUTS)
+    code_ptrs = code_ptr + expert * (INPUTS // 4 * WORDS)
+    code_ptrs += decode.code_offsets(block, BLOCK_N, BLOCK_K, OUTPUTS, MMA64)
     k = tl.arange(0, BLOCK_K)[:, None]
     zero = tl.arange(0, 1)
     constants_ptrs = constants_ptr + zero[:, None] + zero[None, :]
@@ -148,8 +142,8 @@ def wint2_gemm_kernel(
     for turn in range(TURNS * split // splits, TURNS * (split + 1) // splits):
         add_128 = tl.load(constants_ptrs).to(tl.uint32, bitcast=True)
         add_2_23 = tl.load(constants_ptrs + 1).to(tl.uint32, bitcast=True)
-        local = tl.load(local_ptrs + turn * WORDS, mask=known, other=0).to(tl.uint32, bitcast=True)
-        nibbles = decode.by_row(decode.nibble_pairs(local), BLOCK_N, WARPS, 1)
+        local = tl.load(local_ptrs + turn * WORDS).to(tl.uint32, bitcast=True)
+        nibbles = decode.local_rows(decode.nibble_pairs(local), BLOCK_N, WARPS)
         codes_here = code_ptrs + turn * (2 * decode.GROUP_BYTES * WORDS)
         x_here = x_ptr + turn * (2 * decode.GROUP)
         for half in tl.static_range(2):
@@ -157,11 +151,11 @@ def wint2_gemm_kernel(
             local_scale, zero_point = decode.local_scales(nibbles >> (4 - 4 * half), add_128)
             for part in tl.static_range(PARTS):
                 first_byte = half * decode.GROUP_BYTES + part * PART_BYTES
-                codes = tl.load(codes_here + first_byte * WORDS, mask=known, other=0)
+                codes = tl.load(codes_here + first_byte * WORDS)
                 # The offsets are added here: as pointers they would fill registers.
                 x = tl.load(x_here + half * decode.GROUP + part * BLOCK_K + x_row + k)
                 numbers = decode.byte_numbers(codes.to(tl.uint32, bitcast=True), add_2_23)
-                numbers = decode.by_row(numbers, BLOCK_N, WARPS, BLOCK_K // 4)
+                numbers = decode.code_rows(numbers, BLOCK_N, BLOCK_K, WARPS)
                 words = decode.code_words(numbers, scale, offset, code_zp)
                 first, second = decode.label_pairs(words, add_128)
                 first = decode.fma_pairs(first, local_scale, zero_point)
@@ -196,7 +190,7 @@ def wint2_gemm(
             expert are left as they are.
 
     Raises:
-        ErnieQuantError: N is not a multiple of 16; see `launch` and `kept_on_device`.
+        ErnieQuantError: N is not a multiple of 32; see `launch` and `kept_on_device`.
     """
     outputs = matrix.outputs
     if outputs % LOAD_BYTES:
