@@ -50,7 +50,7 @@ def test_one_hot_inputs_read_every_weight(name, length):
 SIZES = [
     (64, 3, 96, FusedGemmConfig(16, 128, 32, 4, 2)),
     (32, 1, 80, FusedGemmConfig(16, 64, 16, 4, 3)),
-    (256, 2, 64, FusedGemmConfig(32, 64, 32, 4, 2)),
+    (256, 1, 64, FusedGemmConfig(32, 64, 32, 4, 2)),
     (128, 1, 64, FusedGemmConfig(16, 64, 64, 4, 2)),
     (256, 1, 64, FusedGemmConfig(64, 256, 64, 4, 2)),
     (128, 5, 128, FusedGemmConfig(32, 512, 128, 8, 1)),
