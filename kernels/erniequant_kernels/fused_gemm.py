@@ -10,8 +10,8 @@ What makes it cheap (counts: `erniequant bench static`):
 
 * Consecutive outputs of one input row lie side by side in a lane, and in shared memory too: a
   masked product of the label ``pair`` is stored as it is, 16 bytes a store. With inputs side by
-  side (weights as the first operand) every two weights took a permute, and 4.3 issue slots per
-  2-bit weight instead of 3.3.
+  side (weights as the first operand) every two weights took a permute, and a 2-bit weight 4.3
+  issue slots instead of 2.8.
 * Columns of the tile are ordered so that eight lanes which store together hit all banks, see
   `_column_order`; results are put in order when they are stored.
 """
@@ -35,9 +35,13 @@ from erniequant_kernels.routing import RowTiles
 class FusedGemmConfig:
     """Tile sizes, powers of two.
 
+    A lane decodes 64 outputs of an input at once (`unit_outputs`; 32 of 3 and 4 bits, or of a tile
+    of 32): with fewer of them in a turn than a program has lanes, lanes decode the same twice.
+
     Attributes:
         block_m: tokens of a row tile, from 16; warp-group-wide instructions (sm_90) need 64.
-        block_n: outputs of a program, from 64.
+        block_n: outputs of a program, from 64. A whole tile needs no word from outside, and inputs
+            are fetched less often.
         block_k: inputs of one turn of the loop, from 16; must divide the inputs.
         warps: warps of a program.
         stages: turns whose loads are under way at once.
