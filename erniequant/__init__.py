@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from erniequant.formats.verbs import export, inspect, load, verify
     from erniequant.generation import generate
     from erniequant.quantization.pipeline import quantize
+    from erniequant.runtime.warm_up import warm_up
 
 _register_when_loaded()
 
@@ -27,6 +28,7 @@ _FUNCTIONS = {
     "inspect": "erniequant.formats.verbs",
     "verify": "erniequant.formats.verbs",
     "export": "erniequant.formats.verbs",
+    "warm_up": "erniequant.runtime.warm_up",
 }
 
 _MODULES = ("evaluate", "ccq")
@@ -43,6 +45,7 @@ __all__ = [
     "load",
     "quantize",
     "verify",
+    "warm_up",
 ]
 
 

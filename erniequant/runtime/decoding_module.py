@@ -17,8 +17,11 @@ class DecodingExperts(nn.Module):
         keep_decoded: keep every expert's weights after first use, at the memory of the original
             model. Faster only where `multiplies_packed` says no; set it back to False to free them.
         num_experts: experts of the layer.
+        hidden_dim: channels of a token, where `launches_kernels`.
         activation: name of the activation of the gate, as in the model's config.
     """
+
+    hidden_dim: int
 
     def __init__(self, experts: int, activation: str) -> None:
         super().__init__()
@@ -35,6 +38,15 @@ class DecodingExperts(nn.Module):
     def multiplies_packed(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether activations of a dtype are multiplied with packed weights there, without decoding
         them first."""
+
+    def launches_kernels(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether activations of a dtype are multiplied by Triton's kernels there."""
+        return device.type == "cuda" and self.multiplies_packed(device, dtype)
+
+    def rehearse(self, tokens: int, top_k: int, dtype: torch.dtype) -> None:
+        """Make the launches of a batch with inputs and weights that have no memory (``meta``): for
+        `erniequant_kernels.launch.compile_all`, where `launches_kernels`."""
+        raise NotImplementedError
 
     @abstractmethod
     def decode(self, projection: str, expert: int) -> torch.Tensor:
@@ -108,3 +120,14 @@ class DecodingExperts(nn.Module):
             )
             return out
         return experts_forward(x, expert_index, routing, self.num_experts, weight, self.activation)
+
+
+def batch_without_memory(
+    tokens: int, hidden: int, top_k: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs, indices and weights as a model's router gives them, on ``meta``."""
+
+    def empty(size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tokens, size, dtype=dtype, device="meta")
+
+    return empty(hidden, dtype), empty(top_k, torch.int64), empty(top_k, dtype)

@@ -5,6 +5,7 @@ two matrices are decoded to the activation dtype as they are needed. Decoded wei
 an export: the same logits up to the order of summation.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,13 @@ from erniequant.packing.layer_keys import GUARD
 from erniequant.packing.products import DIFFERENTIABLE
 from erniequant.packing.schema import SUFFIXES, LayerSpec, layer_params
 from erniequant.runtime.decoding import decode_fast
-from erniequant.runtime.decoding_module import DecodingExperts
-from erniequant.runtime.ops import moe_experts, spec_text, takes
+from erniequant.runtime.decoding_module import DecodingExperts, batch_without_memory
+from erniequant.runtime.ops import moe_experts, run_kernels, spec_text, takes
+
+_NAMES = {
+    projection: tuple(f"{projection}_{suffix}" for suffix in SUFFIXES)
+    for projection in ("gate_up_proj", "down_proj")
+}
 
 
 class PackedExperts(DecodingExperts):
@@ -48,6 +54,20 @@ class PackedExperts(DecodingExperts):
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype that the format gives a parameter."""
         return self._stored[name][1]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        moved = super()._apply(fn, recurse)
+        self.settle()
+        return moved
+
+    def settle(self) -> None:
+        """Have what the kernels need beside the parameters where these are. Whoever sets
+        parameters on a GPU without moving the module calls it."""
+        device = next(self.parameters()).device
+        if self.launches_kernels(device, torch.bfloat16):
+            from erniequant_kernels.moe import constants_on
+
+            constants_on(device)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -83,8 +103,20 @@ class PackedExperts(DecodingExperts):
             *self._tensors("down_proj"), self._spec_text, self.activation,
         )  # fmt: skip
 
+    def rehearse(self, tokens: int, top_k: int, dtype: torch.dtype) -> None:
+        """See `DecodingExperts.rehearse`."""
+        batch = batch_without_memory(tokens, self.hidden_dim, top_k, dtype)
+        gate_up, down = (
+            tuple(tensor.to("meta") for tensor in self._tensors(projection))
+            for projection in ("gate_up_proj", "down_proj")
+        )
+        card = next(self.parameters()).device
+        run_kernels(*batch, gate_up, down, self.spec, card)
+
     def _tensors(self, projection: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        packed, scale, signs = (getattr(self, f"{projection}_{suffix}") for suffix in SUFFIXES)
+        # Six look-ups through nn.Module take the host as long as two launches.
+        stored: dict[str, Any] = self._parameters
+        packed, scale, signs = (stored[name] for name in _NAMES[projection])
         return packed, scale, signs
 
     def extra_repr(self) -> str:

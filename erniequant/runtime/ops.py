@@ -199,8 +199,12 @@ _cast_first("AutocastCPU", "cpu")
 def run_kernels(
     x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor,
     gate_up: tuple[torch.Tensor, ...], down: tuple[torch.Tensor, ...], spec: LayerSpec,
+    card: torch.device | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """`moe_experts` by Triton kernels; ``gate_up`` and ``down`` are packed, scale and signs."""
+    """`moe_experts` by Triton kernels; ``gate_up`` and ``down`` are packed, scale and signs.
+
+    ``card`` is the device whose tuning to use where tensors have no memory.
+    """
     from erniequant_kernels.moe import moe_experts
     from erniequant_kernels.tuning import tuning_for
 
@@ -208,7 +212,7 @@ def run_kernels(
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         return moe_experts(
             x.contiguous(), expert_index, routing, *_matrices(gate_up, down, spec),
-            tuning_for(x.device),
+            tuning_for(card or x.device),
         )  # fmt: skip
 
 

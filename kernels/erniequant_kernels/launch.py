@@ -6,8 +6,10 @@ follows from the sizes of a batch, so `repeated` keeps the launches of a computa
 it allocates one block of memory, puts the new addresses in, and calls the compiled kernels.
 """
 
+import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,6 +24,9 @@ from erniequant.errors import ErnieQuantError
 
 ALIGNMENT = 256
 """Bytes at which pieces of the workspace begin."""
+
+MOST_KEPT = 4096
+"""Computations whose launches are kept, some KB each: prompts have any length. Older ones go."""
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -98,7 +103,10 @@ class _Launches:
 
 
 _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+_rehearsal: ContextVar[bool | None] = ContextVar("rehearsal", default=None)
+"""Whether compiled kernels are loaded as well; None while launches are meant."""
 _launches: dict[Hashable, _Launches] = {}
+_keeping = threading.Lock()
 _kept: list[torch.Tensor] = []
 
 
@@ -119,6 +127,12 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> No
         ErnieQuantError: a CUDA graph is being captured, and the kernel is not compiled.
     """
     constants = {"enable_fp_fusion": True, **constants}
+    loads = _rehearsal.get()
+    if loads is not None:
+        if isinstance(kernel, JITFunction):
+            compiled = kernel.warmup(*args, grid=tuple(grid), **constants)
+            assert not loads or compiled.run  # which loads it
+        return
     with _no_compiling_if_capturing():
         compiled = kernel[tuple(grid)](*args, **constants)
     recording = _recording.get()
@@ -154,9 +168,9 @@ def repeated(key: Hashable, tensors: Sequence[torch.Tensor], compute: Callable[[
     Raises:
         ErnieQuantError: see `launch`.
     """
-    if _INTERPRETED:
-        return compute()
     first = tensors[0]
+    if _INTERPRETED or first.is_meta or _rehearsal.get() is not None:
+        return compute()
     key = (key, first.device, triton.runtime.driver.active, *[t.dtype for t in tensors])
     known = _launches.get(key)
     addresses = [tensor.data_ptr() for tensor in tensors]
@@ -178,7 +192,35 @@ def repeated(key: Hashable, tensors: Sequence[torch.Tensor], compute: Callable[[
         _recording.reset(token)
     if recording.steps:
         size = sum(_rounded(piece.nbytes) for piece in recording.pieces)
-        _launches[key] = _Launches(recording.steps, size)
+        with _keeping:
+            while len(_launches) >= MOST_KEPT:
+                del _launches[next(iter(_launches))]
+            _launches[key] = _Launches(recording.steps, size)
+
+
+def compile_all(rehearse: Callable[[], None]) -> None:
+    """Compile the kernels of everything that a function launches, on all cores, and load them into
+    the current device. Nothing is launched, so tensors may be without memory (``meta``).
+
+    Raises:
+        ErnieQuantError: a CUDA graph is being captured.
+    """
+    if is_capturing():
+        raise _cold("all that is compiled now")
+    if _INTERPRETED:
+        return
+    # Most of it runs in LLVM and in processes of the assembler, without Python's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+        _rehearse(rehearse, loads=False)
+    _rehearse(rehearse, loads=True)
+
+
+def _rehearse(rehearse: Callable[[], None], loads: bool) -> None:
+    token = _rehearsal.set(loads)
+    try:
+        rehearse()
+    finally:
+        _rehearsal.reset(token)
 
 
 def _again(steps: Sequence[_Step], addresses: Sequence[int]) -> None:
@@ -239,7 +281,8 @@ def kept_on_device(build: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
         if is_capturing():
             raise _cold("a constant of the kernels")
         tensor = build(*args)
-        _kept.append(tensor)
+        if tensor.device.type != "meta":
+            _kept.append(tensor)
         return tensor
 
     @wraps(build)

@@ -75,6 +75,11 @@ class Wint2Matrices:
         )  # fmt: skip
 
     @property
+    def sizes(self) -> tuple[Hashable, ...]:
+        """All but the tensors, quick to hash."""
+        return self.quant_weight.shape, self.k_order
+
+    @property
     def experts(self) -> int:
         """Number of experts."""
         return self.quant_weight.shape[0]
@@ -88,6 +93,11 @@ class Wint2Matrices:
     def inputs(self) -> int:
         """K."""
         return 4 * self.quant_weight.shape[1]
+
+    def to(self, device: str) -> "Wint2Matrices":
+        """The same on another device."""
+        first, second, third, fourth, fifth = (part.to(device) for part in self.parts)
+        return Wint2Matrices(first, second, third, fourth, fifth, self.k_order)
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:

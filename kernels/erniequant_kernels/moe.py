@@ -81,7 +81,8 @@ def plan(
 
 
 @kept_on_device
-def _constants(device: torch.device) -> torch.Tensor:
+def constants_on(device: torch.device) -> torch.Tensor:
+    """What a layer loads; built with the model, or at the latest when a layer first runs."""
     return decode.constants(device)
 
 
@@ -90,7 +91,7 @@ def _multiply(
 ) -> torch.Tensor:
     """Unscaled products of all assignments: ``[splits, A, N]``."""
     out = empty(*how.partial, x.device)
-    packed, constants, code = matrix.packed, _constants(x.device), matrix.code
+    packed, constants, code = matrix.packed, constants_on(x.device), matrix.code
     if isinstance(how.config, PackedGemmConfig):
         packed_gemm(x, packed, constants, code, matrix.tile, tiles, top_k, out, how.config)
     else:

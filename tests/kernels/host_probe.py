@@ -11,6 +11,11 @@ import torch
 import triton
 
 from erniequant.errors import ErnieQuantError
+from erniequant.packing.schema import LayerSpec, MatrixSpec
+from erniequant.runtime import experts, ops
+from erniequant.runtime.experts import PackedExperts
+from erniequant.runtime.warm_up import warm_up
+from erniequant_kernels import launch
 from erniequant_kernels.bench import host
 from erniequant_kernels.bench.problem import SHAPES, random_matrices
 from erniequant_kernels.moe import moe_experts
@@ -63,8 +68,8 @@ class Layer:
             return workspace.setdefault(address, f"workspace {len(workspace)}")
 
         return [
-            [launch.kernel, launch.grid, [name(arg) for arg in launch.args]]
-            for launch in self.mocked.launches
+            [made.kernel, made.grid, [name(arg) for arg in made.args]]
+            for made in self.mocked.launches
         ]
 
 
@@ -85,7 +90,7 @@ def same_launches(mocked: host.MockedDriver) -> dict[str, Any]:
 
 def counted(mocked: host.MockedDriver, kind: type) -> int:
     """Arguments of a type in the last launches."""
-    return sum(isinstance(arg, kind) for launch in mocked.launches for arg in launch.args)
+    return sum(isinstance(arg, kind) for made in mocked.launches for arg in made.args)
 
 
 def pieces(mocked: host.MockedDriver) -> list[tuple[int, int]]:
@@ -136,6 +141,46 @@ def capture(mocked: host.MockedDriver) -> dict[str, Any]:
     return {"said": said, "hook left": hook is not None}
 
 
+def warmed_up(mocked: host.MockedDriver) -> dict[str, Any]:
+    """Kernels that a layer compiles or loads after `warm_up`, whatever the batch, and before; and
+    launches of `warm_up` itself."""
+    shape = SHAPES["tiny"]
+    spec = LayerSpec(MatrixSpec("cc2", 12, 64, 64), MatrixSpec("cc4", 13, 32, 64))
+    layer = PackedExperts(shape.experts, shape.hidden, shape.inner, spec, "silu", "layer 1")
+
+    def on_kernels(x: torch.Tensor, index: torch.Tensor, routing: torch.Tensor, *rest: Any) -> Any:
+        *tensors, _spec, _activation = rest
+        return ops.run_kernels(x, index, routing, tuple(tensors[:3]), tuple(tensors[3:]), spec)
+
+    experts.moe_experts = on_kernels
+    PackedExperts.launches_kernels = lambda *_: True  # type: ignore[method-assign]
+    warm_up(layer, top_k=shape.top_k)
+    ready, launched = list(mocked.compiled), [made.kernel for made in mocked.launches]
+    for tokens in TOKENS:
+        x, index, routing = batch(tokens)
+        layer(x, index, routing.bfloat16())
+    late = mocked.compiled[len(ready) :]
+    warm_up(layer, top_k=shape.top_k)
+    again = len(mocked.launches)
+    warm_up(layer, top_k=shape.top_k)
+    return {
+        "ready": ready, "late": late, "launched": launched,
+        "again": len(mocked.launches) - again,
+    }  # fmt: skip
+
+
+def forgotten(mocked: host.MockedDriver) -> list[bool]:
+    """Whether batches of three sizes are launched again as they were, where two are kept."""
+    layer, launch.MOST_KEPT = Layer(mocked), 2
+    for tokens in (1, 2, 3):
+        layer.run(batch(tokens))
+    found = []
+    for tokens in (3, 2, 1):  # the last is kept anew
+        layer.run(batch(tokens))
+        found.append(counted(mocked, torch.Tensor) == 0)
+    return found
+
+
 def watched(mocked: host.MockedDriver) -> int:
     """Launches made the ordinary way while somebody watches, after others that were kept."""
     layer = Layer(mocked)
@@ -159,7 +204,7 @@ def counts(_: host.MockedDriver) -> dict[str, int]:
 def main() -> None:
     """Run every probe on a driver of its own."""
     probes: tuple[Callable[[host.MockedDriver], Any], ...] = (
-        same_launches, pieces, unaligned, watched, counts, capture,
+        same_launches, pieces, unaligned, warmed_up, watched, forgotten, counts, capture,
     )  # fmt: skip
     found = {}
     for probe in probes:

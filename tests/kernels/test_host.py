@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,13 @@ def test_inputs_that_begin_in_the_middle_of_16_bytes_are_compiled_for(probe):
     assert found["tensors passed"] > 0
 
 
+def test_after_the_warm_up_nothing_compiles(probe):
+    found = probe["warmed_up"]
+    assert len(found["ready"]) > len(set(found["ready"])) > 4
+    assert found["late"] == []
+    assert len(found["launched"]) == 5 and found["again"] == 0  # one token, once
+
+
 def test_whoever_watches_launches_sees_them(probe):
     assert probe["watched"] > 0
 
@@ -60,6 +68,10 @@ def test_whoever_watches_launches_sees_them(probe):
 def test_other_numbers_of_tokens_compile_little(probe):
     # 0.5 to 5 seconds each, in the middle of an answer.
     assert {what: count for what, count in probe["counts"].items() if count > 6} == {}
+
+
+def test_the_oldest_launches_go(probe):
+    assert probe["forgotten"] == [True, True, False]
 
 
 def test_a_capture_of_what_is_not_compiled_is_refused(probe):
@@ -85,6 +97,25 @@ def test_a_constant_is_not_built_in_a_capture(monkeypatch):
     monkeypatch.setattr(launch, "is_capturing", lambda: True)
     assert constant(3) is kept
     assert built == [3]
+
+
+@pytest.mark.parametrize("given, found", [({}, True), ({"enable_fp_fusion": False}, False)])
+def test_every_launch_says_whether_products_and_sums_are_rounded_once(given, found):
+    options = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **constants: options.append(constants)
+
+    launch.launch(Kernel(), (1,), 3, WIDTH=4, **given)
+    assert options == [{"WIDTH": 4, "enable_fp_fusion": found}]
+
+
+def test_nothing_is_launched_in_another_way():
+    folder = ROOT / "kernels/erniequant_kernels"
+    direct = re.compile(r"_kernel\s*\[")
+    found = {path.name for path in folder.rglob("*.py") if direct.search(path.read_text("utf-8"))}
+    assert found == {"launch.py"}
 
 
 def test_the_host_is_not_timed_in_the_interpreter():

@@ -105,6 +105,7 @@ class ErnieQuantizer(HfQuantizer):
         for path, module in model.named_modules():
             if not isinstance(module, PackedExperts):
                 continue
+            module.settle()
             for name, parameter in module.named_parameters():
                 if parameter.device.type == "meta":
                     continue  # offloaded to disk
