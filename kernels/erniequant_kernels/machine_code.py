@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from erniequant.errors import ErnieQuantError
+from erniequant_kernels import dependent
 
 WARP = 32
 ARCHITECTURES = (80, 90)
@@ -112,6 +113,8 @@ def compile_kernel(
         signature: type of each runtime argument, in order (``"*bf16"``, ``"i32"``).
         constants: values of the constexpr arguments.
     """
+    if dependent.ARGUMENT in kernel.arg_names:
+        constants = {**constants, dependent.ARGUMENT: arch >= dependent.LEAST_ARCH}
     signature = {**signature, **dict.fromkeys(constants, "constexpr")}
     names = list(signature)
     # Integers are not specialised (`do_not_specialize`), so nothing is known about them.
