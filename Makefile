@@ -8,6 +8,9 @@ WORKERS ?= auto
 ROUNDS ?= 3
 CASES ?= 20000
 KILLS ?= 200
+SECONDS_IN_ALL ?= 570
+REPORT ?= gpu-report.json
+FRESH ?=
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.erniequant-installed
@@ -22,7 +25,8 @@ help:
 	@echo "make lint    ruff and mypy only        make format   let ruff fix what it can"
 	@echo "make readme  run the demo and put its table into the README"
 	@echo "make soak    the suite ROUNDS (3) times over, in another order each time, then damaged inputs and killed runs"
-	@echo "make gpu     on a machine with a GPU: kernel tests, benchmark and encoder rate to gpu-report.json"
+	@echo "make gpu     on a machine with a GPU: decoding, products, graphs, a model, all kernel tests, in ten minutes,"
+	@echo "             to gpu-report.json; run again, it continues; FRESH=1 starts anew"
 	@echo "TORCH='torch==2.13.0' chooses the torch requirement, PYTHON the interpreter"
 
 # torch goes first and by its own requirement, so that no other package pulls a different build of it.
@@ -63,7 +67,8 @@ soak: $(INSTALLED)
 
 # Uses the python it is given: a machine with a card has its own CUDA build of torch.
 gpu:
-	$(PYTHON) -m benchmarks.gpu.report
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/cli:$(CURDIR)/calib_data $(PYTHON) -m benchmarks.gpu.report --seconds $(SECONDS_IN_ALL) \
+	  --output $(REPORT) $(if $(FRESH),--fresh)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache erniequant-demo

@@ -18,7 +18,12 @@ from tests.interpreter import patch_once_a_launch
 from tests.micro import write_text
 from tests.micro_vl import write_micro_vl, write_records
 
-if not torch.cuda.is_available():
+if os.environ.get("ERNIEQUANT_COMPILED"):
+    # Kernels compiled for a card (80 or 90) run on this machine's processor: `make compiled`.
+    from erniequant_kernels.ptx.driver import install
+
+    install(int(os.environ["ERNIEQUANT_COMPILED"]))
+elif not torch.cuda.is_available():
     # Kernels run in Triton's interpreter. Its own library is decorated when it is first imported,
     # by whichever test that is, so this cannot wait for tests/kernels.
     os.environ["TRITON_INTERPRET"] = "1"

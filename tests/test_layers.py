@@ -17,7 +17,7 @@ SOURCES = {
     "erniequant": ROOT, "erniequant_kernels": ROOT / "kernels", "erniequant_cli": ROOT / "cli",
     "erniequant_data": ROOT / "calib_data",
 }  # fmt: skip
-BELOW_EVERYTHING = {"errors", "paths", "progress", "system", "version"}
+BELOW_EVERYTHING = {"errors", "paths", "progress", "system", "timing", "version"}
 # The package itself offers what its parts have, and `python -m erniequant` is the command.
 OUTSIDE = {"erniequant", "__main__", "erniequant_data"}
 # Top-level folders that are not installed.

@@ -22,6 +22,7 @@ import torch
 from benchmarks.codes.study import measure as measure_code
 from benchmarks.cpu.ggml import Ggml, Products
 from erniequant.codes import code_for_bits, register_length
+from erniequant.timing import Spread, quartiles, turn_ratios
 from erniequant_kernels.bench.cpu.machine import (
     cores,
     machine,
@@ -30,8 +31,9 @@ from erniequant_kernels.bench.cpu.machine import (
     wall_clock,
 )
 from erniequant_kernels.bench.cpu.methods import HELD_BYTES, CpuMethod, dense, packed, turned
-from erniequant_kernels.bench.cpu.run import Round, order, quartiles, quiet
+from erniequant_kernels.bench.cpu.run import Round, quiet
 from erniequant_kernels.bench.problem import SHAPES, Batch, Shape
+from erniequant_kernels.bench.rounds import order
 
 KINDS = ("iq2_xxs", "q2_K", "iq2_kt", "q4_K", "iq4_kt")
 TOKENS = (1, 4, 16)
@@ -152,7 +154,7 @@ def compare(name: str, tokens: int, every: Sequence[Competitor], most: int) -> l
         middle = statistics.median(times)
         products = tokens * shape.top_k * shape.weights_per_expert
         ratios = {
-            own.name: quartiles([theirs / mine for theirs, mine in zip(times, mines, strict=True)])
+            own.name: ordered(quartiles(turn_ratios(times, mines)))
             for own, mines in zip(every, seconds, strict=True)
             if own.name.startswith("erniequant") and not competitor.name.startswith("erniequant")
         }
@@ -161,6 +163,11 @@ def compare(name: str, tokens: int, every: Sequence[Competitor], most: int) -> l
             products / middle / 1e9, ratios, len(rounds), others,
         ))  # fmt: skip
     return found
+
+
+def ordered(spread: Spread) -> tuple[float, float, float]:
+    """The JSON form of a ratio."""
+    return spread.low, spread.median, spread.high
 
 
 def same_experts(shape: Shape, tokens: int) -> Batch:

@@ -1,117 +1,113 @@
-"""Measure on a GPU, into one JSON: kernel tests on the card, the benchmark, an encoder rate.
+"""Measure on a GPU, into one JSON: exact decoding, products against bf16, CUDA graphs, a model from
+end to end, the encoder, then all kernel tests and the search for tile sizes.
 
 ``make gpu`` runs this from the repository root and writes ``gpu-report.json``, in ten minutes or
-less: batches that do not fit in that time are left out and named. Exits with 1 when a test or a
-result is wrong, with 2 when there is no GPU.
+less, the most telling parts first. Another run of the same sources on the same card continues with
+what the first did not reach. Exits with 1 when a part fails or does not end, with 2 when there is
+no GPU.
 """
 
 import argparse
-import json
+import hashlib
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.codes import study
-from erniequant.codes import code_for_bits, register_length
-from erniequant_kernels.bench import run as bench
-from erniequant_kernels.bench.machine import machine
-from erniequant_kernels.bench.rows import Row, verdicts, wrong
-from erniequant_kernels.bench.timing import copy_bandwidth, cuda_timer
+from benchmarks.gpu.compared import compare, fastest, predictions, table, worst
+from benchmarks.gpu.parts import parts
+from benchmarks.gpu.runner import FAILED, NOT_REACHED, TIMED_OUT, Part, Report, run_all
+from benchmarks.pages import ROOT
 
 REPORT = Path("gpu-report.json")
-TESTS = (
-    "tests/kernels",
-    "tests/ccq/test_kernel.py",
-    "tests/ccq/test_moe.py",
-    "tests/runtime/test_ops.py",
-    "tests/runtime/test_experts.py",
-)
-TEST_SECONDS, BENCH_SECONDS = 330, 540  # since the start
-# Most telling first, in case time runs out.
-BATCHES = (("21b", (1, 16, 2048, 4, 64, 256, 1024)), ("vl", (1, 16, 256)), ("300b", (1, 16)))
-BITS = (2, 4, 3)
+SECONDS = 570.0
+SOURCES = ("erniequant", "kernels", "cli", "calib_data", "testing", "tests", "benchmarks")
+"""Folders whose Python and JSON files decide what is measured."""
 
 
 def commit() -> str:
     """The commit that is being measured, or "unknown" outside a git checkout."""
-    answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     return answer.stdout.strip() or "unknown"
 
 
-def test() -> dict[str, Any]:
-    """The kernel tests on the card; counting machine code needs none, so it is left out."""
-    command = [sys.executable, "-m", "pytest", "--quiet", "-x", *TESTS]
-    command += ["--ignore", "tests/kernels/test_static.py"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TEST_SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"passed": False, "summary": f"not done after {TEST_SECONDS} s"}
-    print(done.stdout)
-    lines = done.stdout.strip().splitlines()
-    return {"passed": done.returncode == 0, "summary": lines[-1] if lines else ""}
+def sources() -> str:
+    """A hash of the sources: a commit says nothing of changes that are not in it."""
+    found = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".json") and "__pycache__" not in path.parts:
+                found.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
-def benchmark(started: float) -> dict[str, Any]:
-    """Every batch that time allows, against bfloat16."""
-    bandwidth = copy_bandwidth()
-    rows: list[Row] = []
-    left_out = []
-    for shape, tokens in BATCHES:
-        for bits in BITS:
-            if time.perf_counter() - started > BENCH_SECONDS:
-                left_out.append(f"{shape}, {bits} bits")
-                continue
-            # bfloat16 does not depend on our bits: once per shape.
-            measured = bench.measure(
-                [shape], tokens, [bits], torch.device("cuda"), cuda_timer, bandwidth,
-                rivals=bits == BITS[0],
-            )  # fmt: skip
-            for row in measured:
-                rows.append(row)
-                if time.perf_counter() - started > BENCH_SECONDS:
-                    left_out.append(f"{shape}, {bits} bits, what follows {row.tokens} tokens")
-                    break
-    compared = verdicts(rows)
-    for v in compared:
-        print(f"{v.shape} {v.tokens} tokens {v.bits} bits: {v.speedup:.2f} x {v.best_bf16}")
-    return {
-        "copy_gb_per_s": bandwidth / 1e9,
-        "rows": [row.to_dict() for row in rows],
-        "verdicts": [asdict(v) for v in compared],
-        "wrong": wrong(rows),
-        "left_out": left_out,
-    }
+def facts() -> dict[str, Any]:
+    """What must be the same for a run to continue another."""
+    from erniequant_kernels.bench.machine import machine
+
+    return {"machine": machine(), "commit": commit(), "sources": sources()}
 
 
-def encoder() -> dict[str, float]:
-    """Weights encoded per second on one core of this machine, by code."""
-    codes = [code_for_bits(bits, register_length(bits, "standard")) for bits in (2, 3, 4)]
-    return {f"{c.name} L{c.register_length}": study.measure(c, 500, seed=0).rate for c in codes}
+def add_comparison(report: Report) -> str:
+    """Put measured times beside the predicted ones; gives lines for a terminal."""
+    rows = [
+        found["row"]
+        for entry in report.parts.values() for found in entry.get("records", []) if "row" in found
+    ]  # fmt: skip
+    compared = compare(fastest(rows), predictions(report.facts["machine"]["card"]))
+    if not compared:
+        return "nothing that was measured is predicted"
+    largest = worst(compared)
+    report.extra["predicted"] = [asdict(c) | {"error": c.error} for c in compared]
+    report.extra["largest_errors"] = [asdict(c) | {"error": c.error} for c in largest]
+    return f"{table(compared)}\nlargest errors:\n{table(largest)}"
+
+
+def listing(every: Sequence[Part]) -> str:
+    """The parts in order with their limits and commands."""
+    return "\n".join(
+        f"{i:3} {part.limit:5.0f} s  {part.name:32} python {' '.join(part.arguments)}"
+        for i, part in enumerate(every, 1)
+    )
 
 
 def main() -> int:
-    """Run everything and write the report, after each part."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    """Run every part that time allows, and write the report meanwhile."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--list", action="store_true", help="print the parts in order and their limits"
+    )
+    parser.add_argument("--fresh", action="store_true", help="start anew instead of continuing")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="for all parts (%(default)s)"
+    )
+    parser.add_argument("--output", type=Path, default=REPORT, help="the report (%(default)s)")
+    options = parser.parse_args()
+    every = parts(options.output.with_suffix(".tuning.json"))
+    if options.list:
+        print(listing(every))
+        return 0
+    import torch
+
     if not torch.cuda.is_available():
         print("make gpu needs an NVIDIA GPU and a CUDA build of torch; there is none here")
         return 2
-    started = time.perf_counter()
-    report: dict[str, Any] = {"machine": machine() | {"commit": commit()}}
+    report = Report(options.output, facts(), every, options.fresh)
+    run_all(every, report, options.seconds, conclude=add_comparison)
+    print(add_comparison(report))
+    report.write()
+    return conclusion(report, options.output)
 
-    def write(**part: Any) -> None:
-        report.update(part, seconds=round(time.perf_counter() - started, 1))
-        REPORT.write_text(json.dumps(report, indent=1) + "\n")
 
-    write(tests=test())
-    write(encoder_weights_per_second=encoder())
-    write(kernels=benchmark(started))
-    print(f"wrote {REPORT}")
-    return 0 if report["tests"]["passed"] and not report["kernels"]["wrong"] else 1
+def conclusion(report: Report, path: Path) -> int:
+    """Say what failed and what is left; gives the exit code."""
+    for state in (FAILED, TIMED_OUT, NOT_REACHED):
+        if names := report.states(state):
+            print(f"{state}: {'; '.join(names)}")
+    print(f"wrote {path}; another run continues where this one stopped")
+    return 1 if report.states(FAILED, TIMED_OUT) else 0
 
 
 if __name__ == "__main__":

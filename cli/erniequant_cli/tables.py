@@ -14,11 +14,11 @@ from erniequant_cli.terminal import encodable, printable, say
 if TYPE_CHECKING:
     from erniequant.demo import DemoReport
     from erniequant.evaluate import ImageTextResult, PerplexityResult, ReferenceResult
-    from erniequant.evaluate.speed import SpeedComparison, SpeedRatio, SpeedResult
+    from erniequant.evaluate.speed import SpeedComparison, SpeedResult
     from erniequant.formats.results import ModelSummary, VerifyReport
     from erniequant.quantization.report import QuantizationReport
-    from erniequant_kernels.bench.cpu.run import Ratio
-    from erniequant_kernels.bench.rows import Row, Verdict
+    from erniequant.timing import Spread
+    from erniequant_kernels.bench.rows import Ratio, Row
 
 FALLBACKS_SHOWN = 5
 WORST_SHOWN = 5
@@ -171,15 +171,20 @@ def print_verification(report: "VerifyReport") -> None:
 def print_kernel_cost(record: Mapping[str, Any], first: bool) -> None:
     """One line per kernel, as soon as it is compiled; the first under a heading."""
     pipes = ("all", "alu", "multiply", "memory", "matrix")
+    figures = {
+        "slots": "cost", "slots_in_all": "in all", "l1_slots": "L1",
+        "sectors_per_request": "sect.", "uncoalesced": "unco.", "conflicts": "confl.",
+    }  # fmt: skip
     if first:
-        names = "".join(name.rjust(9) for name in ("cost", *pipes))
-        say(f"{'kernel':32}{names}    regs  spill  shared  matrix instruction")
+        names = "".join(name.rjust(9) for name in (*figures.values(), *pipes))
+        say(f"{'kernel':46}{names}    regs  spill  shared  matrix instruction")
     costs = record["per_weight"]
-    numbers = [record["issue_cost"], *(costs.get(name) for name in pipes)]
+    numbers = [record["figures"].get(name) for name in figures]
+    numbers += [costs.get(name) for name in pipes]
     cells = "".join(("" if n is None else f"{n:.2f}").rjust(9) for n in numbers)
     name = f"sm_{record['arch']} {record['kernel']}"
     say(
-        f"{name:32}{cells}{record['registers']:8}{record['spill_bytes']:7}"
+        f"{name:46}{cells}{record['registers']:8}{record['spill_bytes']:7}"
         f"{record['shared_bytes']:8}  {record['matrix_opcode']}"
     )
 
@@ -201,27 +206,16 @@ def print_bench_row(row: "Row", first: bool) -> None:
     )
 
 
-def print_verdicts(verdicts: "Sequence[Verdict]", card: str, bandwidth: float) -> None:
-    """Ours against the fastest bfloat16 method, whoever wins."""
-    table = _Table(box=None, title=f"{card}, copies {bandwidth / 1e9:.0f} GB/s")
-    for name in ("shape", "tokens", "bits", "speed-up", "", "fastest bf16"):
-        table.add_column(name)
-    for v in verdicts:
-        winner = "packed is faster" if v.speedup >= 1 else "bf16 is faster"
-        row = (v.shape, str(v.tokens), str(v.bits), f"{v.speedup:.2f}", winner, v.best_bf16)
-        table.add_row(*row)
-    _print(table)
-
-
-def print_ratios(ratios: "Sequence[Ratio]", processor: str, bandwidth: float) -> None:
-    """Packed methods against each decoded one, with quartiles over the rounds."""
-    table = _Table(box=None, title=f"{processor}, triad {bandwidth / 1e9:.1f} GB/s")
-    for name in ("shape", "tokens", "method", "against", "speed-up", "quartiles", "rounds"):
+def print_ratios(ratios: "Sequence[Ratio]", title: str) -> None:
+    """Packed methods against decoded ones, whoever wins, with quartiles over the rounds."""
+    table = _Table(box=None, title=title)
+    for name in ("shape", "tokens", "method", "against", "speed-up", "", "quartiles", "rounds"):
         table.add_column(name)
     for r in ratios:
+        winner = "packed is faster" if r.median >= 1 else "decoded is faster"
         spread = f"{r.low:.2f} … {r.high:.2f}"
-        row = (r.shape, str(r.tokens), r.method, r.rival, f"{r.median:.2f}", spread, str(r.rounds))
-        table.add_row(*row)
+        start = (r.shape, str(r.tokens), r.method, r.rival, f"{r.median:.2f}")
+        table.add_row(*start, winner, spread, str(r.rounds))
     _print(table)
 
 
@@ -239,7 +233,7 @@ def print_speed(model: "SpeedResult", compared: "SpeedComparison | None" = None)
         cells = ["" if value is None else f"{value / unit:.{digits}f}" for value in values]
         table.add_row(label, *cells, *([ratio] if compared is not None else []))
 
-    def spread(ratio: "SpeedRatio | None") -> str:
+    def spread(ratio: "Spread | None") -> str:
         return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
 
     prefill, decode = (compared.prefill, compared.decode) if compared else (None, None)

@@ -6,16 +6,17 @@ with those of a triad ``a = b + s c`` over more memory than caches hold, measure
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from erniequant.errors import ErnieQuantError
-from erniequant.runtime.graphs import cache_argument, captured_steps
+from erniequant.runtime.graphs import cache_argument, captured_steps, static_cache
 from erniequant.runtime.warm_up import warm_up
 from erniequant.system import peak_memory, peak_vram
+from erniequant.timing import Spread, extremes, triad, triad_bytes, turn_ratios
 
 SEED_TOKEN_STRIDE = 7919
 """Prompt ids step through the vocabulary by a prime: varied, equal for equal vocabularies."""
@@ -63,28 +64,20 @@ class SpeedResult:
 
 
 @dataclass(frozen=True)
-class SpeedRatio:
-    """Ratios of single repetitions: median, least and most; above 1 the model is faster."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class SpeedComparison:
     """A model and a reference.
 
     Attributes:
         interleaved: they were measured in turns, else one after the other.
-        prefill, decode: ratios of the reference's time to the model's, turn by turn.
+        prefill, decode: ratios of the reference's time to the model's, turn by turn: median, least
+            and most; above 1 the model is faster.
     """
 
     model: SpeedResult
     reference: SpeedResult
     interleaved: bool
-    prefill: SpeedRatio
-    decode: SpeedRatio
+    prefill: Spread
+    decode: Spread
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: the model's figures, ``reference`` and ``ratio`` beside them."""
@@ -111,7 +104,7 @@ def speed(
     for _ in range(repetitions):
         subject.turn()
     peak = subject.peak()  # before the triad, which takes memory of its own
-    return subject.result(triad(subject.device), peak)
+    return subject.result(memory_speed(subject.device), peak)
 
 
 def compare_speed(
@@ -138,7 +131,7 @@ def compare_speed(
     if not interleave:
         for _ in range(repetitions):
             subject.turn()
-        memory = triad(subject.device)
+        memory = memory_speed(subject.device)
         measured = subject.result(memory, peak)
         subject.model = None
     other = _Subject(load_reference(), prompt_tokens, new_tokens)
@@ -147,28 +140,27 @@ def compare_speed(
             subject.turn()
         other.turn()
     if interleave:
-        memory = triad(subject.device)
+        memory = memory_speed(subject.device)
         measured = subject.result(memory, peak)
     return SpeedComparison(
         measured,
         other.result(memory, None),
         interleave,
-        _ratio(other.prefill, subject.prefill),
-        _ratio(other.decode, subject.decode),
+        extremes(turn_ratios(other.prefill, subject.prefill)),
+        extremes(turn_ratios(*(list(map(statistics.median, s.decode)) for s in (other, subject)))),
     )
 
 
-def triad(device: torch.device) -> float:
-    """Bytes that a device reads and writes a second, in ``a = b + s c`` with float32; the best of
-    some turns."""
-    a, b, c = (torch.ones(TRIAD_NUMBERS, device=device) for _ in range(3))
+def memory_speed(device: torch.device) -> float:
+    """Bytes that a device reads and writes a second; the best of some turns of the triad."""
+    call = triad(TRIAD_NUMBERS, device)
     best = float("inf")
     for _ in range(TRIAD_TURNS):
         started = time.perf_counter()
-        torch.add(b, c, alpha=2.0, out=a)
+        call()
         _finish(device)
         best = min(best, time.perf_counter() - started)
-    return 3 * a.nbytes / best
+    return triad_bytes(TRIAD_NUMBERS) / best
 
 
 class _Subject:
@@ -258,20 +250,11 @@ def bytes_of_a_token(model: Any) -> int:
     return round(total)
 
 
-def _ratio(
-    reference: Sequence[float | list[float]], model: Sequence[float | list[float]]
-) -> SpeedRatio:
-    def seconds(turn: float | list[float]) -> float:
-        return statistics.median(turn) if isinstance(turn, list) else turn
-
-    ratios = [seconds(a) / seconds(b) for a, b in zip(reference, model, strict=True)]
-    return SpeedRatio(statistics.median(ratios), min(ratios), max(ratios))
-
-
 def _once(model: Any, ids: torch.Tensor, new_tokens: int, device: torch.device) -> list[float]:
     """Seconds of the prompt, then of each new token."""
     named = cache_argument()
-    with captured_steps(model, ids.shape[1] + new_tokens) as cache:
+    cache = static_cache(model, ids.shape[1] + new_tokens)
+    with captured_steps(model, cache):
         if cache is not None:
             _tokens(model, ids, min(new_tokens, CAPTURED_BY), device, named, cache)
             cache.reset()

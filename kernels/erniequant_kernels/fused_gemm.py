@@ -108,68 +108,92 @@ def _stack(parts):
 
 
 @triton.jit
+def _words_before(
+    last_word, packed_ptr, first_unit, WORDS: tl.constexpr, INPUTS: tl.constexpr,
+    TILE_WORDS: tl.constexpr,
+):  # fmt: skip
+    """The word before each unit, around the tile: uint32 ``[K, U]`` from the last word of each.
+
+    The lane beside has it; only where the program has part of a tile (its units start within one)
+    the word before the first is loaded.
+    """
+    K: tl.constexpr = last_word.shape[0]
+    UNITS: tl.constexpr = last_word.shape[1]
+    TILE_UNITS: tl.constexpr = TILE_WORDS // WORDS
+    AROUND: tl.constexpr = min(UNITS, TILE_UNITS)
+    unit = tl.arange(0, UNITS)
+    beside = unit // AROUND * AROUND + (unit + AROUND - 1) % AROUND
+    before = tl.gather(last_word, tl.broadcast_to(beside[None, :], (K, UNITS)), 1)
+    if UNITS < TILE_UNITS:
+        tile = first_unit // TILE_UNITS * (INPUTS * TILE_WORDS)
+        edge = tile + (first_unit % TILE_UNITS * WORDS + TILE_WORDS - 1) % TILE_WORDS
+        row = tl.arange(0, K)[:, None] * TILE_WORDS
+        edge_word = tl.load(packed_ptr + edge + row).to(tl.uint32, bitcast=True)
+        before = tl.where((unit == 0)[None, :], edge_word, before)
+    return before
+
+
+@triton.jit
 def _load_units(
-    packed_ptr, first_unit, row, UNITS: tl.constexpr, UNIT_COUNT: tl.constexpr,
-    INPUTS: tl.constexpr, TILE_WORDS: tl.constexpr, STEP_BITS: tl.constexpr,
+    packed_ptr, first_unit, first_row, UNITS: tl.constexpr, K: tl.constexpr,
+    UNIT_COUNT: tl.constexpr, INPUTS: tl.constexpr, TILE_WORDS: tl.constexpr,
+    STEP_BITS: tl.constexpr,
 ):  # fmt: skip
     """The groups of every input row and unit, as from `decode.load_groups`.
 
-    Words of a row are one dimension of what is loaded, 16 bytes a lane, and so is the word before
-    each unit together with its neighbour (8 bytes): Triton 3.6 lets lanes run along the dimension
-    with neighbours in memory and, where there is none, along the wrong one.
+    Words of a row are one dimension of what is loaded, 16 bytes a lane, and three-word units are
+    loaded flat: Triton 3.6 lets lanes run along the dimension that has neighbours in memory and,
+    where there is none, along the wrong one.
 
     Args:
         packed_ptr: the words of one expert, ``[tiles, INPUTS * TILE_WORDS]``.
         first_unit: index along the outputs of the first of ``UNITS`` (``U``); units from
             ``UNIT_COUNT`` on do not exist and are not read.
-        row: int32 ``[K]``.
+        first_row: index of the first of ``K`` inputs.
 
     Returns:
         Two tuples of uint32 ``[K, U]`` or, with two runs to a unit, ``[K, U, 2]``, one entry per
         group of a run: the 32 bits that end with the group, and the bits before those.
     """
     WORDS: tl.constexpr = unit_words(TILE_WORDS, STEP_BITS)
-    K: tl.constexpr = row.shape[0]
-    words = packed_ptr + row[:, None] * TILE_WORDS
+    TILE_UNITS: tl.constexpr = TILE_WORDS // WORDS
+    packed_ptr += first_row * TILE_WORDS
     if STEP_BITS == 3:
         # Three words are no power of two. Lanes stay 12 bytes apart, and level one has the rest of
         # the line when the next word is loaded.
-        unit = first_unit + tl.arange(0, UNITS)
+        place = tl.arange(0, K * UNITS)
+        unit = first_unit + place % UNITS
         if UNIT_COUNT % UNITS:
             unit = tl.minimum(unit, UNIT_COUNT - 1)
-        first = unit * WORDS % TILE_WORDS
-        tile = words + (unit * WORDS // TILE_WORDS * (INPUTS * TILE_WORDS))[None, :]
-        last = (first + TILE_WORDS - 1) % TILE_WORDS
-        before = tl.load(tile + last[None, :]).to(tl.uint32, bitcast=True)
-        a = tl.load(tile + first[None, :]).to(tl.uint32, bitcast=True)
-        b = tl.load(tile + first[None, :] + 1).to(tl.uint32, bitcast=True)
-        c = tl.load(tile + first[None, :] + 2).to(tl.uint32, bitcast=True)
+        first = unit % TILE_UNITS * WORDS
+        tile = unit // TILE_UNITS * (INPUTS * TILE_WORDS) + place // UNITS * TILE_WORDS
+        at = packed_ptr + tile + first
+        a = tl.reshape(tl.load(at).to(tl.uint32, bitcast=True), (K, UNITS))
+        b = tl.reshape(tl.load(at + 1).to(tl.uint32, bitcast=True), (K, UNITS))
+        c = tl.reshape(tl.load(at + 2).to(tl.uint32, bitcast=True), (K, UNITS))
+        before = _words_before(c, packed_ptr, first_unit, WORDS, INPUTS, TILE_WORDS)
         newest = (
             decode._funnel(before, a, 8), decode._funnel(a, b, 16), decode._funnel(b, c, 24), c
         )  # fmt: skip
         earlier = (before >> 8, a >> 16, b >> 24, b)
     else:
+        words = packed_ptr + tl.arange(0, K)[:, None] * TILE_WORDS
         word = first_unit * WORDS + tl.arange(0, UNITS * WORDS)
         at = words + (word // TILE_WORDS * (INPUTS * TILE_WORDS) + word % TILE_WORDS)[None, :]
-        two = tl.arange(0, UNITS * 2)
-        first = (first_unit + two // 2) * WORDS
-        last_two = (first + TILE_WORDS - 2) % TILE_WORDS + two % 2
-        tile = first // TILE_WORDS * (INPUTS * TILE_WORDS)
-        ending_at = words + (tile + last_two)[None, :]
         if UNIT_COUNT % UNITS == 0:
             loaded = tl.load(at)
-            ending = tl.load(ending_at)
         else:
             loaded = tl.load(at, mask=(word < UNIT_COUNT * WORDS)[None, :], other=0)
-            ending = tl.load(ending_at, mask=(first < UNIT_COUNT * WORDS)[None, :], other=0)
-        _, before = tl.split(tl.reshape(ending.to(tl.uint32, bitcast=True), (K, UNITS, 2)))
         loaded = loaded.to(tl.uint32, bitcast=True)
         if WORDS == 4:
             even, odd = tl.split(tl.reshape(loaded, (K, UNITS, 2, 2)))
-            inner, _ = tl.split(odd)
-            before = tl.join(before, inner)
+            inner, last_word = tl.split(odd)
         else:
             even, odd = tl.split(tl.reshape(loaded, (K, UNITS, 2)))
+            last_word = odd
+        before = _words_before(last_word, packed_ptr, first_unit, WORDS, INPUTS, TILE_WORDS)
+        if WORDS == 4:
+            before = tl.join(before, inner)
         if STEP_BITS == 4:
             newest = (even, odd)
             earlier = (before, even)
@@ -190,8 +214,7 @@ _HALF_SUM = tl.constexpr("""{
     fma.rn.bf16 first, low, one, high;
     mov.b32 {low, high}, b;
     fma.rn.bf16 second, low, one, high;
-    mov.b32 $0, {first, second};
-}""")
+    mov.b32 $0, {first, second}; }""")
 
 
 @triton.jit
@@ -288,11 +311,12 @@ def fused_gemm_kernel(
     keep = decode.load_keep_bits(constants_ptr)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for turn in range(0, INPUTS // BLOCK_K):
-        row = turn * BLOCK_K + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptrs + row[None, :])
+        first_row = turn * BLOCK_K
+        x = tl.load(x_ptrs + (first_row + tl.arange(0, BLOCK_K))[None, :])
         newest, before = _load_units(
-            packed_ptr, block * UNITS, row, UNITS, OUTPUTS // LANE, INPUTS, TILE_WORDS, STEP_BITS
-        )
+            packed_ptr, block * UNITS, first_row, UNITS, BLOCK_K, OUTPUTS // LANE, INPUTS,
+            TILE_WORDS, STEP_BITS,
+        )  # fmt: skip
         products = ()
         for g in tl.static_range(RUN):
             for step in tl.static_range(8):

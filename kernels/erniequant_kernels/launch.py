@@ -171,9 +171,9 @@ def repeated(key: Hashable, tensors: Sequence[torch.Tensor], compute: Callable[[
     Raises:
         ErnieQuantError: see `launch`.
     """
-    if _INTERPRETED or _rehearsal.get() is not None:
-        return compute()
     first = tensors[0]
+    if _INTERPRETED or first.is_meta or _rehearsal.get() is not None:
+        return compute()
     key = (key, first.device, triton.runtime.driver.active, *[t.dtype for t in tensors])
     known = _launches.get(key)
     addresses = [tensor.data_ptr() for tensor in tensors]

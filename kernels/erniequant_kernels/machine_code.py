@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class KernelCost:
     matrix instructions (``looped`` is false).
 
     Attributes:
+        once: issue slots of a warp for everything outside of the main loop, each instruction once;
+            0 without a main loop.
         weights_per_lane: distinct weights decoded by a program in that code, over its lanes; 0 for
             a kernel that decodes none.
     """
@@ -68,6 +70,7 @@ class KernelCost:
     shared_bytes: int
     weights_per_lane: float
     opcodes: Mapping[str, int]
+    once: int = 0
 
     @property
     def per_weight(self) -> dict[str, float]:
@@ -81,12 +84,20 @@ class KernelCost:
         return {name: count / self.weights_per_lane for name, count in counts.items()}
 
     @property
+    def slots(self) -> int:
+        """Issue slots of a warp: the busiest of all issue and the half-rate pipes."""
+        return max(self.instructions, 2 * self.alu, 2 * self.multiply)
+
+    @property
     def issue_cost(self) -> float | None:
-        """Issue slots of a lane per weight: the busiest of all issue and the half-rate pipes."""
-        cost = self.per_weight
-        if not cost:
+        """Issue slots of a lane per weight."""
+        return self.slots / self.weights_per_lane if self.weights_per_lane else None
+
+    def cost_in_all(self, turns: int) -> float | None:
+        """Issue slots of a lane per weight with what is outside of a main loop of ``turns``."""
+        if not self.weights_per_lane:
             return None
-        return max(cost["all"], 2 * cost["alu"], 2 * cost["multiply"])
+        return (self.slots + self.once / turns) / self.weights_per_lane
 
 
 def _tool(name: str) -> str:
@@ -141,10 +152,11 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
         return dump("-sass"), dump("--dump-resource-usage")
 
 
-def _main_loop(listing: str) -> tuple[list[str], bool]:
-    """Opcodes of the innermost backward-branch range with the most matrix instructions, or all."""
+def _main_loop(listing: str) -> tuple[list[str], list[str]]:
+    """Opcodes of the innermost backward-branch range with the most matrix instructions, and all
+    others; without such a range, all opcodes and none."""
     code = [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(listing)]
-    best: list[str] = []
+    best: tuple[int, int] | None = None
     best_key = (0, 0)
     for address, opcode, rest in code:
         target = re.search(r"0x([0-9a-f]+)\s*$", rest)
@@ -153,8 +165,29 @@ def _main_loop(listing: str) -> tuple[list[str], bool]:
         body = [op for a, op, _ in code if int(target[1], 16) <= a <= address]
         key = (sum(op.split(".")[0] in _MATRIX for op in body), -len(body))
         if key > best_key:
-            best, best_key = body, key
-    return (best, True) if best else ([op for _, op, _ in code], False)
+            best, best_key = (int(target[1], 16), address), key
+    if best is None:
+        return [op for _, op, _ in code], []
+    inside = [op for a, op, _ in code if best[0] <= a <= best[1]]
+    return inside, [op for a, op, _ in code if not best[0] <= a <= best[1]]
+
+
+class _Pipes:
+    """Instructions of some code by pipe."""
+
+    def __init__(self, opcodes: Iterable[str], arch: int):
+        self.body = [op for op in opcodes if op != "NOP"]
+        self._roots = Counter(op.split(".")[0] for op in self.body)
+        self.all = len(self.body)
+        self.alu = self.count(_ALU)
+        self.multiply = self.count(_MULTIPLY) + (self.count(_PACKED_FLOAT) if arch < 90 else 0)
+
+    def count(self, names: set[str]) -> int:
+        return sum(self._roots[n] for n in names)
+
+    @property
+    def slots(self) -> int:
+        return max(self.all, 2 * self.alu, 2 * self.multiply)
 
 
 def measure(compiled: Any, arch: int, *, weights_per_iteration: int, num_warps: int) -> KernelCost:
@@ -165,31 +198,27 @@ def measure(compiled: Any, arch: int, *, weights_per_iteration: int, num_warps: 
             or in all where there is none.
     """
     listing, usage = disassemble(compiled.asm["cubin"])
-    instructions, looped = _main_loop(listing)
-    body = [op for op in instructions if op != "NOP"]
-    roots = Counter(op.split(".")[0] for op in body)
-
-    def total(names: set[str]) -> int:
-        return sum(roots[n] for n in names)
-
-    multiply = total(_MULTIPLY) + (total(_PACKED_FLOAT) if arch < 90 else 0)
-    matrix_names = Counter(op for op in body if op.split(".")[0] in _MATRIX)
+    inside, outside = _main_loop(listing)
+    loop = _Pipes(inside, arch)
+    once = _Pipes(outside, arch)
+    matrix_names = Counter(op for op in loop.body if op.split(".")[0] in _MATRIX)
     registers = re.search(r"REG:(\d+)", usage)
     stack = re.search(r"LOCAL:(\d+)", usage)
     frame = re.search(r"STACK:(\d+)", usage)
     spill = max(int(m[1]) if m else 0 for m in (stack, frame))
     return KernelCost(
         arch=arch,
-        looped=looped,
-        instructions=len(body),
-        alu=total(_ALU),
-        multiply=multiply,
-        memory=total(_MEMORY),
-        matrix=total(_MATRIX),
+        looped=bool(outside),
+        instructions=loop.all,
+        alu=loop.alu,
+        multiply=loop.multiply,
+        memory=loop.count(_MEMORY),
+        matrix=loop.count(_MATRIX),
         matrix_opcode=matrix_names.most_common(1)[0][0] if matrix_names else "",
         registers=int(registers[1]) if registers else 0,
         spill_bytes=spill,
         shared_bytes=compiled.metadata.shared,
         weights_per_lane=weights_per_iteration / (WARP * num_warps),
-        opcodes=dict(Counter(".".join(op.split(".")[:2]) for op in body).most_common()),
+        opcodes=dict(Counter(".".join(op.split(".")[:2]) for op in loop.body).most_common()),
+        once=once.slots,
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from erniequant_cli import tables
-from erniequant_kernels.bench.rows import Row, Verdict
+from erniequant_kernels.bench.rows import Ratio, Row
 
 
 def test_kernels_refuses_without_a_gpu_and_says_what_to_do(run, monkeypatch):
@@ -24,11 +24,11 @@ def test_kernels_refuses_without_a_gpu_and_says_what_to_do(run, monkeypatch):
 
 
 def test_kernels_on_the_cpu(run, monkeypatch, tmp_path):
-    from erniequant_kernels.bench.cpu import machine, methods
+    from erniequant_kernels.bench.cpu import methods
     from erniequant_kernels.bench.cpu import run as bench
 
     monkeypatch.setattr(methods, "HELD_BYTES", 2**16)
-    monkeypatch.setattr(machine, "TRIAD_NUMBERS", 1000)
+    monkeypatch.setattr(bench, "TRIAD_NUMBERS", 1000)
     monkeypatch.setattr(bench, "ENOUGH_ROUNDS", 5)
     monkeypatch.setattr(bench, "others_seconds", lambda: 0.0)
     out, plot = tmp_path / "cpu.json", tmp_path / "cpu.svg"
@@ -80,12 +80,12 @@ def test_static_refuses_in_the_interpreter(run, monkeypatch):
 
 
 def test_the_table_says_where_bfloat16_wins(capsys):
-    won = Verdict("21b", 1, 2, "bf16 Triton", 3.25)
-    lost = Verdict("21b", 2048, 2, "bf16 torch grouped_mm", 0.8)
-    tables.print_verdicts([won, lost], "a card", 3.2e12)
+    won = Ratio("21b", 1, "erniequant 2 bits", "bf16 Triton", 3.25, 3.0, 3.5, 30)
+    lost = Ratio("21b", 2048, "erniequant 2 bits", "bf16 torch grouped_mm", 0.8, 0.7, 0.9, 30)
+    tables.print_ratios([won, lost], "a card")
     first, second = capsys.readouterr().out.splitlines()[-2:]
-    assert "3.25" in first and "packed is faster" in first
-    assert "0.80" in second and "bf16 is faster" in second
+    assert "3.25" in first and "packed is faster" in first and "3.00 … 3.50" in first
+    assert "0.80" in second and "decoded is faster" in second
 
 
 def test_a_method_that_did_not_run_says_why(capsys):

@@ -1,24 +1,33 @@
 """Ways to compute a layer's experts: ours, and the best of bfloat16 that can be had.
 
-Each is a function of experts and batch that returns the function to time; its own preparation is
-not timed. ``capturable`` says whether it may run in a CUDA graph.
+Each is prepared for a batch, which gives the function to time; the preparation is not timed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from erniequant.packing.decoding import encode_scale
-from erniequant_kernels.bench.problem import Batch, Experts
+from erniequant.packing.products import WeightOf
+from erniequant_kernels.bench.problem import (
+    BFLOAT16_BITS,
+    Batch,
+    DenseExperts,
+    Shape,
+    decoded,
+    dense_experts,
+    random_matrices,
+)
 from erniequant_kernels.combine import combine
 from erniequant_kernels.dense_gemm import DenseGemmConfig, dense_gemm
 from erniequant_kernels.moe import moe_experts
 from erniequant_kernels.rotation import swiglu_rotate
 from erniequant_kernels.routing import row_tiles
-from erniequant_kernels.tuning import tuning_for
+from erniequant_kernels.tuning import Tuning, tuning_for
 
 Run = Callable[[], torch.Tensor]
 
@@ -34,31 +43,46 @@ TRITON_CONFIGS = (
 
 @dataclass(frozen=True)
 class Method:
-    """A name for tables, and the function that sets the method up."""
+    """One way to compute the layer.
+
+    Attributes:
+        bits: per stored weight; 16 for bfloat16.
+        prepare: sets the method up for a batch.
+        weight: decoded weights, as `experts_forward` asks for them.
+        capturable: whether it may run in a CUDA graph.
+    """
 
     name: str
-    prepare: Callable[[Experts, Batch], Run]
+    bits: int
+    prepare: Callable[[Batch], Run]
+    weight: WeightOf
     capturable: bool = True
 
 
-def packed(bits: int) -> Method:
-    """This package, as the operator of the runtime calls it."""
+def packed(shape: Shape, bits: int, device: torch.device, tuning: Tuning | None = None) -> Method:
+    """This package, as the operator of the runtime calls it; by default with the table of the
+    device."""
+    gate_up, down = random_matrices(shape, bits, shape.experts, device)
+    matrices = {"gate_up_proj": gate_up, "down_proj": down}
+    tuning = tuning or tuning_for(device)
 
-    def prepare(experts: Experts, batch: Batch) -> Run:
-        tuning = tuning_for(batch.x.device)
+    def prepare(batch: Batch) -> Run:
         return lambda: moe_experts(
-            batch.x, batch.expert_index, batch.routing, experts.gate_up, experts.down, tuning
+            batch.x, batch.expert_index, batch.routing, gate_up, down, tuning
         )
 
-    return Method(f"erniequant {bits} bits", prepare)
+    def weight(projection: str, expert: int) -> torch.Tensor:
+        return decoded(shape, matrices[projection], expert)
+
+    return Method(f"erniequant {bits} bits", bits, prepare, weight)
 
 
-def triton_bf16(config: DenseGemmConfig) -> Method:
+def triton_bf16(config: DenseGemmConfig, experts: DenseExperts) -> Method:
     """Our own kernels on bfloat16 weights: the same row tiles and combination, nothing decoded."""
 
-    def prepare(experts: Experts, batch: Batch) -> Run:
+    def prepare(batch: Batch) -> Run:
         device = batch.x.device
-        count, double, _ = experts.gate_up_bf16.shape
+        count, double, _ = experts.gate_up.shape
         hidden = batch.x.shape[1]
         tokens, top_k = batch.expert_index.shape
         gate_scale, down_scale = (
@@ -70,26 +94,28 @@ def triton_bf16(config: DenseGemmConfig) -> Method:
             tiles = row_tiles(batch.expert_index, count, config.block_m)
             rows = tokens * top_k
             partial = torch.empty(1, rows, double, dtype=torch.bfloat16, device=device)
-            dense_gemm(batch.x, experts.gate_up_bf16, tiles, top_k, partial[0], config)
+            dense_gemm(batch.x, experts.gate_up, tiles, top_k, partial[0], config)
             inner = torch.empty(rows, double // 2, dtype=torch.bfloat16, device=device)
             swiglu_rotate(partial, gate_scale, batch.expert_index, no_signs, 1, inner)
             partial = torch.empty(1, rows, hidden, dtype=torch.bfloat16, device=device)
-            dense_gemm(inner, experts.down_bf16, tiles, 1, partial[0], config)
+            dense_gemm(inner, experts.down, tiles, 1, partial[0], config)
             out = torch.empty_like(batch.x)
             combine(partial, down_scale, batch.expert_index, batch.routing, out)
             return out
 
         return run
 
-    return Method(f"bf16 Triton {config.block_m}x{config.block_n}x{config.block_k}", prepare)
+    name = f"bf16 Triton {config.block_m}x{config.block_n}x{config.block_k}"
+    return Method(name, BFLOAT16_BITS, prepare, experts.weight)
 
 
-def _torch_grouped(experts: Experts, batch: Batch) -> Run:
-    count = experts.gate_up_bf16.shape[0]
-    top_k = batch.expert_index.shape[1]
-    gate_up, down = (w.transpose(1, 2) for w in (experts.gate_up_bf16, experts.down_bf16))
+def torch_grouped(experts: DenseExperts) -> Method:
+    """torch's grouped product, with the sorting that it takes."""
+    gate_up, down = (w.transpose(1, 2) for w in (experts.gate_up, experts.down))
+    count = len(experts.down)
 
-    def run() -> torch.Tensor:
+    def multiply(batch: Batch) -> torch.Tensor:
+        top_k = batch.expert_index.shape[1]
         chosen, order = batch.expert_index.flatten().sort(stable=True)
         expert = torch.arange(count, device=chosen.device)
         ends = torch.searchsorted(chosen, expert, right=True).to(torch.int32)
@@ -101,36 +127,46 @@ def _torch_grouped(experts: Experts, batch: Batch) -> Run:
         slots[order] = y
         return slots.view(-1, top_k, y.shape[-1]).sum(1)
 
-    return run
+    def prepare(batch: Batch) -> Run:
+        return partial(multiply, batch)
+
+    return Method("bf16 torch grouped_mm", BFLOAT16_BITS, prepare, experts.weight)
 
 
-def transformers_experts(implementation: str) -> Method:
+def transformers_experts(implementation: str, experts: DenseExperts) -> Method:
     """The experts module of transformers under one of its implementations."""
 
-    def prepare(experts: Experts, batch: Batch) -> Run:
+    def prepare(batch: Batch) -> Run:
         from transformers import Ernie4_5_MoeConfig
         from transformers.models.ernie4_5_moe import modeling_ernie4_5_moe as modeling
 
-        count, double, hidden = experts.gate_up_bf16.shape
+        count, double, hidden = experts.gate_up.shape
         config: Any = Ernie4_5_MoeConfig(
             hidden_size=hidden, moe_intermediate_size=double // 2, moe_num_experts=count
         )
         config._experts_implementation = implementation
         with torch.device("meta"):
             module: Any = modeling.Ernie4_5_MoeExperts(config)
-        module.gate_up_proj = torch.nn.Parameter(experts.gate_up_bf16, requires_grad=False)
-        module.down_proj = torch.nn.Parameter(experts.down_bf16, requires_grad=False)
+        module.gate_up_proj = torch.nn.Parameter(experts.gate_up, requires_grad=False)
+        module.down_proj = torch.nn.Parameter(experts.down, requires_grad=False)
         run: Run = lambda: module(batch.x, batch.expert_index, batch.routing)  # noqa: E731
         return run
 
+    name = f"bf16 transformers {implementation}"
     # The eager loop asks the device which experts were hit.
-    return Method(f"bf16 transformers {implementation}", prepare, implementation != "eager")
+    return Method(name, BFLOAT16_BITS, prepare, experts.weight, implementation != "eager")
 
 
-def baselines() -> list[Method]:
+def baselines(experts: DenseExperts) -> list[Method]:
     """Every bfloat16 method."""
     return [
-        Method("bf16 torch grouped_mm", _torch_grouped),
-        *(transformers_experts(name) for name in ("grouped_mm", "batched_mm", "eager")),
-        *map(triton_bf16, TRITON_CONFIGS),
+        torch_grouped(experts),
+        *(transformers_experts(name, experts) for name in ("grouped_mm", "batched_mm", "eager")),
+        *(triton_bf16(config, experts) for config in TRITON_CONFIGS),
     ]
+
+
+def methods(shape: Shape, bits: Sequence[int], device: torch.device) -> list[Method]:
+    """Ours at each width, and every bfloat16 method on the decoded weights of the first."""
+    ours = [packed(shape, width, device) for width in bits]
+    return ours + baselines(dense_experts(shape, ours[0].weight, device))

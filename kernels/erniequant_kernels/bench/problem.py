@@ -7,6 +7,7 @@ import torch
 
 from erniequant.codes import register_length
 from erniequant.packing.decoding import decode_weight, encode_scale
+from erniequant.packing.products import WeightOf
 from erniequant.packing.rotation import block_size, pack_signs, random_signs
 from erniequant.packing.schema import MatrixSpec, tile_size
 from erniequant_kernels.matrices import PackedMatrices
@@ -53,13 +54,15 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Experts:
-    """Weights of a layer in both forms; both give the same outputs up to rounding."""
+class DenseExperts:
+    """Decoded weights of a layer, bf16: ``gate_up [E, 2 I, H]`` and ``down [E, H, I]``."""
 
-    gate_up: PackedMatrices
-    down: PackedMatrices
-    gate_up_bf16: torch.Tensor
-    down_bf16: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+    def weight(self, projection: str, expert: int) -> torch.Tensor:
+        """One matrix in float32."""
+        return {"gate_up_proj": self.gate_up, "down_proj": self.down}[projection][expert].float()
 
 
 def make_batch(shape: Shape, tokens: int, device: torch.device) -> Batch:
@@ -97,18 +100,20 @@ def decoded(shape: Shape, matrices: PackedMatrices, expert: int) -> torch.Tensor
     return decode_weight(matrices.packed[expert], matrices.scale[expert], matrices.signs, how)
 
 
-def make_experts(shape: Shape, bits: int, device: torch.device) -> Experts:
-    """Random words and their decoded weights, expert by expert."""
-    both = random_matrices(shape, bits, shape.experts, device)
+def dense_experts(shape: Shape, weight: WeightOf, device: torch.device) -> DenseExperts:
+    """All experts of a layer, rounded to bfloat16 one by one."""
 
-    def dense(matrices: PackedMatrices) -> torch.Tensor:
-        size = (shape.experts, matrices.outputs, matrices.inputs)
+    def dense(projection: str, outputs: int, inputs: int) -> torch.Tensor:
+        size = (shape.experts, outputs, inputs)
         weights = torch.empty(size, dtype=torch.bfloat16, device=device)
         for expert in range(shape.experts):
-            weights[expert] = decoded(shape, matrices, expert)
+            weights[expert] = weight(projection, expert)
         return weights
 
-    return Experts(*both, *map(dense, both))
+    return DenseExperts(
+        dense("gate_up_proj", 2 * shape.inner, shape.hidden),
+        dense("down_proj", shape.hidden, shape.inner),
+    )
 
 
 def _spec(shape: Shape, bits: int, inputs: int) -> MatrixSpec:

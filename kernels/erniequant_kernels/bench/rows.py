@@ -1,9 +1,11 @@
-"""Results of the benchmark: one row per method and batch, who wins, and who is wrong."""
+"""Results of the benchmark: one row per method and batch, ratios of the same rounds, and who is
+wrong."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from erniequant.timing import quartiles, turn_ratios
 from erniequant_kernels.bench.problem import BFLOAT16_BITS
 
 TOLERANCE = 2**-6
@@ -42,33 +44,52 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Ours against the fastest bfloat16 method on one batch; above 1 ours is faster."""
+class Ratio:
+    """How many times as fast a packed method is as a rival: quartiles over rounds."""
 
     shape: str
     tokens: int
-    bits: int
-    best_bf16: str
-    speedup: float
+    method: str
+    rival: str
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
 
 
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """Speed-ups over the fastest bfloat16 method, batch by batch."""
-    compared = []
-    for row in rows:
-        if row.bits == BFLOAT16_BITS or row.microseconds is None:
-            continue
-        rivals = [
-            (rival.microseconds, rival.method)
-            for rival in rows
-            if (rival.shape, rival.tokens) == (row.shape, row.tokens)
-            and rival.bits == BFLOAT16_BITS
-            and rival.microseconds is not None
-        ]
-        if rivals:
-            time, name = min(rivals)
-            compared.append(Verdict(row.shape, row.tokens, row.bits, name, time / row.microseconds))
-    return compared
+def ratios(rows: Sequence[Row], seconds: Sequence[Sequence[float]]) -> list[Ratio]:
+    """Every packed method against every rival of one batch.
+
+    Args:
+        seconds: of each row, round by round.
+    """
+    found = []
+    for ours, times in zip(rows, seconds, strict=True):
+        for rival, rival_times in zip(rows, seconds, strict=True):
+            if ours.bits < BFLOAT16_BITS <= rival.bits:
+                spread = quartiles(turn_ratios(rival_times, times))
+                found.append(Ratio(
+                    ours.shape, ours.tokens, ours.method, rival.method, spread.median, spread.low,
+                    spread.high, len(times),
+                ))  # fmt: skip
+    return found
+
+
+def against_the_fastest(rows: Sequence[Row], compared: Sequence[Ratio]) -> list[Ratio]:
+    """Of the ratios of each packed method on each batch, the one with the rival that takes the
+    least time."""
+    times = {(r.shape, r.tokens, r.method): r.microseconds for r in rows}
+    best: dict[tuple[str, int, str], tuple[float, Ratio]] = {}
+    for ratio in compared:
+        time = times[ratio.shape, ratio.tokens, ratio.rival]
+        key = (ratio.shape, ratio.tokens, ratio.method)
+        if time is not None and time < best.get(key, (float("inf"),))[0]:
+            best[key] = (time, ratio)
+    return [ratio for _, ratio in best.values()]
 
 
 def wrong(rows: Sequence[Row]) -> list[str]:

@@ -1,82 +1,108 @@
-"""Measure every method on every batch, and check what it computes."""
+"""Measure every method on every batch, in rounds in which each has one turn, and check what it
+computes."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from triton.runtime.errors import OutOfResources
 
 from erniequant.packing.products import experts_forward
-from erniequant_kernels.bench.methods import Method, baselines, packed
+from erniequant_kernels.bench.methods import Method, methods
 from erniequant_kernels.bench.problem import (
     BFLOAT16_BITS,
     SHAPES,
     Batch,
-    Experts,
     bytes_read,
     make_batch,
-    make_experts,
 )
-from erniequant_kernels.bench.rows import Row
-from erniequant_kernels.bench.timing import Timer
+from erniequant_kernels.bench.rounds import Call, rounds, summarize
+from erniequant_kernels.bench.rows import Ratio, Row, ratios
+from erniequant_kernels.bench.timing import ROUNDS, Timer
 
 # A card with less shared memory than a baseline's tiles take, a torch without a grouped product.
 _NOT_HERE = (OutOfResources, RuntimeError, ValueError, TypeError, ImportError)
 
 
-def reference(experts: Experts, batch: Batch) -> torch.Tensor:
-    """The layer in float32, expert by expert."""
-    weights = {"gate_up_proj": experts.gate_up_bf16, "down_proj": experts.down_bf16}
-    return experts_forward(
-        batch.x.float(), batch.expert_index, batch.routing, len(experts.down_bf16),
-        lambda projection, expert: weights[projection][expert].float(), "silu",
-    )  # fmt: skip
+@dataclass(frozen=True)
+class BatchResult:
+    """All that was measured on one batch; ratios are of the methods that ran."""
 
-
-def _measure(
-    method: Method, shape: str, bits: int, experts: Experts, batch: Batch, expected: torch.Tensor,
-    timer: Timer, bandwidth: float,
-) -> Row:  # fmt: skip
-    row = Row(shape, len(batch.x), method.name, bits)
-    try:
-        run = method.prepare(experts, batch)
-        deviation = (run().float() - expected).abs().max() / expected.abs().max()
-        time = timer(run, method.capturable)
-    except _NOT_HERE as error:
-        # A baseline that this torch or this card does not have; ours must not fail quietly.
-        if bits != BFLOAT16_BITS:
-            raise
-        return replace(row, reason=" ".join(str(error).split())[:120] or type(error).__name__)
-    rate = bytes_read(SHAPES[shape], batch, bits) / time.median
-    return replace(
-        row, microseconds=1e6 * time.median, low=1e6 * time.low, high=1e6 * time.high,
-        gigabytes_per_second=rate / 1e9, memory_limit_percent=100 * rate / bandwidth,
-        error=float(deviation),
-    )  # fmt: skip
+    rows: list[Row]
+    ratios: list[Ratio]
 
 
 @torch.no_grad()
 def measure(
     shapes: Iterable[str], tokens: Sequence[int], bits: Sequence[int], device: torch.device,
-    timer: Timer, bandwidth: float, rivals: bool = True,
-) -> Iterator[Row]:  # fmt: skip
-    """Rows for every shape, width and batch; bfloat16 is measured once per shape and batch.
+    timer: Timer, bandwidth: float,
+) -> Iterator[BatchResult]:  # fmt: skip
+    """Results for every shape and batch.
 
     Args:
-        rivals: whether to measure bfloat16 at all.
         bandwidth: bytes per second that count as the memory limit.
     """
     for shape in shapes:
-        for index, width in enumerate(bits):
-            experts = make_experts(SHAPES[shape], width, device)
-            for count in tokens:
-                batch = make_batch(SHAPES[shape], count, device)
-                expected = reference(experts, batch)
-                methods = [(packed(width), width)]
-                if index == 0 and rivals:
-                    methods += [(method, BFLOAT16_BITS) for method in baselines()]
-                for method, stored in methods:
-                    yield _measure(
-                        method, shape, stored, experts, batch, expected, timer, bandwidth
-                    )
-            del experts
+        every = methods(SHAPES[shape], bits, device)
+        for count in tokens:
+            yield measure_batch(shape, every, count, device, timer, bandwidth)
+        del every
+
+
+def measure_batch(
+    shape: str, every: Sequence[Method], tokens: int, device: torch.device, timer: Timer,
+    bandwidth: float,
+) -> BatchResult:  # fmt: skip
+    """Check each method, then time all that run in turns."""
+    batch = make_batch(SHAPES[shape], tokens, device)
+    rows, calls = zip(*_prepared(shape, every, batch, timer), strict=True)
+    running = [i for i, call in enumerate(calls) if call is not None]
+    seconds = rounds([calls[i] for i in running], ROUNDS, timer.clock)
+    found = list(rows)
+    for i, times in zip(running, seconds, strict=True):
+        found[i] = _with_times(found[i], batch, times, bandwidth)
+    return BatchResult(found, ratios([found[i] for i in running], seconds))
+
+
+def _prepared(
+    shape: str, every: Sequence[Method], batch: Batch, timer: Timer
+) -> Iterator[tuple[Row, Call | None]]:
+    """Rows without times, and the calls to time; None where a method does not run here."""
+    expected: dict[int, torch.Tensor] = {}
+    for method in every:
+        row = Row(shape, len(batch.x), method.name, method.bits)
+        # All bfloat16 methods have the same weights.
+        if method.bits not in expected:
+            expected[method.bits] = reference(method, SHAPES[shape].experts, batch)
+        target = expected[method.bits]
+        try:
+            run = method.prepare(batch)
+            deviation = (run().float() - target).abs().max() / target.abs().max()
+            call = timer.ready(run, method.capturable)
+        except _NOT_HERE as error:
+            # A baseline that this torch or this card does not have; ours must not fail quietly.
+            if method.bits != BFLOAT16_BITS:
+                raise
+            yield replace(row, reason=_one_line(error)), None
+        else:
+            yield replace(row, error=float(deviation)), call
+
+
+def reference(method: Method, experts: int, batch: Batch) -> torch.Tensor:
+    """The layer in float32, expert by expert."""
+    return experts_forward(
+        batch.x.float(), batch.expert_index, batch.routing, experts, method.weight, "silu"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _with_times(row: Row, batch: Batch, seconds: Sequence[float], bandwidth: float) -> Row:
+    time = summarize(seconds)
+    rate = bytes_read(SHAPES[row.shape], batch, row.bits) / time.median
+    return replace(
+        row, microseconds=1e6 * time.median, low=1e6 * time.low, high=1e6 * time.high,
+        gigabytes_per_second=rate / 1e9, memory_limit_percent=100 * rate / bandwidth,
+    )  # fmt: skip

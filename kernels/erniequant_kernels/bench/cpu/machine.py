@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,8 @@ from typing import Any
 import llvmlite
 import torch
 
+from erniequant_kernels.bench.rounds import Call
 from erniequant_kernels.cpu.machine import machine as target
-
-TRIAD_NUMBERS = 2**25
-"""float32 numbers of each of three vectors: 384 MiB together, more than caches hold."""
 
 
 def cores() -> list[int]:
@@ -73,17 +71,6 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def triad_bytes() -> int:
-    """Bytes that the triad reads and writes."""
-    return 3 * 4 * TRIAD_NUMBERS
-
-
-def triad() -> Callable[[], torch.Tensor]:
-    """``a = b + 3 c`` on long vectors, for the memory's limit."""
-    b, c, a = (torch.ones(TRIAD_NUMBERS) for _ in range(3))
-    return lambda: torch.add(b, c, alpha=3.0, out=a)
-
-
 def others_seconds() -> float:
     """Seconds that all cores have spent on other processes since the start of the system, and that
     a hypervisor kept from them; 0 where the system does not tell."""
@@ -95,8 +82,8 @@ def others_seconds() -> float:
     return busy - time.process_time()
 
 
-def wall_clock(run: Callable[[], object]) -> float:
+def wall_clock(call: Call) -> float:
     """Seconds of a call."""
     begun = time.perf_counter()
-    run()
+    call()
     return time.perf_counter() - begun

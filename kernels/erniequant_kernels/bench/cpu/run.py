@@ -1,25 +1,26 @@
 """Measure every method on every batch on the CPU, in rounds in which each has one turn.
 
-Speeds of a shared or throttled machine change from second to second, for all methods alike: what is
-compared are the times of one round. Rounds in which other processes were at work do not count,
-unless there are too few others: threads that wait for each other lose the most by them.
+Rounds in which other processes were at work do not count, unless there are too few others: threads
+that wait for each other lose the most by them.
 """
 
-import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
-from erniequant_kernels.bench.cpu.machine import others_seconds, triad, triad_bytes
+from erniequant.timing import triad, triad_bytes
+from erniequant_kernels.bench.cpu.machine import others_seconds
 from erniequant_kernels.bench.cpu.methods import CHECKED_EXPERTS, CpuMethod, methods, turned
-from erniequant_kernels.bench.problem import BFLOAT16_BITS, SHAPES, Batch, Shape, make_batch
-from erniequant_kernels.bench.rows import Row
-from erniequant_kernels.bench.timing import summarize
+from erniequant_kernels.bench.problem import SHAPES, Batch, Shape, make_batch
+from erniequant_kernels.bench.rounds import Clock, one_round, summarize
+from erniequant_kernels.bench.rows import Ratio, Row, ratios
+
+TRIAD_NUMBERS = 2**25
+"""float32 numbers of each of three vectors: 384 MiB together, more than caches hold."""
 
 FEWEST_ROUNDS, ENOUGH_ROUNDS, MOST_ROUNDS = 5, 60, 600
 """Quiet rounds, at least and at most; rounds of any kind."""
@@ -33,9 +34,6 @@ PATIENCE_SECONDS = 45.0
 QUIET = 0.1
 """Cores that other processes use in a quiet round, at most."""
 
-Clock = Callable[[Callable[[], object]], float]
-"""Seconds of a call."""
-
 
 @dataclass(frozen=True)
 class CpuRow(Row):
@@ -48,24 +46,6 @@ class CpuRow(Row):
 
     products_per_second: float | None = None
     other_cores: float | None = None
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as fast a packed method is as a rival: quartiles over rounds."""
-
-    shape: str
-    tokens: int
-    method: str
-    rival: str
-    median: float
-    low: float
-    high: float
-    rounds: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -103,13 +83,13 @@ def measure_batch(
     batch = make_batch(shape, tokens, torch.device("cpu"))
     errors = [_error(method, batch) for method in every]
     rounds, others_use = quiet(list(_rounds(every, batch, clock)))
-    limit = triad_bytes() / statistics.median(times.triad for times in rounds)
+    limit = triad_bytes(TRIAD_NUMBERS) / statistics.median(times.triad for times in rounds)
     seconds = [list(times) for times in zip(*(times.methods for times in rounds), strict=True)]
     rows = [
         replace(_row(name, shape, batch, method, times, limit), error=error, other_cores=others_use)
         for method, times, error in zip(every, seconds, errors, strict=True)
     ]
-    return BatchResult(rows, list(_ratios(name, tokens, every, seconds)), limit)
+    return BatchResult(rows, ratios(rows, seconds), limit)
 
 
 def _error(method: CpuMethod, batch: Batch) -> float:
@@ -135,7 +115,7 @@ def quiet(rounds: list[Round]) -> tuple[list[Round], float]:
 
 
 def _rounds(every: Sequence[CpuMethod], batch: Batch, clock: Clock) -> Iterator[Round]:
-    stream = triad()
+    stream = triad(TRIAD_NUMBERS, batch.x.device)
     active = batch.active_experts
     for method in every:
         method.run(turned(batch, 0, method.experts))  # compiles what it needs
@@ -145,23 +125,16 @@ def _rounds(every: Sequence[CpuMethod], batch: Batch, clock: Clock) -> Iterator[
         enough = undisturbed >= wanted
         if enough or (turn >= FEWEST_ROUNDS and spent > PATIENCE_SECONDS):
             return
-        seconds = [0.0] * len(every)
+        first = (turn + 1) * active
+        calls = [partial(method.run, turned(batch, first, method.experts)) for method in every]
         before, begun = others_seconds(), time.perf_counter()
         triad_seconds = clock(stream)
-        for i in order(len(every), turn):
-            here = turned(batch, (turn + 1) * active, every[i].experts)
-            seconds[i] = clock(partial(every[i].run, here))
+        seconds = one_round(calls, turn, clock)
         wall = time.perf_counter() - begun
         found = Round(triad_seconds, seconds, max(others_seconds() - before, 0.0) / wall)
         undisturbed += found.others <= QUIET
         spent += sum(seconds)
         yield found
-
-
-def order(methods: int, turn: int) -> list[int]:
-    """Numbers of the methods in the order of a round. It is random: threads of a method wait awake
-    for a while after its call and cost the next one time, so nobody always has the same before."""
-    return random.Random(turn).sample(range(methods), methods)
 
 
 def _row(
@@ -174,21 +147,3 @@ def _row(
         name, len(batch.x), method.name, method.bits, 1e6 * times.median, 1e6 * times.low,
         1e6 * times.high, rate / 1e9, 100 * rate / limit, products_per_second=products / 1e9,
     )  # fmt: skip
-
-
-def _ratios(
-    name: str, tokens: int, every: Sequence[CpuMethod], seconds: list[list[float]]
-) -> Iterator[Ratio]:
-    for ours, times in zip(every, seconds, strict=True):
-        for rival, rival_times in zip(every, seconds, strict=True):
-            if ours.bits < BFLOAT16_BITS <= rival.bits:
-                low, median, high = quartiles(
-                    [theirs / own for theirs, own in zip(rival_times, times, strict=True)]
-                )
-                yield Ratio(name, tokens, ours.name, rival.name, median, low, high, len(times))
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile of two values or more."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, median, high
