@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from erniequant_kernels.bfloat16 import from_pattern, rounded
+from erniequant_kernels.dependent import wait
 from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import assigned_scales
 
@@ -35,8 +36,10 @@ def combine_kernel(
     OUTPUTS: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Program (token, n): BLOCK_N outputs of one token."""
+    wait(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)

@@ -27,6 +27,7 @@ from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
 from erniequant_kernels.bfloat16 import INTERPRETED, MATRIX_TYPE, rounded
 from erniequant_kernels.dense_gemm import dense_gemm_reference
+from erniequant_kernels.dependent import start_next_and_wait
 from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import RowTiles
 
@@ -284,12 +285,14 @@ def fused_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Program (row tile and block of outputs): blocks of one row tile, then the next tile of the
     same expert, so that all programs at work share inputs and words in the level-2 cache.
 
     No integer is an argument: token counts reach the kernel through ``tile_*_ptr`` alone.
     """
+    start_next_and_wait(DEPENDENT)
     PER_STEP: tl.constexpr = decode.weights_per_step(LABEL)
     RUN: tl.constexpr = decode.run_length(STEP_BITS)
     LANE: tl.constexpr = unit_outputs(TILE_WORDS, STEP_BITS, PER_STEP)

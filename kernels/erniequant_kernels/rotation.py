@@ -13,6 +13,7 @@ from torch.nn import functional
 from erniequant.packing.rotation import rotate as rotate_plain
 from erniequant.packing.rotation import unpack_signs
 from erniequant_kernels.bfloat16 import from_pattern, rounded
+from erniequant_kernels.dependent import start_next_and_wait
 from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import assigned_scales
 
@@ -94,8 +95,10 @@ def swiglu_rotate_kernel(
     ROOT: tl.constexpr,
     NORM: tl.constexpr,
     ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """As `rotate_kernel`, of ``silu(gate) * up``; gate and up are sums of the splits, scaled."""
+    start_next_and_wait(DEPENDENT)
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = (index // (INNER // BLOCK))[:, None]
     channel = (index % (INNER // BLOCK) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
