@@ -8,7 +8,7 @@ WORKERS ?= auto
 ROUNDS ?= 3
 CASES ?= 20000
 KILLS ?= 200
-SECONDS_IN_ALL ?= 590
+SECONDS_IN_ALL ?= 570
 REPORT ?= gpu-report.json
 FRESH ?=
 

@@ -84,9 +84,9 @@ def _test_file(path: Path) -> Part:
 
 
 def _tune(tuning: Path) -> Part:
-    command = ("-m", "erniequant_cli", "bench", "tune", "--shape", "21b", "--bits", "2,4")
-    command += ("--seconds", str(TUNE_SECONDS), "--output", str(tuning))
-    return Part("tile sizes, 21b", command, TUNE_SECONDS + 60, least=60)
+    command = ["-m", "erniequant_cli", "bench", "tune", "--shape", "21b", "--bits", "2,4"]
+    command += ["--seconds", str(TUNE_SECONDS), "--output", str(tuning)]
+    return Part("tile sizes, 21b", tuple(command), TUNE_SECONDS + 60, least=60)
 
 
 def _program(name: str, limit: float, program: str, **options: str) -> Part:

@@ -87,14 +87,26 @@ class Report:
         return [name for name, entry in self.parts.items() if entry["status"] in wanted]
 
 
+def say_line(text: str) -> None:
+    """A line on stdout at once: whoever ends the run gets all of it."""
+    print(text, flush=True)
+
+
+def say_more(text: str) -> None:
+    """What a part printed, as it is."""
+    print(text, end="", flush=True)
+
+
 def run_all(
     parts: Sequence[Part], report: Report, seconds: float,
-    say: Callable[[str], None] = print, echo: Callable[[str], object] = sys.stdout.write,
+    say: Callable[[str], object] = say_line, echo: Callable[[str], object] = say_more,
+    conclude: Callable[[Report], object] = lambda report: None,
 ) -> None:  # fmt: skip
     """Run what is still to be run, for so many seconds in all.
 
     Args:
         say, echo: take lines about the parts, and what the parts print.
+        conclude: adds to the report what follows from the parts so far.
     """
     end = time.monotonic() + seconds
     for part in in_order(parts, report.parts):
@@ -104,6 +116,8 @@ def run_all(
             continue
         say(f"== {part.name} (at most {min(left, part.limit):.0f} s)")
         run_part(part, min(left, part.limit), report, echo)
+        conclude(report)
+        report.write()
         entry = report.parts[part.name]
         say(f"== {part.name}: {entry['status']} after {entry['seconds']:.1f} s")
 

@@ -7,9 +7,15 @@ from multiprocessing import get_context
 from os import cpu_count
 
 from erniequant.codes import get_code
+from erniequant.errors import ErnieQuantError
 from erniequant_kernels.bench.problem import Shape
 from erniequant_kernels.machine_code_cases import (
-    EXPERTS, HIDDEN, INNER, TOP_K, gemm_case, rotate_cases,
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    TOP_K,
+    gemm_case,
+    rotate_cases,
 )  # fmt: skip
 from erniequant_kernels.machine_traffic import Counted, count
 from erniequant_kernels.packed_gemm import PackedGemmConfig
@@ -55,7 +61,7 @@ class WantedRotation:
         return self
 
 
-_counted: dict[Wanted | WantedRotation, Counted] = {}
+_counted: dict[Wanted | WantedRotation, Counted | str] = {}
 
 
 def _count(wanted: Wanted | WantedRotation) -> Counted:
@@ -67,12 +73,27 @@ def _count(wanted: Wanted | WantedRotation) -> Counted:
     return count(gemm_case(code, wanted.config, 2 * INNER, HIDDEN, TOP_K), wanted.arch)
 
 
+def _try_count(wanted: Wanted | WantedRotation) -> Counted | str:
+    """Counts, or why there are none: some configurations do not compile."""
+    try:
+        return _count(wanted)
+    except Exception as error:  # of Triton, ptxas or the interpreter: said by `counted`
+        return f"{type(error).__name__}: {error}"
+
+
 def counted(wanted: Wanted | WantedRotation) -> Counted:
-    """Counts of one kernel, from memory after the first time."""
+    """Counts of one kernel, from memory after the first time.
+
+    Raises:
+        ErnieQuantError: it does not compile, or cannot be counted.
+    """
     key = wanted.key
     if key not in _counted:
-        _counted[key] = _count(key)
-    return _counted[key]
+        _counted[key] = _try_count(key)
+    result = _counted[key]
+    if isinstance(result, str):
+        raise ErnieQuantError(f"{key}: {result}")
+    return result
 
 
 def prepare_counts(wanted: Iterable[Wanted | WantedRotation], processes: int | None = None) -> None:
@@ -82,4 +103,4 @@ def prepare_counts(wanted: Iterable[Wanted | WantedRotation], processes: int | N
         return
     workers = min(len(missing), processes or cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        _counted.update(zip(missing, pool.map(_count, missing), strict=True))
+        _counted.update(zip(missing, pool.map(_try_count, missing), strict=True))

@@ -1,11 +1,12 @@
 """Count the kernels' machine code again and write the tables of docs/performance.md.
 
-Run from the repository root: ``python -m benchmarks.kernels.page``; needs no GPU. Records the costs
-in the kernels' budget.json as well.
+Run from the repository root: ``python -m benchmarks.kernels.page``; needs no GPU, takes some
+minutes. Records the costs in the kernels' budget.json as well.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,73 +14,89 @@ from typing import Any
 
 import triton
 
-from benchmarks.kernels.prediction import CARDS, bf16_seconds, packed_seconds
+from benchmarks.kernels.cards import CARDS
+from benchmarks.kernels.counts import prepare_counts
+from benchmarks.kernels.prediction import bf16, predict, wanted
 from benchmarks.pages import DOCS, fill
 from erniequant_kernels import machine_code_budget as static
 from erniequant_kernels.bench.problem import SHAPES
-from erniequant_kernels.tuning import tables
 
 PAGE = DOCS / "performance.md"
 BUDGET = Path(static.__file__).with_name("budget.json")
 TOKENS = (1, 4, 16, 64, 256, 1024, 2048)
+BITS = (4, 3, 2)
 
 
 def static_rows(records: list[dict[str, Any]]) -> Iterator[str]:
     """Rows of the kernels that decode."""
-    names = ("issue slots", "all", "ALU", "multiply", "memory", "matrix", "registers", "shared")
+    figures = {
+        "slots": "issue slots", "slots_in_all": "in all", "l1_slots": "level 1",
+        "l1_slots_in_all": "in all", "sectors_per_request": "sectors", "uncoalesced": "uncoalesced",
+        "conflicts": "conflicts",
+    }  # fmt: skip
+    pipes = ("alu", "multiply", "matrix")
+    names = (*figures.values(), "ALU", "multiply", "matrix", "registers", "shared")
     yield f"| kernel | arch | {' | '.join(names)} |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield f"|---|---{'|---' * len(names)}|"
     for record in records:
-        counts = record["per_weight"]
-        if counts:
-            pipes = " | ".join(
-                f"{counts[name]:.2f}" for name in ("all", "alu", "multiply", "memory", "matrix")
-            )
+        if record["per_weight"]:
+            counts = [f"{record['figures'][name]:.2f}" for name in list(figures)[:4]]
+            counts += [f"{record['figures'][name]:g}" for name in list(figures)[4:]]
+            counts += [f"{record['per_weight'][name]:.2f}" for name in pipes]
             yield (
-                f"| {record['kernel']} | sm_{record['arch']} | {record['issue_cost']:.2f} "
-                f"| {pipes} | {record['registers']} | {record['shared_bytes']} |"
+                f"| {record['kernel']} | sm_{record['arch']} | {' | '.join(counts)} "
+                f"| {record['registers']} | {record['shared_bytes']} |"
             )
 
 
 def other_rows(records: list[dict[str, Any]]) -> Iterator[str]:
     """Rows of the kernels that do not decode."""
-    yield "| kernel | arch | instructions | registers | shared | matrix instruction |"
-    yield "|---|---|---|---|---|---|"
+    yield "| kernel | arch | instructions | level-1 clocks | sectors | uncoalesced | registers |"
+    yield "|---|---|---|---|---|---|---|"
     for record in records:
         if not record["per_weight"]:
-            where = "a turn" if record["looped"] else "in all"
+            figures = record["figures"]
             yield (
-                f"| {record['kernel']} | sm_{record['arch']} | {record['instructions']} {where} | "
-                f"{record['registers']} | {record['shared_bytes']} | {record['matrix_opcode']} |"
+                f"| {record['kernel']} | sm_{record['arch']} | {figures['instructions']} "
+                f"| {figures['l1_clocks']:.0f} | {figures['sectors_per_request']:.1f} "
+                f"| {figures['uncoalesced']:g} | {record['registers']} |"
             )
 
 
-def prediction_rows(records: list[dict[str, Any]]) -> Iterator[str]:
-    """Rows of predicted microseconds for a layer of 21B, and of the speed-up over bf16."""
-    shape = SHAPES["21b"]
-    yield "| card | tokens | bf16 | 4 bits | 3 bits | 2 bits | 2 bits is bound by |"
-    yield "|---|---|---|---|---|---|---|"
+def prediction_rows(name: str) -> Iterator[str]:
+    """Rows of predicted microseconds for a layer, and of the speed-up over bf16."""
+    shape = SHAPES[name]
+    bounds = " | ".join(f"{bits} bits is bound by" for bits in BITS)
+    yield f"| card | tokens | bf16 | {' | '.join(f'{b} bits' for b in BITS)} | {bounds} |"
+    yield f"|---|---|---{'|---' * (2 * len(BITS))}|"
     for card in CARDS:
-        costs = {r["kernel"]: r["issue_cost"] for r in records if r["arch"] == card.arch}
-        tuning = tables()[f"sm_{card.arch}"]
         for tokens in TOKENS:
-            plain = bf16_seconds(card, shape, tokens)
-            cells, bound = [], ""
-            for bits in (4, 3, 2):
-                seconds, bound = packed_seconds(card, shape, tokens, bits, costs, tuning)
-                cells.append(f"{1e6 * seconds:.0f} ({plain / seconds:.1f} ×)")
-            yield (
-                f"| {card.name} | {tokens} | {1e6 * plain:.0f} | {' | '.join(cells)} | {bound} |"
-            )
+            plain = bf16(card, shape, tokens).seconds
+            times = [predict(card, shape, tokens, bits) for bits in BITS]
+            cells = [f"{1e6 * time.seconds:.0f} ({plain / time.seconds:.1f} ×)" for time in times]
+            cells += [time.bound for time in times]
+            yield f"| {card.name} | {tokens} | {1e6 * plain:.0f} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     """Write the tables and the budget."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    records = list(static.records())
+    processes = os.cpu_count() or 1
+    records = list(static.records(processes=processes))
     spilling = [f"sm_{r['arch']} {r['kernel']}" for r in records if r["spill_bytes"]]
     if spilling:
         sys.exit(f"the page says that nothing spills, but: {', '.join(spilling)}")
+    shape = SHAPES["21b"]
+    prepare_counts(
+        [
+            w
+            for card in CARDS
+            for n in TOKENS
+            for bits in BITS
+            for w in wanted(card, shape, n, bits)
+        ],
+        processes,
+    )
     for name, rows in sections(records).items():
         fill(PAGE, name, "\n".join(rows))
     BUDGET.write_text(json.dumps(static.new_budget(records), indent=1) + "\n", encoding="utf-8")
@@ -90,7 +107,7 @@ def sections(records: list[dict[str, Any]]) -> dict[str, Iterator[str]]:
     return {
         "static": static_rows(records),
         "other": other_rows(records),
-        "prediction": prediction_rows(records),
+        "prediction": prediction_rows("21b"),
         "version": iter([f"Triton {triton.__version__}, 21B shapes, tiles of 256 weights."]),
     }
 

@@ -3,7 +3,7 @@
 docs/performance.md lists the assumptions. No GPU is needed, and none has confirmed it.
 
 `predict` is a layer as a tuning table runs it; `product` one projection in any configuration, which
-is how configurations are compared before a card is at hand (``python -m benchmarks.kernels.search``).
+is how configurations are compared before a card is at hand (`benchmarks.kernels.search`).
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,17 @@ from benchmarks.kernels.cards import Card
 from benchmarks.kernels.counts import Wanted, WantedRotation, counted
 from benchmarks.kernels.load import Load, load
 from benchmarks.kernels.placement import (
-    ALONE, L2_LATENCY, L2_PORT, MEMORY_LATENCY, Work, ideal, makespan,
+    ALONE,
+    L2_LATENCY,
+    L2_PORT,
+    MEMORY_LATENCY,
+    Work,
+    ideal,
+    makespan,
 )  # fmt: skip
 from erniequant.codes import get_code, register_length
 from erniequant_kernels import decode
 from erniequant_kernels.bench.problem import Shape
-from erniequant_kernels.fused_gemm import FusedGemmConfig
 from erniequant_kernels.machine_code_cases import rotate_programs
 from erniequant_kernels.machine_traffic import Counted
 from erniequant_kernels.packed_gemm import PackedGemmConfig, groups_per_warp
@@ -35,9 +40,10 @@ other from the level-2 cache, then the first words from memory."""
 BARRIER = 30
 """Clocks that a barrier of a program takes."""
 SORT_SCAN = L2_LATENCY + 200 * ALONE + 7 * BARRIER
-"""Clocks to sort by 1024 assignments: a load, about 200 instructions and 7 barriers, as counted; each
-is looked at twice."""
-MULTIPLY_ADDS = 16 * 8 * 16  # of one matrix instruction of a warp
+"""Clocks to sort by 1024 assignments: a load, about 200 instructions and 7 barriers, as counted.
+Each assignment is looked at twice."""
+GROUP_ROWS, GROUP_COLUMNS = 64, 64
+"""Rows of a warp-group-wide matrix instruction, and the columns below which it gets no faster."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +138,7 @@ def product(
         blocks, splits, out_bytes = -(-outputs // config.block_n), 1, 2
     turns = inputs // config.block_k // splits
     issue = turns * cost.slots + cost.once
-    group_wide = "HGMMA" in cost.matrix_opcode
-    if group_wide and isinstance(config, FusedGemmConfig):
-        matrix = config.block_m * config.block_n * config.block_k / card.peak
-    else:
-        matrix = cost.matrix * config.warps * MULTIPLY_ADDS / card.mma
+    matrix, group_wide = _matrix_clocks(card, counts)
     # Rows of a tile without a token are computed, but not stored.
     row_tiles = spread.row_tiles(config.block_m)
     programs = row_tiles * blocks * splits
@@ -153,9 +155,11 @@ def product(
     # A warp has the matrix unit of its scheduler only.
     of_scheduler = max(issue, turns * matrix * 4 / config.warps if not group_wide else 0.0)
     turn = MEMORY_LATENCY / max(1, config.stages - 1)
-    if "BAR.SYNC" in cost.opcodes:
-        # Decoded weights pass through shared memory: a program alone decodes, then multiplies.
-        turn = max(turn, ALONE * cost.slots + matrix + 2 * BARRIER)
+    barriers = cost.opcodes.get("BAR.SYNC", 0) + group_wide
+    if barriers:
+        # Decoded weights pass through shared memory, or their registers may not be written before
+        # the product is there: a program alone decodes, then multiplies.
+        turn = max(turn, ALONE * cost.slots + matrix + barriers * BARRIER)
     work = Work(
         config.warps, of_scheduler, max(pipes["level 1"], pipes["matrix"], pipes["level 2"]),
         turns * turn + ALONE * cost.once, FIRST_LOADS,
@@ -167,6 +171,21 @@ def product(
     memory_bytes = weight_bytes + _beyond_l2(card, x_bytes) + _beyond_l2(card, result_bytes)
     name = f"{'down' if down else 'gate and up'}"
     return _time(card, name, counts, programs, work, pipes, memory_bytes, programs * traffic)
+
+
+def _matrix_clocks(card: Card, counts: Counted) -> tuple[float, int]:
+    """Clocks of a multiprocessor's matrix units for one turn of a program, and the waits for a
+    result of a warp-group-wide instruction."""
+    clocks, waits = 0.0, 0
+    for rows, columns, depth in counts.matrices:
+        if rows == GROUP_ROWS:
+            groups = counts.warps // 4
+            clocks += groups * rows * max(columns, GROUP_COLUMNS) * depth / card.peak
+            waits += 1
+        else:
+            clocks += counts.warps * rows * columns * depth / card.mma
+    # In an ordinary product the instructions of a turn are issued together.
+    return clocks, waits if counts.cost.opcodes.get("BAR.SYNC", 0) == 0 else min(waits, 1)
 
 
 def _written(config: GemmConfig) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """`erniequant bench`: the cost of the kernels, in machine code and in time."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -40,7 +41,10 @@ def static(
 
     Shapes are those of ERNIE-4.5-21B-A3B, tile sizes those of the shipped tables. Cost is a lane's
     issue slots per decoded weight in the main loop: the largest of all instructions, twice the
-    logic and shifts, and twice the multiplications.
+    logic and shifts, and twice the multiplications. "in all" adds prologue and epilogue, "L1" are
+    the slots that pass while the level-1 pipe serves the loop's accesses; "sect." are sectors per
+    request to global memory, "unco." requests of a turn that are not coalesced, "confl." clocks
+    lost to bank conflicts. Accesses are counted by running the compiled code on this machine.
 
     [bold]Examples[/bold]
 
@@ -57,7 +61,7 @@ def static(
         choices = ", ".join(map(str, ARCHITECTURES))
         raise typer.BadParameter(f"no tile sizes for sm_{unknown[0]}; choose from {choices}")
     costs: list[dict[str, Any]] = []
-    for record in counting.records(archs):
+    for record in counting.records(archs, os.cpu_count() or 1):
         if not quiet:
             from erniequant_cli.tables import print_kernel_cost
 

@@ -171,15 +171,20 @@ def print_verification(report: "VerifyReport") -> None:
 def print_kernel_cost(record: Mapping[str, Any], first: bool) -> None:
     """One line per kernel, as soon as it is compiled; the first under a heading."""
     pipes = ("all", "alu", "multiply", "memory", "matrix")
+    figures = {
+        "slots": "cost", "slots_in_all": "in all", "l1_slots": "L1",
+        "sectors_per_request": "sect.", "uncoalesced": "unco.", "conflicts": "confl.",
+    }  # fmt: skip
     if first:
-        names = "".join(name.rjust(9) for name in ("cost", *pipes))
-        say(f"{'kernel':32}{names}    regs  spill  shared  matrix instruction")
+        names = "".join(name.rjust(9) for name in (*figures.values(), *pipes))
+        say(f"{'kernel':46}{names}    regs  spill  shared  matrix instruction")
     costs = record["per_weight"]
-    numbers = [record["issue_cost"], *(costs.get(name) for name in pipes)]
+    numbers = [record["figures"].get(name) for name in figures]
+    numbers += [costs.get(name) for name in pipes]
     cells = "".join(("" if n is None else f"{n:.2f}").rjust(9) for n in numbers)
     name = f"sm_{record['arch']} {record['kernel']}"
     say(
-        f"{name:32}{cells}{record['registers']:8}{record['spill_bytes']:7}"
+        f"{name:46}{cells}{record['registers']:8}{record['spill_bytes']:7}"
         f"{record['shared_bytes']:8}  {record['matrix_opcode']}"
     )
 

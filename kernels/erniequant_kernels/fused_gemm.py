@@ -107,15 +107,38 @@ def _stack(parts):
 
 
 @triton.jit
+def _words_before(
+    last_word, packed_ptr, first_unit, WORDS: tl.constexpr, INPUTS: tl.constexpr,
+    TILE_WORDS: tl.constexpr,
+):  # fmt: skip
+    """The word before each unit, around the tile: uint32 ``[K, U]`` from the last word of each.
+
+    The lane beside has it; only where the program has part of a tile (its units start within one)
+    the word before the first is loaded.
+    """
+    K: tl.constexpr = last_word.shape[0]
+    UNITS: tl.constexpr = last_word.shape[1]
+    TILE_UNITS: tl.constexpr = TILE_WORDS // WORDS
+    AROUND: tl.constexpr = min(UNITS, TILE_UNITS)
+    unit = tl.arange(0, UNITS)
+    beside = unit // AROUND * AROUND + (unit + AROUND - 1) % AROUND
+    before = tl.gather(last_word, tl.broadcast_to(beside[None, :], (K, UNITS)), 1)
+    if UNITS < TILE_UNITS:
+        tile = first_unit // TILE_UNITS * (INPUTS * TILE_WORDS)
+        edge = tile + (first_unit % TILE_UNITS * WORDS + TILE_WORDS - 1) % TILE_WORDS
+        row = tl.arange(0, K)[:, None] * TILE_WORDS
+        edge_word = tl.load(packed_ptr + edge + row).to(tl.uint32, bitcast=True)
+        before = tl.where((unit == 0)[None, :], edge_word, before)
+    return before
+
+
+@triton.jit
 def _load_units(
     packed_ptr, first_unit, first_row, UNITS: tl.constexpr, K: tl.constexpr,
     UNIT_COUNT: tl.constexpr, INPUTS: tl.constexpr, TILE_WORDS: tl.constexpr,
     STEP_BITS: tl.constexpr,
 ):  # fmt: skip
     """The groups of every input row and unit, as from `decode.load_groups`.
-
-    A group begins in the word before it. Where the program holds whole tiles, the lane beside has
-    the word before a unit; else it is loaded once more, with its neighbour.
 
     Words of a row are one dimension of what is loaded, 16 bytes a lane, and three-word units are
     loaded flat: Triton 3.6 lets lanes run along the dimension that has neighbours in memory and,
@@ -134,9 +157,6 @@ def _load_units(
     WORDS: tl.constexpr = unit_words(TILE_WORDS, STEP_BITS)
     TILE_UNITS: tl.constexpr = TILE_WORDS // WORDS
     packed_ptr += first_row * TILE_WORDS
-    beside = tl.arange(0, UNITS) // TILE_UNITS * TILE_UNITS
-    beside += (tl.arange(0, UNITS) + TILE_UNITS - 1) % TILE_UNITS
-    beside = tl.broadcast_to(beside[None, :], (K, UNITS))
     if STEP_BITS == 3:
         # Three words are no power of two. Lanes stay 12 bytes apart, and level one has the rest of
         # the line when the next word is loaded.
@@ -150,11 +170,7 @@ def _load_units(
         a = tl.reshape(tl.load(at).to(tl.uint32, bitcast=True), (K, UNITS))
         b = tl.reshape(tl.load(at + 1).to(tl.uint32, bitcast=True), (K, UNITS))
         c = tl.reshape(tl.load(at + 2).to(tl.uint32, bitcast=True), (K, UNITS))
-        if UNITS % TILE_UNITS == 0:
-            before = tl.gather(c, beside, 1)
-        else:
-            at = packed_ptr + tile + (first + TILE_WORDS - 1) % TILE_WORDS
-            before = tl.reshape(tl.load(at).to(tl.uint32, bitcast=True), (K, UNITS))
+        before = _words_before(c, packed_ptr, first_unit, WORDS, INPUTS, TILE_WORDS)
         newest = (
             decode._funnel(before, a, 8), decode._funnel(a, b, 16), decode._funnel(b, c, 24), c
         )  # fmt: skip
@@ -174,18 +190,7 @@ def _load_units(
         else:
             even, odd = tl.split(tl.reshape(loaded, (K, UNITS, 2)))
             last_word = odd
-        if UNITS % TILE_UNITS == 0:
-            before = tl.gather(last_word, beside, 1)
-        else:
-            two = tl.arange(0, UNITS * 2)
-            first = (first_unit + two // 2) * WORDS
-            last = (first + TILE_WORDS - 2) % TILE_WORDS + two % 2
-            at = words + (first // TILE_WORDS * (INPUTS * TILE_WORDS) + last)[None, :]
-            if UNIT_COUNT % UNITS == 0:
-                ending = tl.load(at)
-            else:
-                ending = tl.load(at, mask=(first < UNIT_COUNT * WORDS)[None, :], other=0)
-            _, before = tl.split(tl.reshape(ending.to(tl.uint32, bitcast=True), (K, UNITS, 2)))
+        before = _words_before(last_word, packed_ptr, first_unit, WORDS, INPUTS, TILE_WORDS)
         if WORDS == 4:
             before = tl.join(before, inner)
         if STEP_BITS == 4:

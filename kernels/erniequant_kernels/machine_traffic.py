@@ -5,6 +5,7 @@ access of the cases whose label contains the text.
 """
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from erniequant_kernels.ptx.accesses import (
     totals,
     traffic,
 )  # fmt: skip
-from erniequant_kernels.ptx.launch import Launched, launch
+from erniequant_kernels.ptx.launch import Launched, launch, main_loop
 
 SCHEDULERS = 4
 TURNS = 2
@@ -39,6 +40,7 @@ class Counted:
         sections: their sums, by section of the code.
         warps, weights: of the case; weights that a program decodes in a turn.
         executed: instructions of PTX that the program executed, with the first turns of the loop.
+        matrices: rows, columns and depth of each matrix instruction of a turn of the main loop.
     """
 
     cost: KernelCost
@@ -47,6 +49,7 @@ class Counted:
     warps: int
     weights: int
     executed: int
+    matrices: tuple[tuple[int, int, int], ...]
 
     def l1_clocks(self, turns: int, filled: float = 1.0) -> float:
         """Clocks of the level-1 pipe that a program of so many turns takes.
@@ -107,7 +110,17 @@ def count(case: Case, arch: int) -> Counted:
     found = traffic(launched)
     executed = sum(launched.machines[0].executed.values())
     sums = totals(launched, found)
-    return Counted(cost, tuple(found), sums, case.warps, case.weights, executed)
+    shapes = tuple(_matrix_shapes(launched))
+    return Counted(cost, tuple(found), sums, case.warps, case.weights, executed, shapes)
+
+
+def _matrix_shapes(launched: Launched) -> Iterator[tuple[int, int, int]]:
+    program = launched.program
+    loop = main_loop(program)
+    for instruction in program.instructions[loop.first : loop.last + 1] if loop else ():
+        shape = re.search(r"mma.*\.m(\d+)n(\d+)k(\d+)", instruction.opcode)
+        if shape:
+            yield int(shape[1]), int(shape[2]), int(shape[3])
 
 
 def lines(case: Case, arch: int) -> Iterator[str]:

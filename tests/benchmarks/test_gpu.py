@@ -208,6 +208,36 @@ def test_the_exit_code(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "not reached: good; wrong" in capsys.readouterr().out
 
 
+def test_the_whole_program(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "parts", lambda tuning: [GOOD, WRONG])
+    monkeypatch.setattr(report, "facts", lambda: FACTS)
+    monkeypatch.setattr(sys, "argv", ["report", "--output", str(path), "--seconds", "60"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert report.main() == 2 and not path.exists()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert report.main() == 1
+    out = capsys.readouterr().out
+    assert "one\ntwo\n" in out and "failed: wrong" in out and str(path) in out
+    content = json.loads(path.read_text())
+    assert content["commit"] == "abc" and list(content["parts"]) == ["good", "wrong"]
+
+
+def test_the_sources_decide_whether_a_run_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    file = tmp_path / "kernels/erniequant_kernels/tuning.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    before = report.sources()
+    (file.parent / "notes.txt").write_text("no source")
+    assert report.sources() == before
+    file.write_text("{ }")
+    assert report.sources() != before
+
+
 def test_the_parts_are_listed_without_a_gpu() -> None:
     command = [sys.executable, "-m", "benchmarks.gpu.report", "--list"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -301,10 +331,10 @@ def test_measured_is_the_fastest_row_of_the_predicted_shape(path: Path) -> None:
 
     rows = [row(16, 90.0), row(16, 60.0), row(16, None), row(2, 20.0), row(4, 9.0, "vl")]
     assert compared.fastest(rows) == {(1, 16): 60.0, (1, 2): 20.0}
-    made = Report(path, FACTS, [GOOD], fresh=True)
-    made.parts["good"]["records"] = [{"row": r} for r in rows]
+    program = f"from benchmarks.gpu.records import record; [record(row=r) for r in {rows!r}]"
+    made = Report(path, FACTS, [part("products", program)], fresh=True)
+    run_all([part("products", program)], made, 60.0, print, print, report.add_comparison)
     assert "largest errors" in report.add_comparison(made)
-    made.write()
     content = json.loads(path.read_text())
     assert [(c["bits"], c["measured"]) for c in content["predicted"]] == [(2, 20.0), (16, 60.0)]
     assert len(content["largest_errors"]) == 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,43 @@ def test_a_flush_reads_its_buffer_and_leaves_it_as_it_is(monkeypatch):
     buffer = torch.arange(10, dtype=torch.float32)
     version = buffer._version
     assert timing.reading(buffer)().item() == 45 and buffer._version == version
+
+
+def test_only_the_call_lies_between_the_events(monkeypatch):
+    # The twin of the clock on a GPU: what is put into the stream, in order.
+    stream = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            stream.append("event")
+
+        def synchronize(self):
+            stream.append("wait")
+
+        def elapsed_time(self, other):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = timing.cold_clock(lambda: stream.append("flush"))
+    assert clock(lambda: stream.append("call")) == 2e-3
+    assert stream == ["flush", "event", "call", "event", "wait"]
+
+
+def test_the_flush_is_larger_than_the_cache_of_the_card(monkeypatch):
+    made = []
+    properties = {"L2_cache_size": 50 * 2**20}
+    real = torch.zeros
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**properties)
+    )
+    monkeypatch.setattr(torch, "zeros", lambda n, device: made.append(4 * n) or real(1))
+    timing.cuda_timer()
+    del properties["L2_cache_size"]
+    timing.cuda_timer()
+    assert made == [timing.FLUSH_CACHES * 50 * 2**20, timing.FLUSH_CACHES * timing.LARGEST_CACHE]
 
 
 def test_plot(rows, tmp_path):

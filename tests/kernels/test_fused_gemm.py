@@ -44,12 +44,14 @@ def test_one_hot_inputs_read_every_weight(name, length):
 
 
 # tile, tiles, inputs, config. 3 tiles of 64: an odd multiple that fills no program evenly. One tile
-# of 32: fewer outputs than a program takes, and half a unit of 2-bit words. 96 outputs: a tile that
-# is no power of two. 80 inputs: five turns of 16, the fewest that a matrix instruction takes.
+# of 32: fewer outputs than a program takes, and half a unit of 2-bit words. Tiles of 128 and 256 in
+# programs of 64: the word before the first may lie in the middle of a tile or at its other end. 80
+# inputs: five turns of 16, the fewest that a matrix instruction takes.
 SIZES = [
     (64, 3, 96, FusedGemmConfig(16, 128, 32, 4, 2)),
     (32, 1, 80, FusedGemmConfig(16, 64, 16, 4, 3)),
-    (96, 3, 64, FusedGemmConfig(32, 128, 64, 4, 2)),
+    (256, 2, 64, FusedGemmConfig(32, 64, 32, 4, 2)),
+    (128, 1, 64, FusedGemmConfig(16, 64, 64, 4, 2)),
     (256, 1, 64, FusedGemmConfig(64, 256, 64, 4, 2)),
     (128, 5, 128, FusedGemmConfig(32, 512, 128, 8, 1)),
 ]

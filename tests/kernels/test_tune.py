@@ -297,12 +297,14 @@ def table(kernel, block_m, tile):
 good = [table("packed", 8, PackedTile(32, 1, 2)), table("fused", 16, FusedTile(64, 32, 4, 2))]
 nonsense = table("packed", 8, PackedTile(32, 3, 2))  # no power of two
 with host.mocked_driver(90) as driver:
+    driver.keeping = True
     measure = OnCard(good[0], None, torch.device("cpu"), threads=2)
     some = [*good, nonsense]
     first = measure._compiled(Problem("tiny", 3, 4), some)
-    driver.utils.load_binary = lambda *_: (0, 1, 255, 4, 1024)
-    again = [table("packed", 8, PackedTile(64, 1, 2))]
-    print(first, measure._compiled(Problem("tiny", 3, 4), again), driver.launches)
+    # Each has other kernels of its own, whose turns are longer; those between are the same.
+    some = [table("packed", 8, PackedTile(64, 1, 2)), table("fused", 16, FusedTile(64, 64, 4, 2))]
+    driver.utils.load_binary = lambda name, *_: (0, 1, 255, 4 * ("packed" in name), 1024)
+    print(first, measure._compiled(Problem("tiny", 3, 4), some), driver.launches)
     assert measure.failures["spills"] == 1
     assert measure.failures["AssertionError: num_warps must be a power of 2"] == 1
 """
@@ -316,4 +318,4 @@ def test_candidates_are_compiled_on_threads_and_those_that_spill_are_dropped(tmp
         [sys.executable, "-c", COMPILING], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[True, True, False] [False] []"
+    assert done.stdout.strip() == "[True, True, False] [False, True] []"

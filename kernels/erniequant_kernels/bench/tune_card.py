@@ -65,7 +65,8 @@ class OnCard:
         )
 
     def _compiled(self, problem: Problem, some: Sequence[Tuning]) -> list[bool]:
-        """Compile all at once; whether each compiles, fits the card and spills nothing."""
+        """Compile all at once; whether each compiles, fits the card and spills no more registers
+        than others."""
         size = SHAPES[problem.shape]
         both = random_matrices(size, problem.bits, size.experts, META)
         batch = make_batch(size, problem.tokens, META)
@@ -81,16 +82,19 @@ class OnCard:
 
         with compiling_only(), ThreadPoolExecutor(self.threads) as pool:
             compiled = list(pool.map(kernels, some))
-        return [found is not None and self._fit(found) for found in compiled]
+        spilled = [None if found is None else self._spilled(found) for found in compiled]
+        # A kernel that all have in common may spill as well.
+        least = min((words for words in spilled if words is not None), default=0)
+        self.failures["spills"] += sum(words is not None and words > least for words in spilled)
+        return [words == least for words in spilled]
 
-    def _fit(self, kernels: Sequence[Any]) -> bool:
+    def _spilled(self, kernels: Sequence[Any]) -> int | None:
+        """Words in all, None where the card cannot take a kernel."""
         try:
-            spilling = any(map(spills, kernels))
+            return sum(map(spills, kernels))
         except Exception as error:
             self._note(error)
-            return False
-        self.failures["spills"] += spilling
-        return not spilling
+            return None
 
     def _note(self, error: Exception) -> None:
         self.failures[f"{type(error).__name__}: {error}".splitlines()[0][:120]] += 1
