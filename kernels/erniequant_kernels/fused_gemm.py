@@ -344,8 +344,9 @@ def fused_gemm_kernel(
         scale = tl.load(scale_ptr + output, mask=output < OUTPUTS, other=0)
     else:
         scale = tl.load(scale_ptr + output)
-    scale = tl.permute(tl.reshape(scale, (ORDER[0], ORDER[1], ORDER[2], ORDER[3] * 8)), (0, 2, 1, 3))
-    total *= from_pattern(tl.reshape(scale, (BLOCK_N,)))[None, :]
+    scale = tl.reshape(scale, (ORDER[0], ORDER[1], ORDER[2], ORDER[3] * 8))
+    scale = tl.reshape(tl.permute(scale, (0, 2, 1, 3)), (BLOCK_N,))
+    total *= from_pattern(scale)[None, :]
     result = tl.reshape(
         rounded(total, out_ptr.dtype.element_ty),
         (BLOCK_M, ORDER[0], ORDER[2], ORDER[1], ORDER[3] * 8),
