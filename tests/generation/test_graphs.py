@@ -133,7 +133,7 @@ def test_a_captured_pass_asks_for_no_value(loaded, models, tmp_path, monkeypatch
 
     stand_in = StandIn()
     monkeypatch.setattr(graphs, "capture_on", lambda _: lambda run: stand_in(strict(run)))
-    # With images, the model is told of every token whether it is text.
+    # With images, the model asks of a prompt's tokens whether they are text.
     seen = loaded is models["vl"] and [write_image(tmp_path / "a.png", 32, 16)]
     generate(*loaded, "the sea", images=seen or (), max_tokens=8)
     assert stand_in.captured == 1 and asked == []
