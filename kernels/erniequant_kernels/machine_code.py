@@ -117,12 +117,14 @@ def compile_kernel(
     *,
     num_warps: int,
     num_stages: int,
+    fp_fusion: bool = True,
 ) -> Any:
     """Compile a ``@triton.jit`` function for ``sm_<arch>``; pointers are taken as 16-byte aligned.
 
     Args:
         signature: type of each runtime argument, in order (``"*bf16"``, ``"i32"``).
         constants: values of the constexpr arguments.
+        fp_fusion: whether ``a * b + c`` may be rounded once.
     """
     if dependent.ARGUMENT in kernel.arg_names:
         constants = {**constants, dependent.ARGUMENT: arch >= dependent.LEAST_ARCH}
@@ -135,7 +137,7 @@ def compile_kernel(
         if t.startswith("*")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
     return triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=options)
 
 
