@@ -56,7 +56,7 @@ def combine_kernel(
         valid = (expert >= 0) & (expert < EXPERTS)
         # Values of no expert may be anything in memory: not loaded, rather than multiplied by zero.
         # Its routing weight may be anything too.
-        mask = valid if OUTPUTS % BLOCK_N == 0 else output < tl.where(valid, OUTPUTS, 0)
+        mask = output < tl.where(valid, OUTPUTS, 0)
         weight = tl.where(valid, tl.load(routing_ptr + assignment).to(tl.float32), 0.0)
         row = partial_ptr + assignment * OUTPUTS
         y = tl.load(row + output, mask=mask, other=0).to(tl.float32)

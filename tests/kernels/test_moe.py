@@ -79,7 +79,8 @@ def check(tuning, index, x=None, codes=("cc2", "cc4"), dtype=torch.bfloat16):
     found = moe_experts(x, index, routing, gate_up[0], down[0], tuning)
     expected = expected_output(x, index, routing, gate_up, down)
     assert found.dtype == x.dtype and found.shape == x.shape
-    bound = 2**-7 * expected.abs().max().item()
+    # Rotated inputs are rounded to bfloat16, twice; fused products round their results as well.
+    bound = 3 * 2**-8 * expected.abs().max().item()
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=bound)
     return found
 
