@@ -76,10 +76,10 @@ def static(
 
 
 CODES = ("2", "3", "4", "wint2")
-"""What `--bits` takes; WINT2 on the CPU only."""
+"""What `--bits` takes."""
 
 DEFAULTS = {
-    "cuda": {"tokens": "1,4,16,64,256,1024", "bits": "2,3,4"},
+    "cuda": {"tokens": "1,4,16,64,256,1024", "bits": "2,3,4,wint2"},
     "cpu": {"tokens": "1,4,16,64,128,512", "bits": "2,3,4,wint2"},
 }
 
@@ -101,9 +101,7 @@ def kernels(
     ] = None,
     bits: Annotated[
         str | None,
-        typer.Option(
-            metavar="2,3,4,wint2", help="Bits per weight; by default all. WINT2 on the CPU only."
-        ),
+        typer.Option(metavar="2,3,4,wint2", help="Codes to measure; by default all."),
     ] = None,
     device: Annotated[str, typer.Option(metavar="cuda|cpu", help="Where to measure.")] = "cuda",
     threads: Annotated[
@@ -148,9 +146,7 @@ def kernels(
     counts = _numbers(tokens or DEFAULTS[device]["tokens"])
     codes = (bits or DEFAULTS[device]["bits"]).split(",")
     if not set(codes) <= set(CODES):
-        raise typer.BadParameter(f"--bits {bits}: choose from 2, 3, 4, and on the CPU wint2")
-    if device == "cuda" and "wint2" in codes:
-        raise typer.BadParameter("--bits wint2 is measured with --device cpu only")
+        raise typer.BadParameter(f"--bits {bits}: choose from {', '.join(CODES)}")
 
     from erniequant_kernels.bench.problem import SHAPES
 
@@ -258,6 +254,9 @@ def _known(shapes: Sequence[str], known: Mapping[str, object]) -> None:
         raise typer.BadParameter(f"--shape {unknown[0]}: choose from {', '.join(known)}")
 
 
+_NOTHING = "nothing to measure: WINT2 does not fit these shapes"
+
+
 def _on_gpu(
     shapes: list[str], tokens: list[int], codes: list[str], quiet: bool
 ) -> "tuple[dict[str, Any], Sequence[Row], str]":
@@ -281,12 +280,13 @@ def _on_gpu(
     bandwidth = copy_bandwidth(timer)
     facts = machine()
     results: list[BatchResult] = []
-    widths = [int(code) for code in codes]
-    for found in measure(shapes, tokens, widths, torch.device("cuda"), timer, bandwidth):
+    for found in measure(shapes, tokens, codes, torch.device("cuda"), timer, bandwidth):
         if not quiet:
             for i, row in enumerate(found.rows):
                 show(print_bench_row, row, not results and not i)
         results.append(found)
+    if not results:
+        raise ErnieQuantError(_NOTHING)
     rows = [row for found in results for row in found.rows]
     ratios = [ratio for found in results for ratio in found.ratios]
     card = str(facts["card"])
@@ -322,7 +322,7 @@ def _on_cpu(
                     show(print_bench_row, row, not results and not i)
             results.append(result)
     if not results:
-        raise ErnieQuantError("nothing to measure: WINT2 does not fit these shapes")
+        raise ErnieQuantError(_NOTHING)
     limit = median(result.triad for result in results)
     ratios = [ratio for result in results for ratio in result.ratios]
     rows = [row for result in results for row in result.rows]

@@ -22,6 +22,7 @@ from erniequant.errors import ErnieQuantError
 from erniequant_kernels import wint2_decode as decode
 from erniequant_kernels.bfloat16 import MATRIX_TYPE, rounded
 from erniequant_kernels.dense_gemm import dense_gemm_reference
+from erniequant_kernels.dependent import start_next_and_wait
 from erniequant_kernels.launch import launch
 from erniequant_kernels.matrices import Wint2Matrices
 from erniequant_kernels.routing import RowTiles
@@ -97,12 +98,14 @@ def wint2_gemm_kernel(
     BLOCK_K: tl.constexpr,
     WARPS: tl.constexpr,
     WARP_GROUP: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Program (row tile and block of outputs, split): BLOCK_N outputs for one row tile.
 
     Codes and local scales are words of four bytes, int32 ``[E, INPUTS / 4, OUTPUTS / 4]`` and ``[E,
     INPUTS / 128, OUTPUTS / 4]``; ``out`` is ``[splits, assignments, OUTPUTS]``.
     """
+    start_next_and_wait(DEPENDENT)
     BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
     WORDS: tl.constexpr = OUTPUTS // 4
     TURNS: tl.constexpr = INPUTS // 128

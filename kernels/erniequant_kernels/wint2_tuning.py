@@ -1,7 +1,9 @@
 """Tile sizes of the product on packed WINT2, read from wint2_tuning.json: one table per
 architecture.
 
-As in `erniequant_kernels.tuning`, a choice depends on sizes and architecture alone.
+As in `erniequant_kernels.tuning`, a choice depends on sizes and architecture alone. Programs have
+at most two warps on sm_100: from four on, Triton takes the instruction that reads weights from
+tensor memory, and with the way there a weight costs 20 issue slots.
 """
 
 import json

@@ -117,6 +117,11 @@ def test_every_byte_of_every_book() -> None:
     assert_bit_exact(matrix, FEW, integers(8, 1024))
 
 
+def test_splits_that_share_the_turns_unequally() -> None:
+    # Five turns of 128 inputs for three.
+    assert_bit_exact(random_experts(1, 640, 32, "mma64"), replace(FEW, splits=3), integers(8, 640))
+
+
 def test_words_at_the_ends_of_int32() -> None:
     matrix = random_experts(1, 128, 32, "plain")
     zero = torch.full_like(matrix.code_zp, -(2.0**31))
@@ -127,7 +132,6 @@ def test_words_at_the_ends_of_int32() -> None:
 
 
 @K_ORDERS
-# Two splits share the three turns unequally.
 @CONFIGS
 def test_routed_tokens(config: Wint2GemmConfig, k_order: str) -> None:
     matrix = random_experts(4, 384, 96, k_order)

@@ -15,7 +15,7 @@ from erniequant_kernels.wint2_moe import moe_experts_wint2, prepare_constants
 from erniequant_kernels.wint2_tuning import Wint2Row, Wint2Tuning, wint2_tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXPERTS, HIDDEN, INNER = 5, 512, 128
+EXPERTS, HIDDEN, INNER = 5, 640, 128
 # 37 tokens of two choices are many, with 15 for each expert, and one token's inputs are split.
 TUNING = Wint2Tuning(
     64, (Wint2Row(4, 8, 64, 16, 1, 2), Wint2Row(None, 64, 128, 64, 4, 2, warp_group=True))

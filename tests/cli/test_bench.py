@@ -55,7 +55,7 @@ def test_kernels_on_the_cpu(run, monkeypatch, tmp_path):
     [
         (["--device", "tpu"], "choose from cuda and cpu"),
         (["--device", "cpu", "--bits", "5"], "choose from 2, 3, 4"),
-        (["--bits", "wint2"], "--device cpu only"),
+        (["--bits", "wint4"], "choose from 2, 3, 4, wint2"),
         (["--threads", "2"], "is for --device cpu"),
         (["--device", "cpu", "--shape", "7b"], "choose from 21b"),
     ],

@@ -9,9 +9,16 @@ import torch
 
 from erniequant_kernels.bench import problem, run, timing
 from erniequant_kernels.bench import rows as results
-from erniequant_kernels.bench.methods import baselines, methods, packed
+from erniequant_kernels.bench.methods import baselines, methods, packed, packed_wint2
 from erniequant_kernels.bench.plot import curves, save_plot
-from erniequant_kernels.bench.problem import SHAPES, bytes_read, dense_experts, make_batch
+from erniequant_kernels.bench.problem import (
+    SHAPES,
+    Shape,
+    bytes_read,
+    dense_experts,
+    make_batch,
+    random_wint2,
+)
 from erniequant_kernels.bench.rounds import order, rounds, summarize
 from erniequant_kernels.bench.timing import Timer
 
@@ -232,3 +239,16 @@ def test_plot(rows, tmp_path):
 def test_tiles_divide_every_shape():
     for shape in SHAPES.values():
         assert shape.hidden % problem._tile(shape) == 0 == shape.inner % problem._tile(shape)
+
+
+def test_wint2_computes_the_layer_that_it_is_compared_with():
+    shape = Shape(128, 256, 3, 2)
+    method = packed_wint2(shape, DEVICE)
+    batch = make_batch(shape, 3, DEVICE)
+    found = method.prepare(batch)().float()
+    expected = run.reference(method, 3, batch)
+    assert (found - expected).norm() < 0.01 * expected.norm()
+    matrices = random_wint2(shape, 1, DEVICE)
+    assert method.expert_bytes == sum(part.nbytes for matrix in matrices for part in matrix.parts)
+    # Its groups do not fit the small sizes.
+    assert methods(SHAPES["tiny"], ["wint2"], DEVICE) == []

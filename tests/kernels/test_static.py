@@ -82,10 +82,14 @@ def test_a_turn_reads_all_of_its_words(records):
     for record in records:
         if "gemm" not in record["kernel"]:
             continue
-        name, code, _, tokens, *sizes = record["kernel"].split()
-        bits, block_m = int(code[2:]), int(tokens[1:])
-        block_k = next(int(size[1:]) for size in sizes if size.startswith("K"))
-        warps = next(int(size[1:]) for size in sizes if size.startswith("W"))
+        kernel, *sizes = record["kernel"].split()
+        size = {part[0]: int(part[1:]) for part in sizes if not part.startswith("cc")}
+        block_m, block_k, warps = size["M"], size["K"], size["W"]
+        if kernel == "wint2_gemm":
+            # Two groups a turn, with a nibble for 64 weights, in parts of K inputs.
+            bits, block_k = 2 + 4 / 64, 128
+        else:
+            bits = int(sizes[0][2:])
         weights = record["weights_per_lane"] * 32 * warps
         least = weights * bits / 8 + 2 * block_k * block_m
         # The loop's loads of its last turn are masked, and of two turns one is run again.

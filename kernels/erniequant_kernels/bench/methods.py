@@ -18,8 +18,12 @@ from erniequant_kernels.bench.problem import (
     DenseExperts,
     Shape,
     decoded,
+    decoded_wint2,
     dense_experts,
+    fits_wint2,
     random_matrices,
+    random_wint2,
+    wint2_expert_bytes,
 )
 from erniequant_kernels.combine import combine
 from erniequant_kernels.dense_gemm import DenseGemmConfig, dense_gemm
@@ -27,6 +31,8 @@ from erniequant_kernels.moe import moe_experts
 from erniequant_kernels.rotation import swiglu_rotate
 from erniequant_kernels.routing import row_tiles
 from erniequant_kernels.tuning import Tuning, tuning_for
+from erniequant_kernels.wint2_moe import moe_experts_wint2
+from erniequant_kernels.wint2_tuning import wint2_tuning_for
 
 Run = Callable[[], torch.Tensor]
 
@@ -49,6 +55,7 @@ class Method:
         prepare: sets the method up for a batch.
         weight: decoded weights, as `experts_forward` asks for them.
         capturable: whether it may run in a CUDA graph.
+        expert_bytes: of an expert's weights and scales, if ``bits`` does not tell.
     """
 
     name: str
@@ -56,6 +63,7 @@ class Method:
     prepare: Callable[[Batch], Run]
     weight: WeightOf
     capturable: bool = True
+    expert_bytes: int | None = None
 
 
 def packed(shape: Shape, bits: int, device: torch.device, tuning: Tuning | None = None) -> Method:
@@ -74,6 +82,23 @@ def packed(shape: Shape, bits: int, device: torch.device, tuning: Tuning | None 
         return decoded(shape, matrices[projection], expert)
 
     return Method(f"erniequant {bits} bits", bits, prepare, weight)
+
+
+def packed_wint2(shape: Shape, device: torch.device) -> Method:
+    """Baidu's WINT2, as FastDeploy's experts call it."""
+    gate_up, down = random_wint2(shape, shape.experts, device)
+    matrices = {"gate_up_proj": gate_up, "down_proj": down}
+    tuning = wint2_tuning_for(device)
+
+    def prepare(batch: Batch) -> Run:
+        return lambda: moe_experts_wint2(
+            batch.x, batch.expert_index, batch.routing, gate_up, down, tuning
+        )
+
+    def weight(projection: str, expert: int) -> torch.Tensor:
+        return decoded_wint2(matrices[projection], expert)
+
+    return Method("WINT2", 2, prepare, weight, expert_bytes=wint2_expert_bytes(shape))
 
 
 def triton_bf16(config: DenseGemmConfig, experts: DenseExperts) -> Method:
@@ -167,7 +192,11 @@ def baselines(experts: DenseExperts) -> list[Method]:
     ]
 
 
-def methods(shape: Shape, bits: Sequence[int], device: torch.device) -> list[Method]:
-    """Ours at each width, and every bfloat16 method on the decoded weights of the first."""
-    ours = [packed(shape, width, device) for width in bits]
-    return ours + baselines(dense_experts(shape, ours[0].weight, device))
+def methods(shape: Shape, codes: Sequence[int | str], device: torch.device) -> list[Method]:
+    """Ours for each code, a width or ``wint2``, and every bfloat16 method on the decoded weights of
+    the first. WINT2 is left out where it does not fit the sizes."""
+    ours = [
+        packed_wint2(shape, device) if code == "wint2" else packed(shape, int(code), device)
+        for code in codes if code != "wint2" or fits_wint2(shape)
+    ]  # fmt: skip
+    return ours + baselines(dense_experts(shape, ours[0].weight, device)) if ours else []

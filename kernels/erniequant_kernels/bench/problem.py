@@ -2,18 +2,23 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from erniequant.codes import register_length
+from erniequant.codes.ccq.decode import decode_wint2
 from erniequant.packing.decoding import decode_weight, encode_scale
 from erniequant.packing.products import WeightOf
 from erniequant.packing.rotation import block_size, pack_signs, random_signs
 from erniequant.packing.schema import MatrixSpec, tile_size
-from erniequant_kernels.matrices import PackedMatrices
+from erniequant_kernels.matrices import PackedMatrices, Wint2Matrices
 
 BFLOAT16_BITS = 16
 SCALE = 2**-5
+
+WINT2_INPUTS = 128
+"""Inputs of a WINT2 matrix come in multiples of it."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,40 @@ def decoded(shape: Shape, matrices: PackedMatrices, expert: int) -> torch.Tensor
     return decode_weight(matrices.packed[expert], matrices.scale[expert], matrices.signs, how)
 
 
+def fits_wint2(shape: Shape) -> bool:
+    """Whether both matrices of an expert can be in WINT2, whose inputs are multiples of 128."""
+    return shape.inner % WINT2_INPUTS == 0 == shape.hidden % WINT2_INPUTS
+
+
+def wint2_expert_bytes(shape: Shape) -> int:
+    """Bytes of an expert: codes, local scales, and a super scale and a map for each output."""
+    weights = shape.weights_per_expert
+    return weights // 4 + weights // 128 + 10 * (2 * shape.inner + shape.hidden)
+
+
+def random_wint2(
+    shape: Shape, experts: int, device: torch.device
+) -> tuple[Wint2Matrices, Wint2Matrices]:
+    """Gate and up, and down, of random bytes, in the order of inputs that FastDeploy serves."""
+
+    def matrices(outputs: int, inputs: int) -> Wint2Matrices:
+        bytes_ = partial(torch.randint, 256, dtype=torch.uint8, device=device)
+        normal = partial(torch.randn, experts, outputs, device=device)
+        supers = torch.full((experts, outputs), 2.0**-12, dtype=torch.bfloat16, device=device)
+        return Wint2Matrices(
+            bytes_((experts, inputs // 4, outputs)), bytes_((experts, inputs // 128, outputs)),
+            supers, normal() * 16, normal() * 1000, "mma64",
+        )  # fmt: skip
+
+    return matrices(2 * shape.inner, shape.hidden), matrices(shape.hidden, shape.inner)
+
+
+def decoded_wint2(matrices: Wint2Matrices, expert: int) -> torch.Tensor:
+    """Weights of one expert, float32 ``[N, K]``."""
+    parts = [part[expert] for part in matrices.parts]
+    return decode_wint2(*parts, k_order=matrices.k_order).T
+
+
 def dense_experts(shape: Shape, weight: WeightOf, device: torch.device) -> DenseExperts:
     """All experts of a layer, rounded to bfloat16 one by one."""
 
@@ -125,9 +164,13 @@ def _tile(shape: Shape) -> int:
     return tile_size(math.gcd(shape.hidden, shape.inner), "sizes of the benchmark")
 
 
-def bytes_read(shape: Shape, batch: Batch, bits: int) -> int:
-    """Bytes that no method can avoid: active experts' weights and scales, inputs, outputs."""
-    expert = shape.weights_per_expert * bits // 8
-    if bits != BFLOAT16_BITS:
-        expert += 2 * (2 * shape.inner + shape.hidden)
-    return batch.active_experts * expert + 2 * batch.x.nbytes
+def bytes_read(shape: Shape, batch: Batch, bits: int, expert_bytes: int | None = None) -> int:
+    """Bytes that no method can avoid: active experts' weights and scales, inputs, outputs.
+
+    expert_bytes: of an expert's weights and scales, where ``bits`` does not tell.
+    """
+    if expert_bytes is None:
+        expert_bytes = shape.weights_per_expert * bits // 8
+        if bits != BFLOAT16_BITS:
+            expert_bytes += 2 * (2 * shape.inner + shape.hidden)
+    return batch.active_experts * expert_bytes + 2 * batch.x.nbytes

@@ -34,17 +34,18 @@ class BatchResult:
 
 @torch.no_grad()
 def measure(
-    shapes: Iterable[str], tokens: Sequence[int], bits: Sequence[int], device: torch.device,
+    shapes: Iterable[str], tokens: Sequence[int], codes: Sequence[int | str], device: torch.device,
     timer: Timer, bandwidth: float,
 ) -> Iterator[BatchResult]:  # fmt: skip
     """Results for every shape and batch.
 
     Args:
+        codes: of the packed methods, widths or ``wint2``.
         bandwidth: bytes per second that count as the memory limit.
     """
     for shape in shapes:
-        every = methods(SHAPES[shape], bits, device)
-        for count in tokens:
+        every = methods(SHAPES[shape], codes, device)
+        for count in tokens if every else ():
             yield measure_batch(shape, every, count, device, timer, bandwidth)
         del every
 
@@ -60,7 +61,7 @@ def measure_batch(
     seconds = rounds([calls[i] for i in running], ROUNDS, timer.clock)
     found = list(rows)
     for i, times in zip(running, seconds, strict=True):
-        found[i] = _with_times(found[i], batch, times, bandwidth)
+        found[i] = _with_times(found[i], every[i], batch, times, bandwidth)
     return BatchResult(found, ratios([found[i] for i in running], seconds))
 
 
@@ -68,13 +69,14 @@ def _prepared(
     shape: str, every: Sequence[Method], batch: Batch, timer: Timer
 ) -> Iterator[tuple[Row, Call | None]]:
     """Rows without times, and the calls to time; None where a method does not run here."""
-    expected: dict[int, torch.Tensor] = {}
+    expected: dict[int | str, torch.Tensor] = {}
     for method in every:
         row = Row(shape, len(batch.x), method.name, method.bits)
         # All bfloat16 methods have the same weights.
-        if method.bits not in expected:
-            expected[method.bits] = reference(method, SHAPES[shape].experts, batch)
-        target = expected[method.bits]
+        weights = method.bits if method.bits == BFLOAT16_BITS else method.name
+        if weights not in expected:
+            expected[weights] = reference(method, SHAPES[shape].experts, batch)
+        target = expected[weights]
         try:
             run = method.prepare(batch)
             deviation = (run().float() - target).abs().max() / target.abs().max()
@@ -99,9 +101,12 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 
-def _with_times(row: Row, batch: Batch, seconds: Sequence[float], bandwidth: float) -> Row:
+def _with_times(
+    row: Row, method: Method, batch: Batch, seconds: Sequence[float], bandwidth: float
+) -> Row:
     time = summarize(seconds)
-    rate = bytes_read(SHAPES[row.shape], batch, row.bits) / time.median
+    read = bytes_read(SHAPES[row.shape], batch, row.bits, method.expert_bytes)
+    rate = read / time.median
     return replace(
         row, microseconds=1e6 * time.median, low=1e6 * time.low, high=1e6 * time.high,
         gigabytes_per_second=rate / 1e9, memory_limit_percent=100 * rate / bandwidth,

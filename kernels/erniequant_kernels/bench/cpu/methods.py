@@ -7,31 +7,31 @@ call finds its weights in a cache.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 
 import torch
 
-from erniequant.codes.ccq.decode import decode_wint2
 from erniequant.packing.products import WeightOf, experts_forward
 from erniequant_kernels.bench.problem import (
     BFLOAT16_BITS,
     Batch,
     Shape,
     decoded,
+    decoded_wint2,
+    fits_wint2,
     random_matrices,
+    random_wint2,
+    wint2_expert_bytes,
 )
 from erniequant_kernels.cpu.moe import moe_experts_cpu
 from erniequant_kernels.cpu.wint2_moe import moe_experts_wint2_cpu
-from erniequant_kernels.matrices import PackedMatrices, Wint2Matrices
+from erniequant_kernels.matrices import PackedMatrices
 
 HELD_BYTES = 256 * 2**20
 """Weights that a method holds, at least: more than any cache."""
 
 CHECKED_EXPERTS = 3
 """Experts that are decoded to check results; tokens are sent only to them for that."""
-
-WINT2_INPUTS = 128
-"""Inputs of a WINT2 matrix come in multiples of it."""
 
 CPU = torch.device("cpu")
 
@@ -92,29 +92,14 @@ def packed(shape: Shape, bits: int) -> CpuMethod:
 
 def wint2(shape: Shape) -> CpuMethod:
     """Baidu's WINT2, in the order of inputs that FastDeploy serves."""
-    # Bytes of codes, local scales, and one super scale and one map an output.
-    expert_bytes = shape.weights_per_expert * (1 / 4 + 1 / 128) + 10 * (
-        2 * shape.inner + shape.hidden
-    )
+    expert_bytes = wint2_expert_bytes(shape)
     experts = held(shape, expert_bytes)
-
-    def random_wint2(outputs: int, inputs: int) -> Wint2Matrices:
-        bytes_ = partial(torch.randint, 256, dtype=torch.uint8)
-        return Wint2Matrices(
-            bytes_((experts, inputs // 4, outputs)), bytes_((experts, inputs // 128, outputs)),
-            torch.full((experts, outputs), 2.0**-12, dtype=torch.bfloat16),
-            torch.randn(experts, outputs) * 16, torch.randn(experts, outputs) * 1000, "mma64",
-        )  # fmt: skip
-
-    gate_up = random_wint2(2 * shape.inner, shape.hidden)
-    down = random_wint2(shape.hidden, shape.inner)
+    gate_up, down = random_wint2(shape, experts, CPU)
     matrices = {"gate_up_proj": gate_up, "down_proj": down}
 
     @cache
     def weight(projection: str, expert: int) -> torch.Tensor:
-        matrix = matrices[projection]
-        parts = [part[expert] for part in matrix.parts]
-        return decode_wint2(*parts, k_order=matrix.k_order).T
+        return decoded_wint2(matrices[projection], expert)
 
     def run(batch: Batch) -> torch.Tensor:
         return moe_experts_wint2_cpu(batch.x, batch.expert_index, batch.routing, gate_up, down)
@@ -156,10 +141,9 @@ def methods(shape: Shape, codes: list[str]) -> list[CpuMethod]:
 
     WINT2 is left out where its groups do not fit the inner size.
     """
-    fits = shape.inner % WINT2_INPUTS == 0 == shape.hidden % WINT2_INPUTS
     ours = [
         wint2(shape) if code == "wint2" else packed(shape, int(code))
-        for code in codes if code != "wint2" or fits
+        for code in codes if code != "wint2" or fits_wint2(shape)
     ]  # fmt: skip
     if not ours:
         return []
