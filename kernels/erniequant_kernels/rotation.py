@@ -183,8 +183,8 @@ def swiglu_rotate(
 
     Args:
         partial: ``[splits, A, 2 * I]``, contiguous: summands of gate and up.
-        scale: int16 ``[E, 2 * I]``, contiguous; expert_index: integer ``[A]``, no expert when out of
-            range.
+        scale: int16 ``[E, 2 * I]``, contiguous.
+        expert_index: integer ``[A]``, no expert when out of range.
         signs: int32 ``[ceil(I / 32)]``.
         out: bfloat16 ``[A, I]``, contiguous; receives the result.
         scaled: the one split carries its scales; neither ``scale`` nor experts are looked at.
