@@ -54,6 +54,16 @@ def test_no_main_loop_fetches_bytes_that_it_does_not_use(records):
         assert record["uncoalesced"] == [], record["kernel"]
 
 
+# The matrix instruction itself takes 4 slots a weight of 64 tokens on sm_90 and 8 on sm_80.
+@pytest.mark.parametrize(
+    "arch, code, bar", [(90, "cc2 L12", 2.9), (90, "cc4 L13", 7.1), (80, "cc2 L12", 4.1)]
+)
+def test_products_of_many_tokens_stay_below_their_bar(records, arch, code, bar):
+    for record in only(records, arch, f"fused_gemm {code} M64 "):
+        assert record["matrix_opcode"].startswith("HGMMA" if arch == 90 else "HMMA")
+        assert record["figures"]["slots"] <= bar
+
+
 def test_no_weight_crosses_lanes_or_memory(records):
     # What goes to shared memory are words and inputs, by asynchronous copies; a store in the loop
     # would be a weight that changes lanes.
