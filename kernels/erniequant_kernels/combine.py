@@ -54,7 +54,7 @@ def combine_kernel(
         # Values of no expert may be anything in memory: not loaded, rather than multiplied by zero.
         # Its routing weight may be anything too.
         if OUTPUTS % BLOCK_N == 0:
-            mask = valid
+            mask = tl.full((BLOCK_N,), True, tl.int1) & valid
         else:
             mask = output < tl.where(valid, OUTPUTS, 0)
         weight = tl.where(valid, tl.load(routing_ptr + assignment).to(tl.float32), 0.0)
