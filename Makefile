@@ -8,6 +8,7 @@ WORKERS ?= auto
 ROUNDS ?= 3
 CASES ?= 20000
 KILLS ?= 200
+COMPILED_TESTS ?= $(foreach name,combine dense_gemm fused_gemm moe packed_gemm prepare rotation routing,tests/kernels/test_$(name).py)
 SECONDS_IN_ALL ?= 570
 REPORT ?= gpu-report.json
 FRESH ?=
@@ -17,7 +18,7 @@ INSTALLED := $(VENV)/.erniequant-installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo readme test lint format soak gpu clean
+.PHONY: help demo readme test lint format soak gpu compiled clean
 
 help:
 	@echo "make demo    quantise the embedded tiny ERNIE 4.5 MoE at 4, 3 and 2 bits and compare with bf16"
@@ -27,6 +28,7 @@ help:
 	@echo "make soak    the suite ROUNDS (3) times over, in another order each time, then damaged inputs and killed runs"
 	@echo "make gpu     on a machine with a GPU: decoding, products, graphs, a model, all kernel tests, in ten minutes,"
 	@echo "             to gpu-report.json; run again, it continues; FRESH=1 starts anew"
+	@echo "make compiled  the kernels' tests on code compiled for sm_80 and sm_90, executed without a GPU"
 	@echo "TORCH='torch==2.13.0' chooses the torch requirement, PYTHON the interpreter"
 
 # torch goes first and by its own requirement, so that no other package pulls a different build of it.
@@ -69,6 +71,10 @@ soak: $(INSTALLED)
 gpu:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/cli:$(CURDIR)/calib_data $(PYTHON) -m benchmarks.gpu.report --seconds $(SECONDS_IN_ALL) \
 	  --output $(REPORT) $(if $(FRESH),--fresh)
+
+# The kernels' tests on code compiled for both architectures, executed on this machine.
+compiled: $(INSTALLED)
+	for arch in 80 90; do ERNIEQUANT_COMPILED=$$arch $(PY) -m pytest --numprocesses $(WORKERS) $(COMPILED_TESTS) || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache erniequant-demo

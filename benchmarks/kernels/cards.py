@@ -62,9 +62,9 @@ class Card:
 # Hopper's warp-wide instruction reaches about five eighths of the peak of the warp-group-wide one
 # in published micro-benchmarks.
 #
-# Level 2: A100 and H100 are specified with 5120 bytes per clock, of which 80 % are assumed. Ordinary
-# products in tiles of 128 by 256, which exceed 600 TFLOPS on an H100, draw about that. RTX 4090: as
-# measured in published micro-benchmarks.
+# Level 2: A100 and H100 are specified with 5120 bytes per clock, of which 80 % are assumed.
+# Ordinary products in tiles of 128 by 256, which exceed 600 TFLOPS on an H100, draw about that. RTX
+# 4090: as measured in published micro-benchmarks.
 CARDS = (
     Card("RTX 4090", 80, "default", 128, 2.52, 1008, 5000, 72e6, 256, 256, 48, 24, 100 << 10),
     Card("A100 80 GB", 80, "sm_80", 108, 1.41, 2039, 5800, 40e6, 1024, 1024, 64, 32, 164 << 10),

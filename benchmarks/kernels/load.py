@@ -9,9 +9,9 @@ from erniequant_kernels.bench.problem import Shape
 
 EXPONENT = 0.3
 """Popularity of the experts in a skewed routing: the i-th most popular one is chosen with a weight
-of ``i ** -EXPONENT``, so the first one 2.5 times as often as the average. 64 tokens that choose 6 of
-64 experts then need 75 row tiles of 8 tokens on average; 72 if all experts are equally popular, and
-64 if they were to get the same numbers."""
+of ``i ** -EXPONENT``, so the first one 2.5 times as often as the average. 64 tokens that choose 6
+of 64 experts then need 75 row tiles of 8 tokens on average; 72 if all experts are equally popular,
+and 64 if they were to get the same numbers."""
 DRAWS = 32
 
 

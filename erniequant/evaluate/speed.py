@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from erniequant.errors import ErnieQuantError
-from erniequant.runtime.graphs import cache_argument, captured_steps
+from erniequant.runtime.graphs import cache_argument, captured_steps, static_cache
 from erniequant.runtime.warm_up import warm_up
 from erniequant.system import peak_memory, peak_vram
 from erniequant.timing import Spread, extremes, triad, triad_bytes, turn_ratios
@@ -253,7 +253,8 @@ def bytes_of_a_token(model: Any) -> int:
 def _once(model: Any, ids: torch.Tensor, new_tokens: int, device: torch.device) -> list[float]:
     """Seconds of the prompt, then of each new token."""
     named = cache_argument()
-    with captured_steps(model, ids.shape[1] + new_tokens) as cache:
+    cache = static_cache(model, ids.shape[1] + new_tokens)
+    with captured_steps(model, cache):
         if cache is not None:
             _tokens(model, ids, min(new_tokens, CAPTURED_BY), device, named, cache)
             cache.reset()

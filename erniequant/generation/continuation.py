@@ -3,7 +3,6 @@
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from erniequant.errors import ErnieQuantError, ErnieQuantWarning, wrap_errors
 from erniequant.generation.positions import max_positions, positions_of
 from erniequant.generation.sampling import COLDEST, require_temperature
 from erniequant.generation.streaming import OnText, TokenStreamer
-from erniequant.runtime.graphs import cache_argument, captured_steps
+from erniequant.runtime.graphs import cache_argument, captured_steps, static_cache
 from erniequant.runtime.warm_up import warm_up
 
 WORTH_CAPTURING = 8
@@ -89,7 +88,8 @@ def generate(
     started = time.perf_counter()
     prompt_length = batch["input_ids"].shape[1]
     warm_up(model, (1, prompt_length))
-    with torch.inference_mode(), _captured(model, prompt_length, max_tokens) as cache:
+    cache = _static_cache(model, prompt_length, max_tokens)
+    with torch.inference_mode(), captured_steps(model, cache):
         if cache is not None:
             # transformers would compile the model for such a cache.
             sampling |= {cache_argument(): cache, "disable_compile": True}
@@ -111,13 +111,13 @@ def generate(
     )
 
 
-def _captured(model: Any, prompt_length: int, max_tokens: int) -> AbstractContextManager[Any]:
-    """The cache of passes in a CUDA graph, or None."""
+def _static_cache(model: Any, prompt_length: int, max_tokens: int) -> Any | None:
+    """The cache of passes in a CUDA graph, None where they are not captured."""
     settings = model.generation_config
     own_way = getattr(settings, "cache_implementation", None) or settings.use_cache is False
     if own_way or _searches_beams(model) or max_tokens < WORTH_CAPTURING:
-        return nullcontext()
-    return captured_steps(model, prompt_length + max_tokens)
+        return None
+    return static_cache(model, prompt_length + max_tokens)
 
 
 def _text_input(tokenizer: Any, prompt: str, chat_template: str) -> tuple[str, ModelInput]:

@@ -14,10 +14,14 @@ import torch
 from erniequant.data.inputs import ImagePatches, ModelInput
 from erniequant.errors import ErnieQuantError
 from erniequant.generation.streaming import TokenStreamer
-from erniequant.runtime.graphs import cache_argument
+from erniequant.runtime.graphs import cache_argument, captured_steps, static_cache
+from erniequant.runtime.warm_up import warm_up
 
 _Key = int | tuple[int, int]
 """A token id; for a token of an image also which image it is."""
+
+LEAST_CAPACITY = 4096
+"""Tokens for which memory is taken at first, where it does not move."""
 
 
 class PrefixCache:
@@ -31,7 +35,8 @@ class PrefixCache:
         """Forget everything."""
         from transformers import DynamicCache
 
-        self._cache = DynamicCache()
+        self._cache: Any = DynamicCache()
+        self._capacity = 0  # tokens, where memory does not move
         self._read: list[_Key] = []
         # An image that is in the cache must not be freed: another could take its id.
         self._images: tuple[ImagePatches, ...] = ()
@@ -41,7 +46,7 @@ class PrefixCache:
     ) -> int:
         """Let the model continue an input; the new tokens are the streamer's.
 
-        arguments: of transformers' `generate`.
+        arguments: of transformers' `generate`, ``max_new_tokens`` among them.
 
         Whatever is raised while it runs, the cache stays sound and keeps what was read.
 
@@ -55,9 +60,11 @@ class PrefixCache:
             raise ErnieQuantError("the chat template ends with an image; it must end with text")
         keys = _keys(entry)
         last = len(keys) - 1
-        reused = _common(self._read, keys[:last])
-        self._cut(reused)
         with torch.inference_mode():
+            self._make_room(len(keys) + arguments["max_new_tokens"])
+            reused = _common(self._read, keys[:last])
+            self._cut(reused)
+            warm_up(self._model, (1, max(last - reused, 1)))
             if reused < last:
                 self._prefill(entry, reused, last)
             self._read, self._images = keys[:last], entry.images
@@ -94,9 +101,12 @@ class PrefixCache:
             "attention_mask": torch.ones_like(ids),
             "position_ids": _positions(entry),
         }
-        self._model.generate(
-            **self._on_device(inputs), **self._named(), **arguments, streamer=streamer
-        )
+        # transformers would compile the model for a cache that can be captured.
+        with captured_steps(self._model, self._cache if self._capacity else None):
+            self._model.generate(
+                **self._on_device(inputs), **self._named(), **arguments, streamer=streamer,
+                disable_compile=True,
+            )  # fmt: skip
 
     def _named(self) -> dict[str, Any]:
         return {cache_argument(): self._cache}
@@ -107,15 +117,39 @@ class PrefixCache:
 
     def _cut(self, length: int) -> None:
         """Keep the first tokens only. Layers differ in length after an interruption."""
-        if length == 0:
+        if length == 0 and not self._capacity:
             return self.clear()
         for layer in self._cache.layers:
-            layer.keys = layer.keys[..., :length, :]
-            layer.values = layer.values[..., :length, :]
+            if self._capacity:
+                layer.cumulative_length.fill_(length)
+            else:
+                layer.keys = layer.keys[..., :length, :]
+                layer.values = layer.values[..., :length, :]
         self._read = self._read[:length]
+
+    def _make_room(self, tokens: int) -> None:
+        """Where passes for one token are captured, use a cache of so many tokens that does not
+        move; what was read comes along."""
+        if tokens <= self._capacity:
+            return
+        capacity = 2 ** max(tokens - 1, LEAST_CAPACITY - 1).bit_length()
+        roomy = static_cache(self._model, capacity)
+        if roomy is None:
+            # A capture has failed since; from now on the cache grows as it has to.
+            return self.clear() if self._capacity else None
+        length = len(self._read)
+        if length:
+            for layer, old in zip(roomy.layers, self._cache.layers, strict=True):
+                layer.lazy_initialization(old.keys, old.values)
+                layer.keys[..., :length, :] = old.keys[..., :length, :]
+                layer.values[..., :length, :] = old.values[..., :length, :]
+                layer.cumulative_length.fill_(length)
+        self._cache, self._capacity = roomy, capacity
 
     def _length(self) -> int:
         """Tokens that every layer has read."""
+        if self._capacity:
+            return min(int(layer.get_seq_length()) for layer in self._cache.layers)
         states = [state for layer in self._cache.layers for state in (layer.keys, layer.values)]
         depth = self._model.config.get_text_config().num_hidden_layers
         # Layers appear when they are first used.

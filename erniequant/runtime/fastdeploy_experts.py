@@ -1,8 +1,8 @@
 """The experts of one layer in FastDeploy's formats, kept packed: a drop-in for the experts module
 of transformers.
 
-Experts in WINT2 run on packed weights on the CPU, and on a GPU on kernels that decode a few at a
-time. In wint4 or float32 an expert's two matrices are decoded in plain torch as they are needed.
+Experts in WINT2 run on packed weights. In wint4 or float32 an expert's two matrices are decoded in
+plain torch as they are needed.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,6 +49,7 @@ class FastDeployExperts(DecodingExperts):
                 self.register_parameter(f"{name}_{suffix}", parameter)
         if k_order is not None:
             self.hidden_dim = 4 * parts["up_gate_proj"]["quant_weight"].shape[1]
+        self.settle()
 
     @property
     def weights(self) -> int:
@@ -62,11 +63,20 @@ class FastDeployExperts(DecodingExperts):
             if parameter.dtype != stored[name].dtype:
                 # Another type of activations must not round scales and code books.
                 parameter.data = stored[name].to(parameter.device)
+        self.settle()
         return moved
 
+    def settle(self) -> None:
+        """Have what the kernels need beside the parameters where these are."""
+        device = next(self.parameters()).device
+        if self.launches_kernels(device, torch.bfloat16):
+            from erniequant_kernels.wint2_moe import prepare_constants
+
+            prepare_constants(*self._matrices())
+
     def multiplies_packed(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """WINT2 on the CPU; the kernels of a GPU decode a few experts at a time."""
-        return device.type == "cpu" and self._fits_kernels and takes(device, dtype)
+        """WINT2, in what the products of a device take."""
+        return self._fits_kernels and takes(device, dtype)
 
     def decode(self, projection: str, expert: int) -> torch.Tensor:
         """Weights float32 ``[N, K]`` of one expert."""
@@ -120,25 +130,25 @@ class FastDeployExperts(DecodingExperts):
 
     def rehearse(self, tokens: int, top_k: int, dtype: torch.dtype) -> None:
         """See `DecodingExperts.rehearse`."""
-        from erniequant_kernels.tuning import tuning_for
         from erniequant_kernels.wint2_moe import moe_experts_wint2
+        from erniequant_kernels.wint2_tuning import wint2_tuning_for
 
         gate_up, down = (matrices.to("meta") for matrices in self._matrices())
         batch = batch_without_memory(tokens, self.hidden_dim, top_k, dtype)
         card = next(self.parameters()).device
-        moe_experts_wint2(*batch, gate_up, down, tuning_for(card))
+        moe_experts_wint2(*batch, gate_up, down, wint2_tuning_for(card))
 
     @torch.compiler.disable
     def _run_kernels(
         self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
     ) -> torch.Tensor:
-        from erniequant_kernels.tuning import tuning_for
         from erniequant_kernels.wint2_moe import moe_experts_wint2
+        from erniequant_kernels.wint2_tuning import wint2_tuning_for
 
         # Triton launches on the current device, which in a model over several is often another one.
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             return moe_experts_wint2(
-                x.contiguous(), expert_index, routing, *self._matrices(), tuning_for(x.device)
+                x.contiguous(), expert_index, routing, *self._matrices(), wint2_tuning_for(x.device)
             )
 
     def extra_repr(self) -> str:

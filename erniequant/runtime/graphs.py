@@ -21,16 +21,16 @@ Capture = Callable[[Callable[[], Any]], Callable[[], Any]]
 """Takes a function and returns one that does the same again, in the same memory, and gives what the
 function gave. Taking it runs nothing."""
 
-_TEXT_ONLY = ("mm_token_type_ids", "moe_mm_token_type_ids")
-"""Inputs that tell an image's tokens from text. A new token is text, and the model would ask."""
 
-
-def cuda_graph(run: Callable[[], Any]) -> Callable[[], Any]:
-    """`Capture` for a GPU."""
+def cuda_graph(device: torch.device, run: Callable[[], Any]) -> Callable[[], Any]:
+    """`Capture` for a GPU, once the device is given."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads may use the device meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        out = run()
+    with torch.cuda.device(device):
+        # torch's own stream for captures is that of the first device on which it was asked for.
+        stream = torch.cuda.Stream(device)
+        # Other threads may use the device meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            out = run()
 
     def replay() -> Any:
         graph.replay()
@@ -41,18 +41,21 @@ def cuda_graph(run: Callable[[], Any]) -> Callable[[], Any]:
 
 def capture_on(device: torch.device) -> Capture | None:
     """How passes are captured on a device, None where they are not."""
-    return cuda_graph if device.type == "cuda" else None
+    return functools.partial(cuda_graph, device) if device.type == "cuda" else None
 
 
 class DecodeStep:
-    """The forward function of a model that replays its passes for one token.
+    """The forward function of a model that replays its passes for one token with a cache.
 
     The first such pass runs as it is, so that kernels are compiled; the second is captured. Passes
     whose inputs have other names, shapes or types than the captured one run as they are.
     """
 
-    def __init__(self, model: Any, forward: Callable[..., Any], capture: Capture) -> None:
+    def __init__(
+        self, model: Any, forward: Callable[..., Any], cache: Any, capture: Capture
+    ) -> None:
         self._model, self._forward, self._capture = model, forward, capture
+        self._cache, self._argument = cache, cache_argument()
         self._warm = False
         self._given: dict[str, Any] = {}
         self._replay: Callable[[], Any] | None = None
@@ -60,9 +63,9 @@ class DecodeStep:
     def __call__(self, **inputs: Any) -> Any:
         """As the model's forward function; the result lies in memory that the next call reuses."""
         ids = inputs.get("input_ids")
-        if ids is None or ids.shape != (1, 1) or self._model in _failed:
+        ours = ids is not None and ids.shape == (1, 1) and inputs.get(self._argument) is self._cache
+        if not ours or self._model in _failed:
             return self._forward(**inputs)
-        inputs = {name: value for name, value in inputs.items() if name not in _TEXT_ONLY}
         if not self._warm:
             self._warm = True
             return self._forward(**inputs)
@@ -130,51 +133,20 @@ def cache_argument() -> str:
     return "cache" if "cache" in names else "past_key_values"
 
 
-@contextmanager
-def captured_steps(model: Any, length: int, capture: Capture | None = None) -> Iterator[Any]:
-    """While it is open, passes of a model for one new token are captured where that is possible.
+def static_cache(model: Any, length: int) -> Any | None:
+    """An empty cache for one sequence in memory that does not move; None where passes of the model
+    are not captured, for which it would be no use.
 
-    Warns (ErnieQuantWarning), once for a model on a GPU, where it is not: the model spans several
-    devices, or keeps something else than keys and values of all tokens.
+    Warns (ErnieQuantWarning), once for a model on a GPU, where they cannot be: the model spans
+    several devices, or keeps something else than keys and values of all tokens.
 
     Args:
-        length: most tokens of a sequence.
-        capture: by default that of the model's device.
-
-    Yields:
-        The cache that the model has to be given, None where passes are not captured. It holds one
-        sequence; its `reset` makes room for another.
+        length: most tokens of the sequence.
     """
-    capture = capture or capture_on(next(model.parameters()).device)
-    cache = None if capture is None else _static_cache(model, length)
-    if capture is None or cache is None:
-        yield None
-        return
-    own = model.__dict__.get("forward")
-    forward = model.forward
-    step = DecodeStep(model, forward, capture)
-    names = list(inspect.signature(forward).parameters)
-
-    @functools.wraps(forward)
-    def stepping(*args: Any, **inputs: Any) -> Any:
-        return step(**dict(zip(names, args, strict=False)), **inputs)
-
-    model.forward = stepping
-    try:
-        yield cache
-    finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
-
-
-def _static_cache(model: Any, length: int) -> Any | None:
-    """An empty cache of a fixed length, None where there is none for the model."""
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer
 
-    if model in _failed:
+    if capture_on(next(model.parameters()).device) is None or model in _failed:
         return None
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if len(places) > 1 or places & {"cpu", "disk"}:
@@ -186,3 +158,29 @@ def _static_cache(model: Any, length: int) -> Any | None:
         _give_up(model, "not all of its layers keep the keys and values of all tokens")
         return None
     return cache
+
+
+@contextmanager
+def captured_steps(model: Any, cache: Any | None) -> Iterator[None]:
+    """While it is open, passes of a model for one new token with this cache are captured and
+    replayed; a cache of None changes nothing. Warns once for a model if the capture fails."""
+    capture = capture_on(next(model.parameters()).device)
+    if cache is None or capture is None:
+        yield
+        return
+    own, forward = model.__dict__.get("forward"), model.forward
+    step = DecodeStep(model, forward, cache, capture)
+    names = list(inspect.signature(forward).parameters)
+
+    @functools.wraps(forward)
+    def stepping(*args: Any, **inputs: Any) -> Any:
+        return step(**dict(zip(names, args, strict=False)), **inputs)
+
+    model.forward = stepping
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own

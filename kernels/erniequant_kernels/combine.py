@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from erniequant_kernels.bfloat16 import from_pattern, rounded
+from erniequant_kernels.dependent import wait
 from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import assigned_scales
 
@@ -41,8 +42,10 @@ def combine_kernel(
     ONE_SPLIT: tl.constexpr,
     SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Program (token, n): BLOCK_N outputs of one token."""
+    wait(DEPENDENT)
     # Rows begin at 64-bit scalars; what differs between lanes takes 32 bits.
     token = tl.program_id(0).to(tl.int64)
     output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -53,15 +56,15 @@ def combine_kernel(
         valid = (expert >= 0) & (expert < EXPERTS)
         # Values of no expert may be anything in memory: not loaded, rather than multiplied by zero.
         # Its routing weight may be anything too.
-        if OUTPUTS % BLOCK_N == 0:
-            mask = tl.full((BLOCK_N,), True, tl.int1) & valid
-        else:
-            mask = output < tl.where(valid, OUTPUTS, 0)
+        # One mask for all lanes where blocks are full, still with an entry for each.
+        every = tl.full((BLOCK_N,), True, tl.int1)
+        valid_outputs = tl.where(valid, OUTPUTS, 0)
+        mask = every & valid if OUTPUTS % BLOCK_N == 0 else output < valid_outputs
         weight = tl.where(valid, tl.load(routing_ptr + assignment).to(tl.float32), 0.0)
         row = partial_ptr + assignment * OUTPUTS
         y = tl.load(row + output, mask=mask, other=0).to(tl.float32)
         if not ONE_SPLIT:
-            for split in range(1, splits):
+            for _ in range(1, splits):
                 row += assignments.to(tl.int64) * OUTPUTS
                 y += tl.load(row + output, mask=mask, other=0).to(tl.float32)
         if not SCALED:

@@ -10,8 +10,8 @@ What makes it cheap (counts: `erniequant bench static`):
 
 * Consecutive outputs of one input row lie side by side in a lane, and in shared memory too: a
   masked product of the label ``pair`` is stored as it is, 16 bytes a store. With inputs side by
-  side (weights as the first operand) every two weights took a permute, and 4.3 issue slots per
-  2-bit weight instead of 3.3.
+  side (weights as the first operand) every two weights took a permute, and a 2-bit weight 4.3
+  issue slots instead of 2.8.
 * Columns of the tile are ordered so that eight lanes which store together hit all banks, see
   `_column_order`; results are put in order when they are stored.
 """
@@ -27,6 +27,7 @@ from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
 from erniequant_kernels.bfloat16 import INTERPRETED, MATRIX_TYPE, from_pattern, rounded
 from erniequant_kernels.dense_gemm import dense_gemm_reference
+from erniequant_kernels.dependent import start_next_and_wait
 from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import RowTiles, assigned_scales
 
@@ -35,9 +36,13 @@ from erniequant_kernels.routing import RowTiles, assigned_scales
 class FusedGemmConfig:
     """Tile sizes, powers of two.
 
+    A lane decodes 64 outputs of an input at once (`unit_outputs`; 32 of 3 and 4 bits, or of a tile
+    of 32): with fewer of them in a turn than a program has lanes, lanes decode the same twice.
+
     Attributes:
         block_m: tokens of a row tile, from 16; warp-group-wide instructions (sm_90) need 64.
-        block_n: outputs of a program, from 64.
+        block_n: outputs of a program, from 64. A whole tile needs no word from outside, and inputs
+            are fetched less often.
         block_k: inputs of one turn of the loop, from 16; must divide the inputs.
         warps: warps of a program.
         stages: turns whose loads are under way at once.
@@ -283,12 +288,14 @@ def fused_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Program (row tile and block of outputs): blocks of one row tile, then the next tile of the
     same expert, so that all programs at work share inputs and words in the level-2 cache.
 
     No integer is an argument: token counts reach the kernel through ``tile_*_ptr`` alone.
     """
+    start_next_and_wait(DEPENDENT)
     PER_STEP: tl.constexpr = decode.weights_per_step(LABEL)
     RUN: tl.constexpr = decode.run_length(STEP_BITS)
     LANE: tl.constexpr = unit_outputs(TILE_WORDS, STEP_BITS, PER_STEP)
@@ -337,8 +344,9 @@ def fused_gemm_kernel(
         scale = tl.load(scale_ptr + output, mask=output < OUTPUTS, other=0)
     else:
         scale = tl.load(scale_ptr + output)
-    scale = tl.permute(tl.reshape(scale, (ORDER[0], ORDER[1], ORDER[2], ORDER[3] * 8)), (0, 2, 1, 3))
-    total *= from_pattern(tl.reshape(scale, (BLOCK_N,)))[None, :]
+    scale = tl.reshape(scale, (ORDER[0], ORDER[1], ORDER[2], ORDER[3] * 8))
+    scale = tl.reshape(tl.permute(scale, (0, 2, 1, 3)), (BLOCK_N,))
+    total *= from_pattern(scale)[None, :]
     result = tl.reshape(
         rounded(total, out_ptr.dtype.element_ty),
         (BLOCK_M, ORDER[0], ORDER[2], ORDER[1], ORDER[3] * 8),

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from erniequant.errors import ErnieQuantError
+from erniequant_kernels import dependent
 
 WARP = 32
 ARCHITECTURES = (80, 90)
@@ -116,13 +117,17 @@ def compile_kernel(
     *,
     num_warps: int,
     num_stages: int,
+    fp_fusion: bool = True,
 ) -> Any:
     """Compile a ``@triton.jit`` function for ``sm_<arch>``; pointers are taken as 16-byte aligned.
 
     Args:
         signature: type of each runtime argument, in order (``"*bf16"``, ``"i32"``).
         constants: values of the constexpr arguments.
+        fp_fusion: whether ``a * b + c`` may be rounded once.
     """
+    if dependent.ARGUMENT in kernel.arg_names:
+        constants = {**constants, dependent.ARGUMENT: arch >= dependent.LEAST_ARCH}
     signature = {**signature, **dict.fromkeys(constants, "constexpr")}
     names = list(signature)
     # Integers are not specialised (`do_not_specialize`), so nothing is known about them.
@@ -132,7 +137,7 @@ def compile_kernel(
         if t.startswith("*")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
     return triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=options)
 
 

@@ -18,6 +18,8 @@ from erniequant_kernels.prepare import prepare_kernel
 from erniequant_kernels.rotation import ELEMENTS, rotation_constants, swiglu_rotate_kernel
 from erniequant_kernels.routing import row_tiles_constants, row_tiles_reference
 from erniequant_kernels.tuning import GemmConfig, tables
+from erniequant_kernels.wint2_gemm import TURN, wint2_gemm_kernel
+from erniequant_kernels.wint2_tuning import Wint2Row, wint2_tables
 
 # ERNIE-4.5-21B-A3B: the shape that every figure on paper refers to.
 HIDDEN, INNER, EXPERTS, TOP_K = 2560, 1536, 64, 6
@@ -38,6 +40,8 @@ class Case:
         values: what arguments hold where memory accesses are counted (`machine_traffic`): a number
             for each integer, numpy arrays for tables of indices. Other pointers read as zeros.
         program: the program of the grid whose accesses are counted.
+        grid: of the launch, as the kernel may ask for it.
+        fp_fusion: see `machine_code.compile_kernel`.
     """
 
     label: str
@@ -50,6 +54,8 @@ class Case:
     turns: int = 1
     values: Mapping[str, Any] = field(default_factory=dict)
     program: tuple[int, int, int] = (0, 0, 0)
+    grid: tuple[int, int, int] = (1 << 16, 1 << 8, 1)
+    fp_fusion: bool = True
 
 
 @cache
@@ -108,6 +114,33 @@ def gemm_case(
         inputs // config.block_k // config.splits,
         values,
     )
+
+
+def wint2_case(
+    row: Wint2Row, outputs: int, inputs: int, top_k: int, experts: int = EXPERTS
+) -> Case:
+    """A product on packed WINT2 ``[experts, outputs, inputs]`` whose inputs are not split."""
+    names = ("x", "code", "local", "code_scale", "code_zp", "constants", "order", "tile_expert",
+             "tile_first", "tile_end", "out")  # fmt: skip
+    types = {"x": "*bf16", "code_scale": "*fp32", "code_zp": "*fp32"}
+    types["out"] = "*fp32" if row.partial_dtype == torch.float32 else "*bf16"
+    return Case(
+        f"wint2_gemm M{row.block_m} N{row.block_n} K{row.block_k} W{row.warps}",
+        wint2_gemm_kernel,
+        {f"{name}_ptr": types.get(name, "*i32") for name in names} | {"assignments": "i32"},
+        {
+            "TOP_K": top_k, "INPUTS": inputs, "OUTPUTS": outputs, "MMA64": True,
+            "BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "BLOCK_K": row.block_k,
+            "WARPS": row.warps, "WARP_GROUP": row.warp_group,
+        },
+        row.warps,
+        row.stages,
+        row.block_n * TURN,
+        inputs // TURN,
+        row_tile_values(row.block_m, experts, top_k),
+        grid=(1 << 16, 1, 1),
+        fp_fusion=False,
+    )  # fmt: skip
 
 
 _ROW_TILES = {
@@ -180,4 +213,6 @@ def cases(arch: int) -> Iterator[Case]:
         found = (gemm_case(code, config, 2 * INNER, HIDDEN, TOP_K) for config in configs)
         # Rows may differ in nothing but the load that they are for, and in splits.
         yield from {case.label: case for case in found}.values()
+    for row in wint2_tables()[f"sm_{arch}"].rows:
+        yield wint2_case(row, 2 * INNER, HIDDEN, TOP_K)
     yield from rotate_cases(Shape(HIDDEN, INNER, EXPERTS, TOP_K), 64, 4)

@@ -78,7 +78,7 @@ def compiled(case: Case, arch: int) -> Any:
     """The compiled kernel of a case."""
     return compile_kernel(
         case.kernel, case.arguments, case.constants, arch,
-        num_warps=case.warps, num_stages=case.stages,
+        num_warps=case.warps, num_stages=case.stages, fp_fusion=case.fp_fusion,
     )  # fmt: skip
 
 
@@ -94,10 +94,8 @@ def run_case(case: Case, kernel: Any) -> Launched:
         if not kind.startswith("*") and name not in case.values:
             raise ErnieQuantError(f"{case.label}: no value for the argument {name}")
         arguments[name] = case.values.get(name)
-    # Sizes of the grid that no kernel here asks for.
-    grid = (1 << 16, 1 << 8, 1)
     return launch(
-        kernel.asm["ptx"], kernel.metadata.shared, grid, arguments,
+        kernel.asm["ptx"], kernel.metadata.shared, case.grid, arguments,
         programs=[case.program], record=True, compute=False, most_turns=TURNS,
     )  # fmt: skip
 

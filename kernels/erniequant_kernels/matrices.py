@@ -75,6 +75,11 @@ class Wint2Matrices:
         )  # fmt: skip
 
     @property
+    def sizes(self) -> tuple[Hashable, ...]:
+        """All but the tensors, quick to hash."""
+        return self.quant_weight.shape, self.k_order
+
+    @property
     def experts(self) -> int:
         """Number of experts."""
         return self.quant_weight.shape[0]

@@ -15,6 +15,7 @@ from torch.nn import functional
 from erniequant.packing.rotation import rotate as rotate_plain
 from erniequant.packing.rotation import unpack_signs
 from erniequant_kernels.bfloat16 import from_pattern, rounded
+from erniequant_kernels.dependent import start_next_and_wait
 from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import assigned_scales
 
@@ -65,8 +66,8 @@ def _places(first_block, blocks, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, RO
     channel took half of all instructions.
 
     Returns:
-        int32 ``[ROWS * BLOCK / neighbours, 1]``: rows after the first block's, and channels; whether
-        the blocks are there; int32 ``[1, neighbours]``: what to add to channels.
+        int32 ``[ROWS * BLOCK / neighbours, 1]``: rows after the first block's, and channels;
+        whether the blocks are there; int32 ``[1, neighbours]``: what to add to channels.
     """
     NEIGHBOURS: tl.constexpr = _group(CHANNELS)
     place = tl.arange(0, ROWS * BLOCK // NEIGHBOURS)[:, None] * NEIGHBOURS
@@ -128,8 +129,10 @@ def swiglu_rotate_kernel(
     ROOT: tl.constexpr,
     NORM: tl.constexpr,
     ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """As `rotate_kernel`, of ``silu(gate) * up``; gate and up are sums of the splits, scaled."""
+    start_next_and_wait(DEPENDENT)
     first_block = tl.program_id(0) * ROWS
     blocks = rows * (INNER // BLOCK)
     row, channel, inside, neighbour = _places(first_block, blocks, INNER, BLOCK, ROWS)
@@ -139,7 +142,7 @@ def swiglu_rotate_kernel(
     gate = tl.load(part + offset, mask=inside, other=0).to(tl.float32)
     up = tl.load(part + offset + INNER, mask=inside, other=0).to(tl.float32)
     if not ONE_SPLIT:
-        for split in range(1, splits):
+        for _ in range(1, splits):
             part += rows.to(tl.int64) * (2 * INNER)
             gate += tl.load(part + offset, mask=inside, other=0).to(tl.float32)
             up += tl.load(part + offset + INNER, mask=inside, other=0).to(tl.float32)
@@ -180,7 +183,8 @@ def swiglu_rotate(
 
     Args:
         partial: ``[splits, A, 2 * I]``, contiguous: summands of gate and up.
-        scale: int16 ``[E, 2 * I]``, contiguous; expert_index: integer ``[A]``, no expert when out of range.
+        scale: int16 ``[E, 2 * I]``, contiguous; expert_index: integer ``[A]``, no expert when out of
+            range.
         signs: int32 ``[ceil(I / 32)]``.
         out: bfloat16 ``[A, I]``, contiguous; receives the result.
         scaled: the one split carries its scales; neither ``scale`` nor experts are looked at.

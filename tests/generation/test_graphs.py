@@ -1,5 +1,6 @@
 """Passes in a CUDA graph, on the CPU: the capture is a stand-in, everything around it is not."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import erniequant
 from erniequant.errors import ErnieQuantWarning
 from erniequant.evaluate import speed
-from erniequant.generation import generate
+from erniequant.generation import ChatSession, Sampling, generate, prefix_cache
 from erniequant.runtime import graphs
 from tests.micro_vl import write_image
 
@@ -111,7 +112,7 @@ def test_images_are_seen_once(models, tmp_path, monkeypatch):
     assert stand_in.replayed == 10
 
 
-def test_a_captured_pass_asks_for_no_value(loaded, monkeypatch):
+def test_a_captured_pass_asks_for_no_value(loaded, models, tmp_path, monkeypatch):
     # On a GPU experts are kernels; here they would sort their tokens on the host.
     def experts(self, x, index, routing):
         return x * routing.sum(-1, keepdim=True)
@@ -132,7 +133,9 @@ def test_a_captured_pass_asks_for_no_value(loaded, monkeypatch):
 
     stand_in = StandIn()
     monkeypatch.setattr(graphs, "capture_on", lambda _: lambda run: stand_in(strict(run)))
-    generate(*loaded, "the sea", max_tokens=8)
+    # With images, the model asks of a prompt's tokens whether they are text.
+    seen = loaded is models["vl"] and [write_image(tmp_path / "a.png", 32, 16)]
+    generate(*loaded, "the sea", images=seen or (), max_tokens=8)
     assert stand_in.captured == 1 and asked == []
     speed(loaded[0], prompt_tokens=3, new_tokens=3, repetitions=1)
     assert stand_in.captured == 3 and asked == []
@@ -205,6 +208,56 @@ def test_the_forward_function_comes_back_whatever_happens(loaded, capture):
     assert vars(loaded[0]).pop("forward") is own
 
 
+def talk(loaded, images=(), turns=4):
+    """Answers of a chat whose second message asks about images; tokens that were read before."""
+    model, tokenizer = loaded
+    session = ChatSession(model, tokenizer, sampling=Sampling(temperature=0), max_new_tokens=9)
+    said = []
+    for turn in range(turns):
+        for image in images if turn == 1 else ():
+            session.attach(image)
+        said.append(session.say(f"and {turn}"))
+    return [answer.text for answer in said], [answer.reused_tokens for answer in said]
+
+
+@pytest.mark.parametrize("least", [4, 4096])  # moved to more memory at every turn, or never
+def test_a_chat_says_the_same(loaded, least, monkeypatch):
+    plain = talk(loaded)
+    stand_in = StandIn()
+    monkeypatch.setattr(graphs, "capture_on", lambda _: stand_in)
+    monkeypatch.setattr(prefix_cache, "LEAST_CAPACITY", least)
+    assert talk(loaded) == plain
+    assert plain[1][-1] > 0
+    # All passes of an answer but the first, which reads the prompt's last token.
+    assert (stand_in.captured, stand_in.replayed) == (4, 4 * 8)
+
+
+def test_a_chat_about_images_says_the_same(models, tmp_path, monkeypatch):
+    images = [write_image(tmp_path / "a.png", 32, 16), write_image(tmp_path / "b.png", 16, 24)]
+    plain = talk(models["vl"], images)
+    stand_in = StandIn()
+    monkeypatch.setattr(graphs, "capture_on", lambda _: stand_in)
+    assert talk(models["vl"], images) == plain
+    assert stand_in.captured == 4
+
+
+def test_a_chat_goes_on_where_captures_begin_to_fail(loaded, monkeypatch):
+    # What was read lies in memory that cannot grow, and is read again.
+    plain = talk(loaded)
+    stand_in = StandIn()
+
+    def twice(run):
+        if stand_in.captured == 2:
+            raise RuntimeError("no more")
+        return stand_in(run)
+
+    monkeypatch.setattr(graphs, "capture_on", lambda _: twice)
+    monkeypatch.setattr(prefix_cache, "LEAST_CAPACITY", 4)
+    with pytest.warns(ErnieQuantWarning, match="no more"):
+        found = talk(loaded)
+    assert found[0] == plain[0]
+
+
 def test_speed_times_captured_passes(loaded, capture):
     result = speed(loaded[0], prompt_tokens=5, new_tokens=6, repetitions=1)
     assert result.new_tokens == 6
@@ -212,7 +265,37 @@ def test_speed_times_captured_passes(loaded, capture):
     assert (capture.captured, capture.replayed) == (2, 2 * (1 + 6))
 
 
+def test_a_graph_is_captured_on_the_device_of_the_model(monkeypatch):
+    # Launches go to the current stream of the device that they are on, not to another's.
+    done, now = [], {"device": 0}
+
+    class Graph:
+        def replay(self):
+            done.append("replay")
+
+    @contextlib.contextmanager
+    def on(device):
+        before, now["device"] = now["device"], device.index
+        yield
+        now["device"] = before
+
+    @contextlib.contextmanager
+    def capturing(graph, stream, capture_error_mode):
+        done.append((now["device"], stream, capture_error_mode))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    replay = graphs.capture_on(torch.device("cuda", 1))(lambda: done.append("run") or 7)
+    assert done == [(1, "stream of cuda:1", "thread_local"), "run"]
+    assert replay() == replay() == 7
+    assert done[2:] == ["replay", "replay"] and now["device"] == 0
+
+
 def test_on_the_cpu_nothing_is_captured(loaded):
     assert graphs.capture_on(torch.device("cpu")) is None
-    with graphs.captured_steps(loaded[0], 8) as cache:
-        assert cache is None and "forward" not in vars(loaded[0])
+    assert graphs.static_cache(loaded[0], 8) is None
+    with graphs.captured_steps(loaded[0], None):
+        assert "forward" not in vars(loaded[0])

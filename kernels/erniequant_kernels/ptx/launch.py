@@ -100,9 +100,9 @@ def launch(
     memory = Memory.of(contents)
     parameters = {}
     for i, (name, _) in enumerate(program.parameters):
-        value = given[i][1] if i < len(given) else None
-        is_number = not isinstance(value, np.ndarray) and value is not None
-        parameters[name] = int(value) if is_number else Memory.address(i)
+        value: Any = given[i][1] if i < len(given) else None
+        is_pointer = value is None or isinstance(value, np.ndarray)
+        parameters[name] = Memory.address(i) if is_pointer else value
     loop = main_loop(program)
     turns = {loop.last: most_turns - 1} if loop and most_turns else None
     at_once = max(1, LANES_AT_ONCE // program.threads)

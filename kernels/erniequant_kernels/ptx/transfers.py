@@ -134,10 +134,15 @@ def _commit(machine: Machine, mask: Mask) -> None:
 
 
 def _wait(instruction: Instruction) -> Execute:
-    if instruction.opcode.endswith("wait_all"):
-        return lambda machine, mask: (_commit(machine, mask), machine.arrive())[1]
-    count = int(instruction.operands[0])
-    return lambda machine, mask: machine.arrive(count)
+    everything = instruction.opcode.endswith("wait_all")
+    count = 0 if everything else int(instruction.operands[0])
+
+    def execute(machine: Machine, mask: Mask) -> None:
+        if everything:
+            _commit(machine, mask)
+        machine.arrive(count)
+
+    return execute
 
 
 def _matrices(program: Program, instruction: Instruction, place: int) -> Execute:

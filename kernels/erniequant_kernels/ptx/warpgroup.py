@@ -36,8 +36,8 @@ class Descriptor:
     @classmethod
     def of(cls, bits: int) -> "Descriptor":
         """From its 64 bits (PTX manual, matrix descriptor format)."""
-        field = [(bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32)]
-        return cls(*field, _WIDTHS[bits >> 62])
+        start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+        return cls(start, leading, stride, _WIDTHS[bits >> 62])
 
     def addresses(self, size: int, transposed: bool) -> Array:
         """Byte address of each element ``[size, 16]``, the second index being the summed one.

@@ -31,8 +31,7 @@ def strided(stride, width, vector=""):
     """A load by every lane, ``stride`` bytes apart."""
     registers = {4: "{ %r2 }", 8: "{ %r2, %r3 }", 16: "{ %r2, %r3, %r4, %r5 }"}[width]
     return (
-        f"mad.wide.u32 %rd3, %r1, {stride}, %rd1;\n"
-        f"ld.global{vector}.b32 {registers}, [ %rd3 + 0 ];"
+        f"mad.wide.u32 %rd3, %r1, {stride}, %rd1;\nld.global{vector}.b32 {registers}, [ %rd3 + 0 ];"
     )
 
 

@@ -28,6 +28,9 @@ def run(body, arrays, threads=WARP, grid=(1, 1, 1), shared=1024, **options):
     return [done.arrays[f"a{i}"] for i in range(len(arrays))]
 
 
+STORE = "\nmad.wide.u32 %rd4, %r1, 4, %rd1;\nst.global.b32 [ %rd4 + 0 ], { %r9 };"
+
+
 def signed(value, bits=32):
     value = int(value) & (1 << bits) - 1
     return value - (1 << bits) if value >> bits - 1 else value
@@ -97,7 +100,9 @@ def test_integers_of_two_registers(opcode):
     ],
 )  # fmt: skip
 def test_instructions_of_the_lane_number(instruction, expected):
-    body = f"{instruction}\nmad.wide.u32 %rd4, %r1, 4, %rd1;\nst.global.b32 [ %rd4 + 0 ], {{ %r9 }};"
+    body = (
+        f"{instruction}\nmad.wide.u32 %rd4, %r1, 4, %rd1;\nst.global.b32 [ %rd4 + 0 ], {{ %r9 }};"
+    )
     (found,) = run(body, [np.zeros(WARP, np.uint32)])
     assert found.tolist() == [expected(lane) % (1 << 32) for lane in range(WARP)]
 
@@ -168,7 +173,9 @@ st.global.b32 [ %rd4 + 0 ], { %r3 };
     ],
 )
 def test_exchanges_between_lanes(instruction, source):
-    body = f"{instruction}\nmad.wide.u32 %rd4, %r1, 4, %rd1;\nst.global.b32 [ %rd4 + 0 ], {{ %r9 }};"
+    body = (
+        f"{instruction}\nmad.wide.u32 %rd4, %r1, 4, %rd1;\nst.global.b32 [ %rd4 + 0 ], {{ %r9 }};"
+    )
     (found,) = run(body, [np.zeros(2 * WARP, np.uint32)], threads=2 * WARP)
     first = found[:WARP].tolist()
     assert first == [source(lane) for lane in range(WARP)]
@@ -180,7 +187,7 @@ def bfloat16(values):
 
 
 def test_matrix_loads_and_product():
-    # Through shared memory by ldmatrix, plain for A and transposed for B: every layout is used once.
+    # Through shared memory by ldmatrix, plain for A and transposed for B: all layouts are used.
     generator = np.random.default_rng(0)
     a, b = generator.integers(-8, 8, (16, 16)), generator.integers(-8, 8, (16, 8))
     c = generator.integers(-8, 8, (16, 8)).astype(np.float32)
