@@ -62,8 +62,7 @@ def _group(channels):
 def _places(first_block, blocks, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Where ROWS consecutive blocks lie in rows of CHANNELS.
 
-    Row and channel are found once for neighbours, in 32 bits: divisions in 64 bits for every
-    channel took half of all instructions.
+    Row and channel are found once for neighbours, in 32 bits. The first block's row alone takes 64.
 
     Returns:
         int32 ``[ROWS * BLOCK / neighbours, 1]``: rows after the first block's, and channels;
@@ -183,8 +182,8 @@ def swiglu_rotate(
 
     Args:
         partial: ``[splits, A, 2 * I]``, contiguous: summands of gate and up.
-        scale: int16 ``[E, 2 * I]``, contiguous; expert_index: integer ``[A]``, no expert when out of
-            range.
+        scale: int16 ``[E, 2 * I]``, contiguous.
+        expert_index: integer ``[A]``, no expert when out of range.
         signs: int32 ``[ceil(I / 32)]``.
         out: bfloat16 ``[A, I]``, contiguous; receives the result.
         scaled: the one split carries its scales; neither ``scale`` nor experts are looked at.
