@@ -56,7 +56,10 @@ def combine_kernel(
         valid = (expert >= 0) & (expert < EXPERTS)
         # Values of no expert may be anything in memory: not loaded, rather than multiplied by zero.
         # Its routing weight may be anything too.
-        mask = output < tl.where(valid, OUTPUTS, 0)
+        # One mask for all lanes where blocks are full, still with an entry for each.
+        every = tl.full((BLOCK_N,), True, tl.int1)
+        valid_outputs = tl.where(valid, OUTPUTS, 0)
+        mask = every & valid if OUTPUTS % BLOCK_N == 0 else output < valid_outputs
         weight = tl.where(valid, tl.load(routing_ptr + assignment).to(tl.float32), 0.0)
         row = partial_ptr + assignment * OUTPUTS
         y = tl.load(row + output, mask=mask, other=0).to(tl.float32)

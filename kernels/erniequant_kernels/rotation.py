@@ -59,11 +59,18 @@ def _group(channels):
 
 
 @triton.jit
+def _first_block(program, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The first of a program's blocks; only of blocks of one channel can there be 2^31."""
+    if BLOCK == 1:
+        program = program.to(tl.int64)
+    return program * ROWS
+
+
+@triton.jit
 def _places(first_block, blocks, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Where ROWS consecutive blocks lie in rows of CHANNELS.
 
-    Row and channel are found once for neighbours, in 32 bits: divisions in 64 bits for every
-    channel took half of all instructions.
+    Row and channel are found once for neighbours, in 32 bits. The first block's row alone takes 64.
 
     Returns:
         int32 ``[ROWS * BLOCK / neighbours, 1]``: rows after the first block's, and channels;
@@ -71,8 +78,8 @@ def _places(first_block, blocks, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, RO
     """
     NEIGHBOURS: tl.constexpr = _group(CHANNELS)
     place = tl.arange(0, ROWS * BLOCK // NEIGHBOURS)[:, None] * NEIGHBOURS
-    inside = place < (blocks - first_block) * BLOCK
-    place += first_block % (CHANNELS // BLOCK) * BLOCK
+    inside = place < tl.minimum(blocks - first_block, ROWS).to(tl.int32) * BLOCK
+    place += (first_block % (CHANNELS // BLOCK) * BLOCK).to(tl.int32)
     channel = tl.multiple_of(place % CHANNELS, (NEIGHBOURS, 1))
     return place // CHANNELS, channel, inside, tl.arange(0, NEIGHBOURS)[None, :]
 
@@ -102,7 +109,7 @@ def rotate_kernel(
     FIRST: tl.constexpr,
 ):
     """Program FIRST + i rotates ROWS consecutive blocks of channels, of one token or more."""
-    first_block = (tl.program_id(0) - FIRST) * ROWS
+    first_block = _first_block(tl.program_id(0) - FIRST, BLOCK, ROWS)
     _, channel, inside, neighbour = _places(first_block, blocks, INPUTS, BLOCK, ROWS)
     # Blocks follow one another in memory, whatever token they are of.
     base = first_block.to(tl.int64) * BLOCK
@@ -133,8 +140,8 @@ def swiglu_rotate_kernel(
 ):
     """As `rotate_kernel`, of ``silu(gate) * up``; gate and up are sums of the splits, scaled."""
     start_next_and_wait(DEPENDENT)
-    first_block = tl.program_id(0) * ROWS
-    blocks = rows * (INNER // BLOCK)
+    first_block = _first_block(tl.program_id(0), BLOCK, ROWS)
+    blocks = rows.to(first_block.dtype) * (INNER // BLOCK)
     row, channel, inside, neighbour = _places(first_block, blocks, INNER, BLOCK, ROWS)
     first_row = first_block // (INNER // BLOCK)
     part = partial_ptr + first_row.to(tl.int64) * (2 * INNER)

@@ -48,10 +48,11 @@ def test_sections_of_pages_by_name(subject: str) -> None:
 
 def test_sections_of_other_pages() -> None:
     from benchmarks.cpu import page as cpu
-    from benchmarks.kernels import page
+    from benchmarks.kernels import host, page
 
-    assert cpu.PAGE == page.PAGE
-    check_markers(page.PAGE, set(page.sections([])) | set(cpu.sections()))
+    assert cpu.PAGE == page.PAGE == host.PAGE
+    of_host = {"host", "host_cpu", "variants"}
+    check_markers(page.PAGE, set(page.sections([])) | set(cpu.sections()) | of_host)
     check_markers(DOCS / "vision_language.md", {"perplexity", "paired"})
     check_markers(DOCS / "large_models.md", {"memory", "calibration", "packed"})
     check_markers(ROOT / "README.md", {"demo"})
