@@ -21,9 +21,6 @@ Capture = Callable[[Callable[[], Any]], Callable[[], Any]]
 """Takes a function and returns one that does the same again, in the same memory, and gives what the
 function gave. Taking it runs nothing."""
 
-_TEXT_ONLY = ("mm_token_type_ids", "moe_mm_token_type_ids")
-"""Inputs that tell an image's tokens from text. A new token is text, and the model would ask."""
-
 
 def cuda_graph(device: torch.device, run: Callable[[], Any]) -> Callable[[], Any]:
     """`Capture` for a GPU, once the device is given."""
@@ -69,7 +66,6 @@ class DecodeStep:
         ours = ids is not None and ids.shape == (1, 1) and inputs.get(self._argument) is self._cache
         if not ours or self._model in _failed:
             return self._forward(**inputs)
-        inputs = {name: value for name, value in inputs.items() if name not in _TEXT_ONLY}
         if not self._warm:
             self._warm = True
             return self._forward(**inputs)

@@ -112,7 +112,7 @@ def test_images_are_seen_once(models, tmp_path, monkeypatch):
     assert stand_in.replayed == 10
 
 
-def test_a_captured_pass_asks_for_no_value(loaded, monkeypatch):
+def test_a_captured_pass_asks_for_no_value(loaded, models, tmp_path, monkeypatch):
     # On a GPU experts are kernels; here they would sort their tokens on the host.
     def experts(self, x, index, routing):
         return x * routing.sum(-1, keepdim=True)
@@ -133,7 +133,9 @@ def test_a_captured_pass_asks_for_no_value(loaded, monkeypatch):
 
     stand_in = StandIn()
     monkeypatch.setattr(graphs, "capture_on", lambda _: lambda run: stand_in(strict(run)))
-    generate(*loaded, "the sea", max_tokens=8)
+    # With images, the model asks of a prompt's tokens whether they are text.
+    seen = loaded is models["vl"] and [write_image(tmp_path / "a.png", 32, 16)]
+    generate(*loaded, "the sea", images=seen or (), max_tokens=8)
     assert stand_in.captured == 1 and asked == []
     speed(loaded[0], prompt_tokens=3, new_tokens=3, repetitions=1)
     assert stand_in.captured == 3 and asked == []
