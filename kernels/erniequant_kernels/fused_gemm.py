@@ -10,8 +10,8 @@ What makes it cheap (counts: `erniequant bench static`):
 
 * Consecutive outputs of one input row lie side by side in a lane, and in shared memory too: a
   masked product of the label ``pair`` is stored as it is, 16 bytes a store. With inputs side by
-  side (weights as the first operand) every two weights took a permute, and 4.3 issue slots per
-  2-bit weight instead of 3.3.
+  side (weights as the first operand) every two weights took a permute, and a 2-bit weight 4.3
+  issue slots instead of 2.8.
 * Columns of the tile are ordered so that eight lanes which store together hit all banks, see
   `_column_order`; results are put in order when they are stored.
 """
@@ -25,19 +25,24 @@ import triton.language as tl
 from erniequant.codes.reference import decode as reference_decode
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
-from erniequant_kernels.bfloat16 import INTERPRETED, MATRIX_TYPE, rounded
+from erniequant_kernels.bfloat16 import INTERPRETED, MATRIX_TYPE, from_pattern, rounded
 from erniequant_kernels.dense_gemm import dense_gemm_reference
+from erniequant_kernels.dependent import start_next_and_wait
 from erniequant_kernels.launch import launch
-from erniequant_kernels.routing import RowTiles
+from erniequant_kernels.routing import RowTiles, assigned_scales
 
 
 @dataclass(frozen=True)
 class FusedGemmConfig:
     """Tile sizes, powers of two.
 
+    A lane decodes 64 outputs of an input at once (`unit_outputs`; 32 of 3 and 4 bits, or of a tile
+    of 32): with fewer of them in a turn than a program has lanes, lanes decode the same twice.
+
     Attributes:
         block_m: tokens of a row tile, from 16; warp-group-wide instructions (sm_90) need 64.
-        block_n: outputs of a program, from 64.
+        block_n: outputs of a program, from 64. A whole tile needs no word from outside, and inputs
+            are fetched less often.
         block_k: inputs of one turn of the loop, from 16; must divide the inputs.
         warps: warps of a program.
         stages: turns whose loads are under way at once.
@@ -246,23 +251,26 @@ def _weights(
 
 
 def fused_gemm_reference(
-    x: torch.Tensor, packed: torch.Tensor, code: ConvolutionalCode, tile: int,
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, code: ConvolutionalCode, tile: int,
     expert_index: torch.Tensor, top_k: int,
 ) -> torch.Tensor:  # fmt: skip
-    """The product in plain torch, float32 ``[A, N]``: ``labels[expert] @ x[row]``.
+    """The product in plain torch, float32 ``[A, N]``: ``scale * labels[expert] @ x[row]``.
 
     Args:
         x: rotated inputs ``[rows, K]``; assignment ``a`` reads row ``a // top_k``.
-        packed: int32 ``[E, N / tile, K * words]``.
+        packed: int32 ``[E, N / tile, K * words]``; scale: int16 ``[E, N, 1]``.
         expert_index: integer ``[A]``; assignments to no expert stay zero.
     """
-    return dense_gemm_reference(x, reference_decode(packed, code, tile), expert_index, top_k)
+    labels = reference_decode(packed, code, tile)
+    scales, _ = assigned_scales(scale.flatten(1), expert_index)
+    return dense_gemm_reference(x, labels, expert_index, top_k) * scales
 
 
 @triton.jit
 def fused_gemm_kernel(
     x_ptr,
     packed_ptr,
+    scale_ptr,
     constants_ptr,
     order_ptr,
     tile_expert_ptr,
@@ -280,12 +288,14 @@ def fused_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Program (row tile and block of outputs): blocks of one row tile, then the next tile of the
     same expert, so that all programs at work share inputs and words in the level-2 cache.
 
     No integer is an argument: token counts reach the kernel through ``tile_*_ptr`` alone.
     """
+    start_next_and_wait(DEPENDENT)
     PER_STEP: tl.constexpr = decode.weights_per_step(LABEL)
     RUN: tl.constexpr = decode.run_length(STEP_BITS)
     LANE: tl.constexpr = unit_outputs(TILE_WORDS, STEP_BITS, PER_STEP)
@@ -327,12 +337,21 @@ def fused_gemm_kernel(
         weights = _weights(tile, keep, LABEL, BLOCK_K, BLOCK_N)
         total = tl.dot(x.to(MATRIX_TYPE), weights.to(MATRIX_TYPE), total)
 
+    # Scaled as columns are ordered here: a scale per output changes lanes, not all results twice.
+    output = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    scale_ptr += expert * OUTPUTS
+    if OUTPUTS % BLOCK_N:
+        scale = tl.load(scale_ptr + output, mask=output < OUTPUTS, other=0)
+    else:
+        scale = tl.load(scale_ptr + output)
+    scale = tl.reshape(scale, (ORDER[0], ORDER[1], ORDER[2], ORDER[3] * 8))
+    scale = tl.reshape(tl.permute(scale, (0, 2, 1, 3)), (BLOCK_N,))
+    total *= from_pattern(scale)[None, :]
     result = tl.reshape(
         rounded(total, out_ptr.dtype.element_ty),
         (BLOCK_M, ORDER[0], ORDER[2], ORDER[1], ORDER[3] * 8),
     )
     result = tl.reshape(tl.permute(result, (0, 1, 3, 2, 4)), (BLOCK_M, BLOCK_N))
-    output = block * BLOCK_N + tl.arange(0, BLOCK_N)
     place = out_ptr + assignment[:, None] * OUTPUTS + output[None, :]
     mask = inside[:, None]
     if OUTPUTS % BLOCK_N:
@@ -341,15 +360,17 @@ def fused_gemm_kernel(
 
 
 def fused_gemm(
-    x: torch.Tensor, packed: torch.Tensor, constants: torch.Tensor, code: ConvolutionalCode,
-    tile: int, tiles: RowTiles, top_k: int, out: torch.Tensor, config: FusedGemmConfig,
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, constants: torch.Tensor,
+    code: ConvolutionalCode, tile: int, tiles: RowTiles, top_k: int, out: torch.Tensor,
+    config: FusedGemmConfig,
 ) -> None:  # fmt: skip
-    """Products of all assignments with their experts' labels; scales are left to the consumer.
+    """Products of all assignments with their experts' labels, scaled before they are rounded.
 
     Args:
         x: rotated inputs, bfloat16 ``[rows, K]``, contiguous; assignment ``a`` reads row
             ``a // top_k``.
         packed: int32 ``[E, N / tile, K * words]``, contiguous.
+        scale: int16 ``[E, N, 1]``, contiguous.
         constants: from `decode.constants`.
         tiles: row tiles of ``config.block_m``.
         out: ``[A, N]`` of any float type, contiguous; rows of assignments to no expert are left as
@@ -359,7 +380,7 @@ def fused_gemm(
     blocks = triton.cdiv(outputs, config.block_n)
     launch(
         fused_gemm_kernel, (tiles.expert.numel() * blocks,),
-        x, packed, constants, tiles.order, tiles.expert, tiles.first, tiles.end, out,
+        x, packed, scale, constants, tiles.order, tiles.expert, tiles.first, tiles.end, out,
         TOP_K=top_k, INPUTS=x.shape[-1], OUTPUTS=outputs,
         TILE_WORDS=code.words_per_sequence(tile),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,

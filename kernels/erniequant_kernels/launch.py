@@ -21,6 +21,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from erniequant.errors import ErnieQuantError
+from erniequant_kernels import dependent
 
 ALIGNMENT = 256
 """Bytes at which pieces of the workspace begin."""
@@ -127,6 +128,8 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> No
         ErnieQuantError: a CUDA graph is being captured, and the kernel is not compiled.
     """
     constants = {"enable_fp_fusion": True, **constants}
+    if dependent.ARGUMENT in getattr(kernel, "arg_names", ()) and isinstance(kernel, JITFunction):
+        constants[dependent.ARGUMENT] = constants["launch_pdl"] = dependent.supported()
     loads = _rehearsal.get()
     if loads is not None:
         if isinstance(kernel, JITFunction):

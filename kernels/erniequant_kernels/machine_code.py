@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from erniequant.errors import ErnieQuantError
+from erniequant_kernels import dependent
 
 WARP = 32
 ARCHITECTURES = (80, 90)
@@ -125,6 +126,8 @@ def compile_kernel(
         constants: values of the constexpr arguments.
         fp_fusion: whether ``a * b + c`` may be rounded once.
     """
+    if dependent.ARGUMENT in kernel.arg_names:
+        constants = {**constants, dependent.ARGUMENT: arch >= dependent.LEAST_ARCH}
     signature = {**signature, **dict.fromkeys(constants, "constexpr")}
     names = list(signature)
     # Integers are not specialised (`do_not_specialize`), so nothing is known about them.

@@ -11,7 +11,7 @@ from erniequant.codes import EFFORTS, REGISTERED, get_code, register_length
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
 from erniequant_kernels.bench.problem import Shape, make_batch
-from erniequant_kernels.combine import BLOCK_N, combine_kernel
+from erniequant_kernels.combine import BLOCK_N, WARPS, combine_kernel
 from erniequant_kernels.fused_gemm import FusedGemmConfig, fused_gemm_kernel
 from erniequant_kernels.packed_gemm import groups_per_warp, packed_gemm_kernel
 from erniequant_kernels.prepare import prepare_kernel
@@ -78,7 +78,10 @@ def gemm_case(
 ) -> Case:  # fmt: skip
     """A product on packed weights ``[experts, outputs, inputs]``."""
     name = f"{code.name} L{code.register_length} M{config.block_m}"
-    arguments = {"x_ptr": "*bf16", "packed_ptr": "*i32", "constants_ptr": "*i32"}
+    fused = isinstance(config, FusedGemmConfig)
+    arguments = {"x_ptr": "*bf16", "packed_ptr": "*i32"}
+    arguments |= {"scale_ptr": "*i16"} if fused else {}
+    arguments |= {"constants_ptr": "*i32"}
     tiles = ("order_ptr", "tile_expert_ptr", "tile_first_ptr", "tile_end_ptr")
     arguments |= dict.fromkeys(tiles, "*i32")
     constants = {
@@ -152,8 +155,9 @@ def rotate_cases(
     """``prepare``, ``swiglu_rotate`` and ``combine`` of a layer.
 
     Args:
-        partial: type of what the products write; fused ones write ``*bf16``.
+        partial: type of what the products write; fused ones write ``*bf16``, scaled.
     """
+    written = {"ONE_SPLIT": splits == 1, "SCALED": partial == "*bf16"}
     block = rotation_constants(ROTATION_BLOCK)
     assignments = tokens * shape.top_k
     rotation = {"x_ptr": "*bf16", "signs_ptr": "*i32", "out_ptr": "*bf16", "blocks": "i32"}
@@ -173,7 +177,7 @@ def rotate_cases(
     }  # fmt: skip
     swiglu = Case(
         "swiglu_rotate", swiglu_rotate_kernel, pointers,
-        {"EXPERTS": shape.experts, "INNER": shape.inner} | block, 4, 3,
+        {"EXPERTS": shape.experts, "INNER": shape.inner} | written | block, 4, 3,
         values={"rows": assignments, "splits": splits},
     )  # fmt: skip
     combine = Case(
@@ -183,7 +187,7 @@ def rotate_cases(
             "routing_ptr": "*bf16", "out_ptr": "*bf16", "assignments": "i32", "splits": "i32",
         },
         {"EXPERTS": shape.experts, "OUTPUTS": shape.hidden, "TOP_K": shape.top_k,
-         "BLOCK_N": BLOCK_N}, 4, 3,
+         "BLOCK_N": BLOCK_N} | written, WARPS, 3,
         values={"assignments": assignments, "splits": splits},
     )  # fmt: skip
     return prepare, swiglu, combine

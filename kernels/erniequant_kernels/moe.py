@@ -26,13 +26,18 @@ class MatrixPlan:
 
     Attributes:
         config: of the product, packed for few tokens and fused for many.
-        partial: shape ``[splits, A, N]`` and dtype of the unscaled products.
+        partial: shape ``[splits, A, N]`` and dtype of the products.
         rotated: shape ``[rows, K]`` of the rotated inputs, bfloat16.
     """
 
     config: PackedGemmConfig | FusedGemmConfig
     partial: tuple[tuple[int, int, int], torch.dtype]
     rotated: tuple[int, int]
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the products carry their scales: packed ones are summands until they are read."""
+        return isinstance(self.config, FusedGemmConfig)
 
 
 @dataclass(frozen=True)
@@ -89,13 +94,15 @@ def constants_on(device: torch.device) -> torch.Tensor:
 def _multiply(
     x: torch.Tensor, matrix: PackedMatrices, how: MatrixPlan, tiles: RowTiles, top_k: int
 ) -> torch.Tensor:
-    """Unscaled products of all assignments: ``[splits, A, N]``."""
+    """Products of all assignments: ``[splits, A, N]``, scaled if the plan says so."""
     out = empty(*how.partial, x.device)
     packed, constants, code = matrix.packed, constants_on(x.device), matrix.code
     if isinstance(how.config, PackedGemmConfig):
         packed_gemm(x, packed, constants, code, matrix.tile, tiles, top_k, out, how.config)
     else:
-        fused_gemm(x, packed, constants, code, matrix.tile, tiles, top_k, out[0], how.config)
+        fused_gemm(
+            x, packed, matrix.scale, constants, code, matrix.tile, tiles, top_k, out[0], how.config
+        )
     return out
 
 
@@ -132,9 +139,12 @@ def moe_experts(
         )  # fmt: skip
         partial = _multiply(hidden, gate_up, how.gate_up, tiles, top_k)
         inner = empty(how.down.rotated, torch.bfloat16, x.device)
-        swiglu_rotate(partial, gate_up.scale, expert_index, down.signs, down.rotation_block, inner)
+        swiglu_rotate(
+            partial, gate_up.scale, expert_index, down.signs, down.rotation_block, inner,
+            scaled=how.gate_up.scaled,
+        )  # fmt: skip
         partial = _multiply(inner, down, how.down, tiles, 1)
-        combine(partial, down.scale, expert_index, routing, out)
+        combine(partial, down.scale, expert_index, routing, out, scaled=how.down.scaled)
 
     repeated(
         ("moe", expert_index.shape, x.shape, gate_up.sizes, down.sizes, tuning),

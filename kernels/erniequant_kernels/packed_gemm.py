@@ -16,6 +16,7 @@ from erniequant.codes.reference import decode as reference_decode
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
 from erniequant_kernels.dense_gemm import dense_gemm_reference
+from erniequant_kernels.dependent import start_next_and_wait
 from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import RowTiles
 
@@ -81,12 +82,14 @@ def packed_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUPS: tl.constexpr,
     SPLITS: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Program (row tile and group block, split): GROUPS groups of outputs for one row tile.
 
     ``x`` is bf16 ``[rows, INPUTS]``, ``out`` float32 ``[SPLITS, assignments, OUTPUTS]``; each split
     takes an equal part of the turns.
     """
+    start_next_and_wait(DEPENDENT)
     PER_STEP: tl.constexpr = decode.weights_per_step(LABEL)
     PER_GROUP: tl.constexpr = 8 * PER_STEP
     GROUP_COUNT: tl.constexpr = OUTPUTS // PER_GROUP

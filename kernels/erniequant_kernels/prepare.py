@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from erniequant_kernels.dependent import start_next_and_wait
 from erniequant_kernels.launch import launch
 from erniequant_kernels.rotation import rotate_kernel, rotation_constants, rotation_programs
 from erniequant_kernels.routing import (
@@ -38,8 +39,10 @@ def prepare_kernel(
     ROOT: tl.constexpr,
     NORM: tl.constexpr,
     ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """The first EXPERTS programs are those of `row_tiles_kernel`, the others of `rotate_kernel`."""
+    start_next_and_wait(DEPENDENT)
     if tl.program_id(0) < EXPERTS:
         row_tiles_kernel(
             index_ptr, order_ptr, expert_ptr, first_ptr, end_ptr, starts_ptr, assignments, tiles,

@@ -5,6 +5,8 @@ A rotated input is written as bfloat16. It is used by every chosen expert and ev
 so it is written once rather than rotated where it is loaded.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch.nn import functional
 from erniequant.packing.rotation import rotate as rotate_plain
 from erniequant.packing.rotation import unpack_signs
 from erniequant_kernels.bfloat16 import from_pattern, rounded
+from erniequant_kernels.dependent import start_next_and_wait
 from erniequant_kernels.launch import launch
 from erniequant_kernels.routing import assigned_scales
 
@@ -27,11 +30,12 @@ def rotate_reference(x: torch.Tensor, signs: torch.Tensor, block: int) -> torch.
 
 def swiglu_rotate_reference(
     partial: torch.Tensor, scale: torch.Tensor, expert_index: torch.Tensor, signs: torch.Tensor,
-    block: int,
+    block: int, scaled: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """`swiglu_rotate` in plain torch."""
     scales, _ = assigned_scales(scale, expert_index)
-    gate, up = (partial.float().sum(0) * scales).chunk(2, dim=-1)
+    y = partial.float().sum(0)
+    gate, up = (y if scaled else y * scales).chunk(2, dim=-1)
     return rotate_reference(functional.silu(gate) * up, signs, block)
 
 
@@ -48,12 +52,40 @@ def _butterflies(x, ROWS: tl.constexpr, BLOCK: tl.constexpr, ROOT: tl.constexpr)
     return x
 
 
+@triton.constexpr_function
+def _group(channels):
+    """Channels that a lane loads together: eight where rows are whole numbers of them."""
+    return math.gcd(channels, 8)
+
+
 @triton.jit
-def _rotated(x, signs_ptr, channel, ROWS: tl.constexpr, BLOCK: tl.constexpr, ROOT: tl.constexpr,
-             NORM: tl.constexpr):  # fmt: skip
-    """Signs by channel, butterflies, norm: float32 ``[ROWS, BLOCK]``."""
-    negative = (tl.load(signs_ptr + channel // 32) >> (channel % 32)) & 1
-    return _butterflies(tl.where(negative != 0, -x, x), ROWS, BLOCK, ROOT) * NORM
+def _places(first_block, blocks, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Where ROWS consecutive blocks lie in rows of CHANNELS.
+
+    Row and channel are found once for neighbours, in 32 bits: divisions in 64 bits for every
+    channel took half of all instructions.
+
+    Returns:
+        int32 ``[ROWS * BLOCK / neighbours, 1]``: rows after the first block's, and channels;
+        whether the blocks are there; int32 ``[1, neighbours]``: what to add to channels.
+    """
+    NEIGHBOURS: tl.constexpr = _group(CHANNELS)
+    place = tl.arange(0, ROWS * BLOCK // NEIGHBOURS)[:, None] * NEIGHBOURS
+    inside = place < (blocks - first_block) * BLOCK
+    place += first_block % (CHANNELS // BLOCK) * BLOCK
+    channel = tl.multiple_of(place % CHANNELS, (NEIGHBOURS, 1))
+    return place // CHANNELS, channel, inside, tl.arange(0, NEIGHBOURS)[None, :]
+
+
+@triton.jit
+def _rotated(x, signs_ptr, channel, neighbour, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+             ROOT: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """Signs by channel, butterflies, norm: float32 in the shape of ``x``."""
+    signs = tl.load(signs_ptr + channel // 32).to(tl.uint32, bitcast=True) >> (channel % 32)
+    flip = (signs << (31 - neighbour)) & 0x80000000
+    flipped = (x.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
+    turned = _butterflies(tl.reshape(flipped, (ROWS, BLOCK)), ROWS, BLOCK, ROOT)
+    return tl.reshape(turned * NORM, x.shape)
 
 
 @triton.jit
@@ -70,13 +102,14 @@ def rotate_kernel(
     FIRST: tl.constexpr,
 ):
     """Program FIRST + i rotates ROWS consecutive blocks of channels, of one token or more."""
-    index = (tl.program_id(0) - FIRST).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token = (index // (INPUTS // BLOCK))[:, None]
-    channel = (index % (INPUTS // BLOCK) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
-    inside = (index < blocks)[:, None] & (channel < INPUTS)
-    x = tl.load(x_ptr + token * INPUTS + channel, mask=inside, other=0).to(tl.float32)
-    rotated = _rotated(x, signs_ptr, channel, ROWS, BLOCK, ROOT, NORM)
-    tl.store(out_ptr + token * INPUTS + channel, rounded(rotated, tl.bfloat16), mask=inside)
+    first_block = (tl.program_id(0) - FIRST) * ROWS
+    _, channel, inside, neighbour = _places(first_block, blocks, INPUTS, BLOCK, ROWS)
+    # Blocks follow one another in memory, whatever token they are of.
+    base = first_block.to(tl.int64) * BLOCK
+    offset = tl.arange(0, channel.shape[0])[:, None] * neighbour.shape[1] + neighbour
+    x = tl.load(x_ptr + base + offset, mask=inside, other=0).to(tl.float32)
+    rotated = _rotated(x, signs_ptr, channel, neighbour, ROWS, BLOCK, ROOT, NORM)
+    tl.store(out_ptr + base + offset, rounded(rotated, tl.bfloat16), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -90,31 +123,41 @@ def swiglu_rotate_kernel(
     splits,
     EXPERTS: tl.constexpr,
     INNER: tl.constexpr,
+    ONE_SPLIT: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
     ROOT: tl.constexpr,
     NORM: tl.constexpr,
     ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """As `rotate_kernel`, of ``silu(gate) * up``; gate and up are sums of the splits, scaled."""
-    index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row = (index // (INNER // BLOCK))[:, None]
-    channel = (index % (INNER // BLOCK) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (channel < INNER)
-    expert = tl.load(expert_index_ptr + row, mask=row < rows, other=0)
-    # A row that no expert computes is not read either; any scale will do.
-    expert = tl.where((expert >= 0) & (expert < EXPERTS), expert, 0).to(tl.int64)
-    gate = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    up = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for split in range(0, splits):
-        part = partial_ptr + (split * rows + row) * (2 * INNER) + channel
-        gate += tl.load(part, mask=inside, other=0).to(tl.float32)
-        up += tl.load(part + INNER, mask=inside, other=0).to(tl.float32)
-    scale = scale_ptr + expert * (2 * INNER) + channel
-    gate *= from_pattern(tl.load(scale, mask=inside, other=0))
-    up *= from_pattern(tl.load(scale + INNER, mask=inside, other=0))
+    start_next_and_wait(DEPENDENT)
+    first_block = tl.program_id(0) * ROWS
+    blocks = rows * (INNER // BLOCK)
+    row, channel, inside, neighbour = _places(first_block, blocks, INNER, BLOCK, ROWS)
+    first_row = first_block // (INNER // BLOCK)
+    part = partial_ptr + first_row.to(tl.int64) * (2 * INNER)
+    offset = row * (2 * INNER) + channel + neighbour
+    gate = tl.load(part + offset, mask=inside, other=0).to(tl.float32)
+    up = tl.load(part + offset + INNER, mask=inside, other=0).to(tl.float32)
+    if not ONE_SPLIT:
+        for _ in range(1, splits):
+            part += rows.to(tl.int64) * (2 * INNER)
+            gate += tl.load(part + offset, mask=inside, other=0).to(tl.float32)
+            up += tl.load(part + offset + INNER, mask=inside, other=0).to(tl.float32)
+    if not SCALED:
+        expert = tl.load(expert_index_ptr + first_row + row, mask=inside, other=0)
+        # A row that no expert computes is not read either; any scale will do.
+        expert = tl.where((expert >= 0) & (expert < EXPERTS), expert, 0).to(tl.int64)
+        scale = scale_ptr + expert * (2 * INNER) + channel + neighbour
+        gate *= from_pattern(tl.load(scale, mask=inside, other=0))
+        up *= from_pattern(tl.load(scale + INNER, mask=inside, other=0))
     inner = gate / (1 + tl.exp(-gate)) * up
-    rotated = _rotated(inner, signs_ptr, channel, ROWS, BLOCK, ROOT, NORM)
-    tl.store(out_ptr + row * INNER + channel, rounded(rotated, tl.bfloat16), mask=inside)
+    rotated = _rotated(inner, signs_ptr, channel, neighbour, ROWS, BLOCK, ROOT, NORM)
+    base = out_ptr + first_block.to(tl.int64) * BLOCK
+    offset = tl.arange(0, channel.shape[0])[:, None] * neighbour.shape[1] + neighbour
+    tl.store(base + offset, rounded(rotated, tl.bfloat16), mask=inside)
 
 
 def rotation_programs(blocks: int, block: int) -> int:
@@ -134,20 +177,23 @@ def rotation_constants(block: int) -> dict[str, int | float]:
 
 def swiglu_rotate(
     partial: torch.Tensor, scale: torch.Tensor, expert_index: torch.Tensor, signs: torch.Tensor,
-    block: int, out: torch.Tensor,
+    block: int, out: torch.Tensor, scaled: bool = False,
 ) -> None:  # fmt: skip
     """Rotate ``silu(gate) * up``, the inputs of the down projection.
 
     Args:
-        partial: ``[splits, A, 2 * I]``, contiguous: summands of gate and up before their scales.
-        scale: int16 ``[E, 2 * I]``; expert_index: integer ``[A]``, no expert when out of range.
+        partial: ``[splits, A, 2 * I]``, contiguous: summands of gate and up.
+        scale: int16 ``[E, 2 * I]``, contiguous; expert_index: integer ``[A]``, no expert when out of
+            range.
         signs: int32 ``[ceil(I / 32)]``.
         out: bfloat16 ``[A, I]``, contiguous; receives the result.
+        scaled: the one split carries its scales; neither ``scale`` nor experts are looked at.
     """
     splits, rows, double = partial.shape
     blocks = rows * double // 2 // block
     launch(
         swiglu_rotate_kernel, (rotation_programs(blocks, block),),
         partial, scale, expert_index, signs, out, rows, splits,
-        EXPERTS=scale.shape[0], INNER=double // 2, num_warps=4, **rotation_constants(block),
+        EXPERTS=scale.shape[0], INNER=double // 2, ONE_SPLIT=splits == 1, SCALED=scaled,
+        num_warps=4, **rotation_constants(block),
     )  # fmt: skip

@@ -4,6 +4,7 @@ Prints one JSON object. Driver and device are not there; Triton and all of ours 
 """
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,10 @@ from erniequant_kernels.bench import host
 from erniequant_kernels.bench.problem import SHAPES, random_matrices
 from erniequant_kernels.moe import moe_experts
 from erniequant_kernels.tuning import tables
+
+PTX = re.compile(
+    r"griddepcontrol\.\w+|\b(?:ld|st|cp\.async\.\w+\.shared|red|atom)\.global|cp\.async\.c[ag]"
+)
 
 TOKENS = (*range(1, 257), *range(257, 4097, 61), *range(272, 4097, 304))
 """Every count up to more than ten tokens an expert, which is where tiles change; then odd ones and
@@ -121,6 +126,27 @@ def unaligned(mocked: host.MockedDriver) -> dict[str, Any]:
     return {"compiled": mocked.compiled[before:], "tensors passed": tensors}
 
 
+def ordered(_: host.MockedDriver) -> dict[str, list[list[str]]]:
+    """What kernels do to global memory and to the order of launches, in PTX, by architecture; and
+    whether they are launched early."""
+    found = {}
+    for arch in (80, 90):
+        with host.mocked_driver(arch) as mocked:
+            layer = Layer(mocked)
+            for tokens in (1, 4000):  # packed and fused products
+                layer.run(batch(tokens))
+            kernels = {
+                compiled.name: compiled
+                for function in mocked.functions
+                for compiled in function.device_caches[mocked.get_current_device()][0].values()
+            }
+            found[str(arch)] = [
+                [name, compiled.metadata.launch_pdl, *PTX.findall(compiled.asm["ptx"])]
+                for name, compiled in kernels.items()
+            ]
+    return found
+
+
 def capture(mocked: host.MockedDriver) -> dict[str, Any]:
     """What is said in a capture before and after the kernels are ready."""
     layer = Layer(mocked)
@@ -204,7 +230,7 @@ def counts(_: host.MockedDriver) -> dict[str, int]:
 def main() -> None:
     """Run every probe on a driver of its own."""
     probes: tuple[Callable[[host.MockedDriver], Any], ...] = (
-        same_launches, pieces, unaligned, warmed_up, watched, forgotten, counts, capture,
+        same_launches, pieces, unaligned, warmed_up, watched, forgotten, ordered, counts, capture,
     )  # fmt: skip
     found = {}
     for probe in probes:

@@ -70,6 +70,22 @@ def test_other_numbers_of_tokens_compile_little(probe):
     assert {what: count for what, count in probe["counts"].items() if count > 6} == {}
 
 
+def test_kernels_that_start_early_wait_before_they_touch_memory(probe):
+    # Memory may be in use until the kernel before has ended, and only sm_90 has the instruction.
+    names = {"prepare", "packed_gemm", "fused_gemm", "swiglu_rotate", "combine"}
+    for arch, kernels in probe["ordered"].items():
+        assert {name for name, *_ in kernels} == {f"{name}_kernel" for name in names}
+        for name, early, *done in kernels:
+            assert early == (arch == "90")
+            order = [what for what in done if what.startswith("griddepcontrol")]
+            wait = ["griddepcontrol.wait"]
+            # The last kernel does not let strangers start.
+            first = [] if name == "combine_kernel" else ["griddepcontrol.launch_dependents"]
+            expected = first + wait if early else []
+            assert order == expected and done[: len(expected)] == expected, name
+            assert len(done) > len(expected) + 1
+
+
 def test_the_oldest_launches_go(probe):
     assert probe["forgotten"] == [True, True, False]
 

@@ -26,6 +26,17 @@ def packed_signs(inputs):
     return pack_signs(random_signs(inputs, torch.Generator().manual_seed(3))).to(DEVICE)
 
 
+@pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_every_block_size(block):
+    # Three blocks to a row, and 13 or more rows: programs begin and end inside rows.
+    inputs = 3 * block
+    x = torch.randn(1500 // inputs + 13, inputs, device=DEVICE).bfloat16()
+    signs = packed_signs(inputs)
+    out = torch.full(x.shape, torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    rotate(x, signs, block, out)
+    assert torch.equal(out, rotate_reference(x, signs, block))
+
+
 @pytest.mark.parametrize("inputs, block", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rotation_is_equal_to_the_last_bit(inputs, block, dtype):
@@ -51,18 +62,24 @@ def test_a_rotation_is_what_a_hadamard_matrix_does():
 
 
 @pytest.mark.parametrize("inner, block", [(96, 32), (160, 32), (512, 128), (96, 1)])
-@pytest.mark.parametrize("splits, dtype", [(1, torch.bfloat16), (3, torch.float32)])
-def test_swiglu_then_rotation(inner, block, splits, dtype):
+@pytest.mark.parametrize(
+    "splits, dtype, scaled",
+    [(1, torch.bfloat16, True), (1, torch.bfloat16, False), (1, torch.float32, False),
+     (3, torch.float32, False)],
+)  # fmt: skip
+def test_swiglu_then_rotation(inner, block, splits, dtype, scaled):
     experts, rows = 4, 7
     partial = torch.randn(splits, rows, 2 * inner, device=DEVICE).to(dtype)
     # Two rows belong to no expert; what they hold must not matter to the others.
     expert_index = torch.tensor([3, 0, 4, 1, -1, 2, 3], device=DEVICE)
     partial[:, 2] = torch.nan
     scale = encode_scale(torch.rand(experts, 2 * inner) * 2 + 0.1).to(DEVICE)
+    if scaled:
+        scale.fill_(0x7FC0)  # NaN: not to be read
     signs = packed_signs(inner)
     out = torch.empty(rows, inner, dtype=torch.bfloat16, device=DEVICE)
-    swiglu_rotate(partial, scale, expert_index, signs, block, out)
-    expected = swiglu_rotate_reference(partial, scale, expert_index, signs, block)
+    swiglu_rotate(partial, scale, expert_index, signs, block, out, scaled=scaled)
+    expected = swiglu_rotate_reference(partial, scale, expert_index, signs, block, scaled)
     routed = [0, 1, 3, 5, 6]
     out, expected = out[routed].float(), expected[routed].float()
     # exp differs in its last bits, so a value may round to the next bfloat16.

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from erniequant.packing.decoding import encode_scale
 from erniequant.packing.products import WeightOf
 from erniequant_kernels.bench.problem import (
     BFLOAT16_BITS,
@@ -85,9 +84,7 @@ def triton_bf16(config: DenseGemmConfig, experts: DenseExperts) -> Method:
         count, double, _ = experts.gate_up.shape
         hidden = batch.x.shape[1]
         tokens, top_k = batch.expert_index.shape
-        gate_scale, down_scale = (
-            encode_scale(torch.ones(count, outputs, device=device)) for outputs in (double, hidden)
-        )
+        no_scale = torch.zeros(count, 1, dtype=torch.int16, device=device)
         no_signs = torch.zeros(double, dtype=torch.int32, device=device)
 
         def run() -> torch.Tensor:
@@ -96,11 +93,15 @@ def triton_bf16(config: DenseGemmConfig, experts: DenseExperts) -> Method:
             partial = torch.empty(1, rows, double, dtype=torch.bfloat16, device=device)
             dense_gemm(batch.x, experts.gate_up, tiles, top_k, partial[0], config)
             inner = torch.empty(rows, double // 2, dtype=torch.bfloat16, device=device)
-            swiglu_rotate(partial, gate_scale, batch.expert_index, no_signs, 1, inner)
+            swiglu_rotate(
+                partial, no_scale, batch.expert_index, no_signs, 1, inner, scaled=True
+            )  # fmt: skip
             partial = torch.empty(1, rows, hidden, dtype=torch.bfloat16, device=device)
             dense_gemm(inner, experts.down, tiles, 1, partial[0], config)
             out = torch.empty_like(batch.x)
-            combine(partial, down_scale, batch.expert_index, batch.routing, out)
+            combine(
+                partial, no_scale, batch.expert_index, batch.routing, out, scaled=True
+            )  # fmt: skip
             return out
 
         return run

@@ -103,7 +103,7 @@ def _function(program: Program, instruction: Instruction) -> Execute | None:
             return None
         count = len(instruction.operands) - 1
         return _apply(program, instruction, function, [bits_of(kind)] * count)
-    if not re.fullmatch(r"(pred|[bsuf]\d+|bf16(x2)?)", kind):
+    if not re.fullmatch(r"(pred|[bsuf]\d+|(bf16|[su]16)(x2)?)", kind):
         return None
     bits, count = bits_of(kind), len(instruction.operands) - 1
     if name == "selp":

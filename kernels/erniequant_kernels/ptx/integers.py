@@ -185,6 +185,18 @@ def _divide(kind: str, remainder: bool) -> Function:
     return divided
 
 
+def _pair(function: Function) -> Function:
+    """A function of 16-bit numbers as one of pairs of them in 32 bits."""
+
+    def paired(*values: Array) -> Array:
+        low = function(*((v & np.uint32(0xFFFF)).astype(np.uint16) for v in values))
+        high = function(*((v >> np.uint32(16)).astype(np.uint16) for v in values))
+        low, high = (half.view(np.uint16).astype(np.uint32) for half in (low, high))
+        return low | high << np.uint32(16)
+
+    return paired
+
+
 def integer_function(parts: list[str]) -> Function | None:
     """The function of an opcode split at its dots, or None if it is not an integer one."""
     name, kind = parts[0], parts[-1]
@@ -202,6 +214,9 @@ def integer_function(parts: list[str]) -> Function | None:
         return logic.get(name)
     if kind[0] not in "su":
         return None
+    if kind.endswith("16x2"):
+        function = integer_function([*parts[:-1], kind.removesuffix("x2")])
+        return function and _pair(function)
     simple: dict[str, Any] = {
         "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "abs": np.abs,
         "neg": np.negative,
