@@ -51,7 +51,8 @@ def test_sections_of_other_pages() -> None:
     from benchmarks.kernels import page
 
     assert cpu.PAGE == page.PAGE
-    check_markers(page.PAGE, set(page.sections([])) | set(cpu.sections()))
+    host = {"host", "host_cpu", "variants"}
+    check_markers(page.PAGE, set(page.sections([])) | set(cpu.sections()) | host)
     check_markers(DOCS / "vision_language.md", {"perplexity", "paired"})
     check_markers(DOCS / "large_models.md", {"memory", "calibration", "packed"})
     check_markers(ROOT / "README.md", {"demo"})
