@@ -57,12 +57,14 @@ class TuningRow:
         kernel: ``packed`` for few tokens, ``fused`` for many.
         block_m: tokens of a row tile, for both matrices of a layer.
         tiles: by bits per weight.
+        warps_wanted: instead of the table's.
     """
 
     rows_per_expert: float
     kernel: Literal["packed", "fused"]
     block_m: int
     tiles: Mapping[int, PackedTile | FusedTile]
+    warps_wanted: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +110,7 @@ class Tuning:
         warps = -(-groups // groups_per_warp(code)) * row_tiles
         turns = inputs // block_k
         divisors = [d for d in range(1, MAX_SPLITS + 1) if turns % d == 0]
-        enough = (d for d in divisors if warps * d >= self.warps_wanted)
+        enough = (d for d in divisors if warps * d >= (row.warps_wanted or self.warps_wanted))
         splits = next(enough, divisors[-1])
         return PackedGemmConfig(row.block_m, block_k, splits, tile.warps, tile.stages)
 
@@ -140,7 +142,10 @@ def _row(settings: Mapping[str, Any]) -> TuningRow:
         raise ValueError(f"no tile for {min(missing)} bits")
     load = settings["rows_per_expert"]
     most = float("inf") if load is None else float(load)
-    return TuningRow(most, settings["kernel"], int(settings["block_m"]), tiles)
+    wanted = settings.get("warps_wanted")
+    return TuningRow(
+        most, settings["kernel"], int(settings["block_m"]), tiles, wanted and int(wanted)
+    )
 
 
 def settings_of(tuning: Tuning) -> dict[str, Any]:
@@ -156,6 +161,7 @@ def settings_of(tuning: Tuning) -> dict[str, Any]:
                 "block_m": row.block_m,
                 "tiles": {str(bits): vars(tile) for bits, tile in row.tiles.items()},
             }
+            | ({"warps_wanted": row.warps_wanted} if row.warps_wanted else {})
             for row in tuning.rows
         ],
     }
