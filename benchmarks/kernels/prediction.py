@@ -66,6 +66,12 @@ class KernelTime:
     programs: int
 
 
+HOST = 29e-6
+"""Seconds of a layer on the host when launches are made one by one: launches that are kept, torch's
+operator and the module around them, as docs/performance.md has them. Measured on a CPU, without the
+driver's part."""
+
+
 @dataclass(frozen=True)
 class LayerTime:
     """The predicted time of a layer: its launches, one after the other."""
@@ -76,6 +82,11 @@ class LayerTime:
     def seconds(self) -> float:
         """All launches."""
         return sum(kernel.seconds for kernel in self.kernels)
+
+    @property
+    def eager(self) -> float:
+        """Seconds where launches are made one by one: the host or the card, whichever is later."""
+        return max(HOST, self.seconds)
 
     @property
     def bound(self) -> str:

@@ -5,6 +5,7 @@ import torch
 
 from erniequant.codes import CODE_NAMES, REGISTERED, get_code
 from erniequant_kernels import decode
+from erniequant_kernels.bfloat16 import INTERPRETED
 from erniequant_kernels.packed_gemm import PackedGemmConfig, packed_gemm, packed_gemm_reference
 from erniequant_kernels.routing import row_tiles
 
@@ -56,7 +57,7 @@ def test_every_register_value_at_every_step_of_a_group(name, length):
     x = torch.eye(inputs, dtype=torch.bfloat16, device=DEVICE)
     index = torch.zeros(inputs, 1, dtype=torch.int64, device=DEVICE)
     # Few programs for the interpreter; a compiler would unroll so large a tile for ever.
-    config = PackedGemmConfig(16, 16, 1, 1 if DEVICE == "cuda" else 256, 2)
+    config = PackedGemmConfig(16, 16, 1, 256 if INTERPRETED else 1, 2)
     found = product(x, packed, code, tile, index, 1, config)
     assert torch.equal(found[0], packed_gemm_reference(x, packed, code, tile, index[:, 0], 1))
 

@@ -50,6 +50,8 @@ class Traffic:
         width: bytes of a lane.
         requests: warps that accessed memory, with at least one lane.
         sectors, least_sectors: touched, and the least that could hold the bytes of each request.
+        wasted_sectors: of those touched, the ones of which some bytes are used by no access of the
+            section, by this instruction or another.
         lines: 128-byte lines touched.
         bytes: different bytes of each request.
         wavefronts, conflicts: clocks of shared memory, and those beyond one a phase.
@@ -64,6 +66,7 @@ class Traffic:
     requests: float
     sectors: float = 0.0
     least_sectors: float = 0.0
+    wasted_sectors: float = 0.0
     lines: float = 0.0
     bytes: float = 0.0
     wavefronts: float = 0.0
@@ -71,8 +74,9 @@ class Traffic:
 
     @property
     def uncoalesced(self) -> bool:
-        """Whether more sectors are touched than the bytes would fill."""
-        return self.sectors > self.least_sectors * 1.001
+        """Whether more sectors are touched than the bytes would fill, and not for the sake of other
+        accesses: the words before runs of groups lie in sectors that the runs fill."""
+        return self.sectors > self.least_sectors * 1.001 and self.wasted_sectors > 0
 
 
 def _different(rows: Array) -> Array:
@@ -132,6 +136,30 @@ def _section(place: int, loop: Section | None) -> str:
     return LOOP if place <= loop.last else EPILOGUE
 
 
+def _half_used(launched: Launched, loop: Section | None) -> dict[tuple[str, bool], Array]:
+    """Sectors of which loads, or stores, of a section use some words and not all."""
+    words: dict[tuple[str, bool], list[Array]] = defaultdict(list)
+    for machine in launched.machines:
+        for access in machine.accesses:
+            if access.space == "global":
+                addresses = access.addresses[machine.active(access.active)].astype(np.int64)
+                each = addresses[:, None] // BANK + np.arange(max(1, access.width // BANK))
+                words[_section(access.place, loop), access.store].append(np.unique(each))
+    result = {}
+    for key, parts in words.items():
+        sectors, used = np.unique(
+            np.unique(np.concatenate(parts)) // (SECTOR // BANK), return_counts=True
+        )
+        result[key] = sectors[used < SECTOR // BANK]
+    return result
+
+
+def _touched(addresses: Array, active: Array, sectors: Array) -> int:
+    """How many of some sectors warps touch."""
+    rows = np.sort(np.where(active, addresses // SECTOR, -1), axis=1)
+    return int((_different(rows) & np.isin(rows, sectors)).sum())
+
+
 def traffic(launched: Launched) -> list[Traffic]:
     """What every memory instruction of a recorded launch did, in the order of the code."""
     loop = main_loop(launched.program)
@@ -140,6 +168,7 @@ def traffic(launched: Launched) -> list[Traffic]:
     groups: dict[tuple[int, str], list[Access]] = defaultdict(list)
     for access in (a for machine in launched.machines for a in machine.accesses):
         groups[access.place, access.space].append(access)
+    half_used = _half_used(launched, loop)
     found = []
     for (place, space), accesses in sorted(groups.items()):
         section = _section(place, loop)
@@ -153,9 +182,10 @@ def traffic(launched: Launched) -> list[Traffic]:
             counts = {"wavefronts": given * share}
         elif len(addresses) and space == "global":
             sectors, least, lines, total = global_counts(addresses, active, width)
+            wasted = _touched(addresses, active, half_used[section, accesses[0].store])
             counts = {
                 "sectors": sectors * share, "least_sectors": least * share, "lines": lines * share,
-                "bytes": total * share,
+                "bytes": total * share, "wasted_sectors": wasted * share,
             }  # fmt: skip
         elif len(addresses):
             wavefronts, phases = shared_counts(addresses, active, width)

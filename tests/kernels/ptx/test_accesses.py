@@ -56,6 +56,22 @@ def test_sectors_and_lines_of_a_strided_load(stride, width, vector, sectors, lin
     assert clocks([load]) == lines
 
 
+def test_words_that_two_loads_share_out_are_not_wasted():
+    # Even words by one load, odd words by the other: each touches twice the sectors it fills.
+    even = strided(8, 4)
+    both = even + "\n" + even.replace("%rd3", "%rd4").replace("+ 0", "+ 4")
+    first, second = counted(both)
+    assert first.sectors == second.sectors == 8 == 2 * first.least_sectors
+    assert not first.uncoalesced and not second.uncoalesced
+    (alone,) = counted(even)
+    assert alone.uncoalesced and alone.wasted_sectors == 8
+    # A store of the other half does not fetch it.
+    load, store = counted(
+        even + "\nmad.wide.u32 %rd4, %r1, 8, %rd1;\nst.global.b32 [ %rd4 + 4 ], { %r1 };"
+    )
+    assert load.uncoalesced and store.uncoalesced
+
+
 def test_lanes_that_do_not_load_touch_nothing():
     # Eight lanes, of which the predicate takes the first four: half a sector.
     (load,) = counted(
