@@ -193,7 +193,7 @@ def test_captured_in_a_cuda_graph(experts):
 def test_launches_do_not_depend_on_the_routing(experts, monkeypatch):
     # What a CUDA graph needs, without a GPU: equal kernels and grids for any routing, and no value
     # of a tensor is asked for on the way.
-    from erniequant_kernels import combine, dense_gemm, expand, packed_gemm, prepare, rotation
+    from erniequant_kernels import combine, fused_gemm, packed_gemm, prepare, rotation
 
     launches = []
 
@@ -205,7 +205,7 @@ def test_launches_do_not_depend_on_the_routing(experts, monkeypatch):
             launches.append((self.kernel, grid))
             return lambda *_, **__: None
 
-    for module in (combine, dense_gemm, expand, packed_gemm, prepare, rotation):
+    for module in (combine, fused_gemm, packed_gemm, prepare, rotation):
         for name in dir(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(name))
