@@ -14,6 +14,7 @@ def patch_once_a_launch() -> None:
     real: Callable[[Any], Any] = interpreter._patch_lang
     if hasattr(real, "patched"):
         return
+    _scalars_count_loops(interpreter)
     patched: set[str] = set()
 
     def patch(function: Any) -> Any:
@@ -37,3 +38,15 @@ def patch_once_a_launch() -> None:
 
     patch.patched = patched  # type: ignore[attr-defined]
     interpreter._patch_lang = patch
+
+
+def _scalars_count_loops(interpreter: ModuleType) -> None:
+    """Let a number that is known only at run time end a `range`: Triton 3.6 holds it as an array of
+    one element, which numpy does not take for a number."""
+    real: Callable[[Any, Any], None] = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        real(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch  # type: ignore[attr-defined]
