@@ -103,10 +103,6 @@ class FastDeployExperts(DecodingExperts):
     def _fits_kernels(self) -> bool:
         return self.activation == "silu" and self.k_order is not None
 
-    def launches_kernels(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """WINT2 on a GPU."""
-        return device.type == "cuda" and self._fits_kernels and takes(device, dtype)
-
     def _on_kernels(self, x: torch.Tensor) -> bool:
         return self.launches_kernels(x.device, x.dtype)
 

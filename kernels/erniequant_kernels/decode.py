@@ -90,9 +90,28 @@ def load_keep_bits(constants_ptr):
 
 
 @triton.jit
-def _funnel(before, newest, DISTANCE: tl.constexpr):
+def funnel(before, newest, DISTANCE: tl.constexpr):
     """Bits ``DISTANCE .. DISTANCE + 31`` of the 64 bits ``before:newest``, counted from the end."""
     return (((before.to(tl.uint64) << 32) | newest.to(tl.uint64)) >> DISTANCE).to(tl.uint32)
+
+
+@triton.jit
+def groups_of_two(before, even, odd, STEP_BITS: tl.constexpr):
+    """The groups of a run of two words and the word before them: two tuples, see `load_groups`."""
+    if STEP_BITS == 4:
+        return (even, odd), (before, even)
+    else:
+        # Four groups of two bytes end 16, 32, 48 and 64 bits into the run.
+        newest = (funnel(before, even, 16), even, funnel(even, odd, 16), odd)
+        return newest, (before >> 16, before, even >> 16, even)
+
+
+@triton.jit
+def groups_of_three(before, a, b, c):
+    """As `groups_of_two`, of a run of three words: four groups of three bytes, which end 24, 48, 72
+    and 96 bits into the run."""
+    newest = (funnel(before, a, 8), funnel(a, b, 16), funnel(b, c, 24), c)
+    return newest, (before >> 8, a >> 16, b >> 24, b)
 
 
 @triton.jit
@@ -160,12 +179,7 @@ def load_groups(
         before = tl.load(packed_ptr + place).to(tl.uint32, bitcast=True)
         before = tl.permute(tl.reshape(before, (BLOCK_K // 4, RUNS, 4)), (1, 0, 2))
         before = tl.reshape(before, (RUNS, BLOCK_K))
-        if STEP_BITS == 4:
-            return (even, odd), (before, even)
-        else:
-            # Four groups of two bytes end 16, 32, 48 and 64 bits into the run.
-            newest = (_funnel(before, even, 16), even, _funnel(even, odd, 16), odd)
-            return newest, (before >> 16, before, even >> 16, even)
+        return groups_of_two(before, even, odd, STEP_BITS)
     else:  # Triton 3.6 compiles what follows a branch that returns, so this is one
         i = tl.arange(0, 4 * PAIRS)
         place, run = _places(
@@ -177,9 +191,7 @@ def load_groups(
         front, back = tl.split(tl.reshape(four, (RUNS, BLOCK_K, 2, 2)))
         before, a = tl.split(front)
         b, c = tl.split(back)
-        # Four groups of three bytes end 24, 48, 72 and 96 bits into the run.
-        newest = (_funnel(before, a, 8), _funnel(a, b, 16), _funnel(b, c, 24), c)
-        return newest, (before >> 8, a >> 16, b >> 24, b)
+        return groups_of_three(before, a, b, c)
 
 
 @triton.jit
@@ -201,7 +213,7 @@ def product(
     MASK: tl.constexpr = (1 << LENGTH) - 1
     FIELDS: tl.constexpr = (MASK | (MASK << OFFSET)) if IS_HIGH or IS_LOW else MASK
     multiplier = tl.full((), MULTIPLIER, tl.uint32)
-    bits = newest if START == 0 else _funnel(before, newest, START)
+    bits = newest if START == 0 else funnel(before, newest, START)
     if FIELDS != 0xFFFFFFFF:
         bits = bits & FIELDS
     if IS_HIGH:

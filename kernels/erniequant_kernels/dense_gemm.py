@@ -14,7 +14,7 @@ import triton.language as tl
 
 from erniequant_kernels.bfloat16 import MATRIX_TYPE, rounded
 from erniequant_kernels.launch import launch
-from erniequant_kernels.routing import RowTiles
+from erniequant_kernels.routing import RowTiles, tile_assignments
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def dense_gemm_kernel(
     while index < end:
         row_tile = index // BLOCKS
         expert = tl.load(tile_expert_ptr + row_tile) - first_expert
-        position = tl.load(tile_first_ptr + row_tile) + tl.arange(0, BLOCK_M)
-        inside = position < tl.load(tile_end_ptr + row_tile)
-        assignment = tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64)
+        assignment, inside = tile_assignments(
+            order_ptr, tile_first_ptr, tile_end_ptr, row_tile, BLOCK_M
+        )
         output = index % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
         safe_output = tl.minimum(output, OUTPUTS - 1).to(tl.int64)
         x_ptrs = x_ptr + (assignment // TOP_K * INPUTS)[:, None]

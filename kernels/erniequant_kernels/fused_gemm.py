@@ -22,14 +22,13 @@ import torch
 import triton
 import triton.language as tl
 
-from erniequant.codes.reference import decode as reference_decode
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
 from erniequant_kernels.bfloat16 import INTERPRETED, MATRIX_TYPE, from_pattern, rounded
-from erniequant_kernels.dense_gemm import dense_gemm_reference
 from erniequant_kernels.dependent import start_next_and_wait
 from erniequant_kernels.launch import launch
-from erniequant_kernels.routing import RowTiles, assigned_scales
+from erniequant_kernels.packed_gemm import packed_gemm_reference
+from erniequant_kernels.routing import RowTiles, assigned_scales, tile_assignments
 
 
 @dataclass(frozen=True)
@@ -176,10 +175,7 @@ def _load_units(
         b = tl.reshape(tl.load(at + 1).to(tl.uint32, bitcast=True), (K, UNITS))
         c = tl.reshape(tl.load(at + 2).to(tl.uint32, bitcast=True), (K, UNITS))
         before = _words_before(c, packed_ptr, first_unit, WORDS, INPUTS, TILE_WORDS)
-        newest = (
-            decode._funnel(before, a, 8), decode._funnel(a, b, 16), decode._funnel(b, c, 24), c
-        )  # fmt: skip
-        earlier = (before >> 8, a >> 16, b >> 24, b)
+        return decode.groups_of_three(before, a, b, c)
     else:
         words = packed_ptr + tl.arange(0, K)[:, None] * TILE_WORDS
         word = first_unit * WORDS + tl.arange(0, UNITS * WORDS)
@@ -198,13 +194,7 @@ def _load_units(
         before = _words_before(last_word, packed_ptr, first_unit, WORDS, INPUTS, TILE_WORDS)
         if WORDS == 4:
             before = tl.join(before, inner)
-        if STEP_BITS == 4:
-            newest = (even, odd)
-            earlier = (before, even)
-        else:
-            newest = (decode._funnel(before, even, 16), even, decode._funnel(even, odd, 16), odd)
-            earlier = (before >> 16, before, even >> 16, even)
-    return newest, earlier
+        return decode.groups_of_two(before, even, odd, STEP_BITS)
 
 
 # Both halves of two masked products, then the two sums. A sum of bfloat16 halves of one register is
@@ -261,9 +251,8 @@ def fused_gemm_reference(
         packed: int32 ``[E, N / tile, K * words]``; scale: int16 ``[E, N, 1]``.
         expert_index: integer ``[A]``; assignments to no expert stay zero.
     """
-    labels = reference_decode(packed, code, tile)
     scales, _ = assigned_scales(scale.flatten(1), expert_index)
-    return dense_gemm_reference(x, labels, expert_index, top_k) * scales
+    return packed_gemm_reference(x, packed, code, tile, expert_index, top_k) * scales
 
 
 @triton.jit
@@ -308,10 +297,9 @@ def fused_gemm_kernel(
     if expert < 0:
         return
 
-    position = tl.load(tile_first_ptr + row_tile) + tl.arange(0, BLOCK_M)
-    inside = position < tl.load(tile_end_ptr + row_tile)
-    # Rows beyond the tile compute some token again and are not stored.
-    assignment = tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64)
+    assignment, inside = tile_assignments(
+        order_ptr, tile_first_ptr, tile_end_ptr, row_tile, BLOCK_M
+    )
     x_ptrs = (x_ptr + assignment // TOP_K * INPUTS)[:, None]
 
     packed_ptr += expert * (OUTPUTS // LANE * unit_words(TILE_WORDS, STEP_BITS) * INPUTS)

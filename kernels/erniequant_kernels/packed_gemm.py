@@ -18,7 +18,7 @@ from erniequant_kernels import decode
 from erniequant_kernels.dense_gemm import dense_gemm_reference
 from erniequant_kernels.dependent import start_next_and_wait
 from erniequant_kernels.launch import launch
-from erniequant_kernels.routing import RowTiles
+from erniequant_kernels.routing import RowTiles, tile_assignments
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,9 @@ def packed_gemm_kernel(
     if expert < 0:
         return
 
-    position = tl.load(tile_first_ptr + row_tile) + tl.arange(0, BLOCK_M)
-    inside = position < tl.load(tile_end_ptr + row_tile)
-    # Tokens beyond the tile compute the first one again and are not stored.
-    assignment = tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64)
+    assignment, inside = tile_assignments(
+        order_ptr, tile_first_ptr, tile_end_ptr, row_tile, BLOCK_M
+    )
     x_ptrs = (x_ptr + assignment // TOP_K * INPUTS)[:, None] + tl.arange(0, BLOCK_K)[None, :]
 
     packed_ptr += expert * (GROUP_COUNT * STEP_BITS // 4 * INPUTS)
@@ -143,9 +142,9 @@ def packed_gemm_kernel(
         x_ptrs += BLOCK_K
 
     # Loaded again rather than kept in registers through the loop.
-    position = tl.load(tile_first_ptr + row_tile) + tl.arange(0, BLOCK_M)
-    inside = position < tl.load(tile_end_ptr + row_tile)
-    assignment = tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64)
+    assignment, inside = tile_assignments(
+        order_ptr, tile_first_ptr, tile_end_ptr, row_tile, BLOCK_M
+    )
     out_row = split.to(tl.int64) * assignments + assignment
     output = block * WIDE + tl.arange(0, WIDE)
     mask = inside[:, None]

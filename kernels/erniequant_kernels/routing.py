@@ -136,6 +136,19 @@ def row_tiles_kernel(
         start += SCAN
 
 
+@triton.jit
+def tile_assignments(
+    order_ptr, tile_first_ptr, tile_end_ptr, row_tile, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """The assignments of a row tile, int64 ``[BLOCK_M]``, and which of them are there.
+
+    Beyond the tile it is assignment 0 again: computed like the others, and not to be stored.
+    """
+    position = tl.load(tile_first_ptr + row_tile) + tl.arange(0, BLOCK_M)
+    inside = position < tl.load(tile_end_ptr + row_tile)
+    return tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64), inside
+
+
 def empty_row_tiles(expert_index: torch.Tensor, experts: int, block_m: int) -> RowTiles:
     """Memory for the row tiles of a routing, to be filled by `row_tiles_kernel`."""
     assignments = expert_index.numel()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ TABLE = "ERNIEQUANT_TUNING"
 """Environment variable: a file in the form of tuning.json whose tables replace the shipped ones."""
 
 GemmConfig = PackedGemmConfig | FusedGemmConfig
+Table = TypeVar("Table")
 
 
 @dataclass(frozen=True)
@@ -185,10 +186,15 @@ def tables() -> dict[str, Tuning]:
     return {name: parse(entry) for name, entry in settings.items()}
 
 
+def table_of(device: torch.device, of_architectures: Mapping[str, Table]) -> Table:
+    """A device's entry of some tables by architecture, or the default one."""
+    if device.type != "cuda":
+        return of_architectures[DEFAULT]
+    major, minor = torch.cuda.get_device_capability(device)
+    return of_architectures.get(f"sm_{major}{minor}", of_architectures[DEFAULT])
+
+
 @cache
 def tuning_for(device: torch.device) -> Tuning:
     """The table of a device, or the default one."""
-    if device.type != "cuda":
-        return tables()[DEFAULT]
-    major, minor = torch.cuda.get_device_capability(device)
-    return tables().get(f"sm_{major}{minor}", tables()[DEFAULT])
+    return table_of(device, tables())

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from erniequant_kernels.bfloat16 import INTERPRETED, rounded
+from erniequant_kernels.decode import funnel
 from erniequant_kernels.launch import kept_on_device
 
 GROUP = tl.constexpr(64)
@@ -110,12 +111,6 @@ def code_words(number, scale, offset, code_zp):
 
 
 @triton.jit
-def _funnel(high, low, DISTANCE: tl.constexpr):
-    """Bits ``DISTANCE .. DISTANCE + 31`` of the 64 bits ``high:low``, counted from the end."""
-    return (((high.to(tl.uint64) << 32) | low.to(tl.uint64)) >> DISTANCE).to(tl.uint32)
-
-
-@triton.jit
 def label_pairs(word, add_128):
     """The four labels of a word plus 160, as two pairs of bfloat16 numbers.
 
@@ -123,8 +118,8 @@ def label_pairs(word, add_128):
     bit 0 and its second one to bit 16.
     """
     low = word * (1 << 13)
-    first = _funnel(word, low, 22)
-    second = _funnel(word, low, 16)
+    first = funnel(word, low, 22)
+    second = funnel(word, low, 16)
     return (first & LABEL_PAIR) | add_128, (second & LABEL_PAIR) | add_128
 
 

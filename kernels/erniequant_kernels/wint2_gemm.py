@@ -25,7 +25,7 @@ from erniequant_kernels.dense_gemm import dense_gemm_reference
 from erniequant_kernels.dependent import start_next_and_wait
 from erniequant_kernels.launch import launch
 from erniequant_kernels.matrices import Wint2Matrices
-from erniequant_kernels.routing import RowTiles
+from erniequant_kernels.routing import RowTiles, tile_assignments
 
 LOAD_BYTES = 32
 """Rows of bytes are loaded so many at a time: outputs must be a multiple of it."""
@@ -119,11 +119,9 @@ def wint2_gemm_kernel(
     if expert < 0:
         return
 
-    token = tl.arange(0, BLOCK_M)
-    position = tl.load(tile_first_ptr + row_tile) + token
-    inside = position < tl.load(tile_end_ptr + row_tile)
-    # Columns beyond the tile compute some token again and are not stored.
-    assignment = tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64)
+    assignment, inside = tile_assignments(
+        order_ptr, tile_first_ptr, tile_end_ptr, row_tile, BLOCK_M
+    )
     x_row = (assignment // TOP_K * INPUTS)[None, :]
 
     output = block * BLOCK_N + decode.output_of_row(BLOCK_N, WARPS)
@@ -168,9 +166,9 @@ def wint2_gemm_kernel(
                 total = tl.dot(weights.to(MATRIX_TYPE), x.to(MATRIX_TYPE), total)
 
     # Loaded again rather than kept in registers through the loop.
-    position = tl.load(tile_first_ptr + row_tile) + token
-    inside = position < tl.load(tile_end_ptr + row_tile)
-    assignment = tl.load(order_ptr + position, mask=inside, other=0).to(tl.int64)
+    assignment, inside = tile_assignments(
+        order_ptr, tile_first_ptr, tile_end_ptr, row_tile, BLOCK_M
+    )
     output = block * BLOCK_N + tl.arange(0, BLOCK_N)
     out_row = split.to(tl.int64) * assignments + assignment
     place = out_ptr + out_row[None, :] * OUTPUTS + output[:, None]

@@ -16,9 +16,8 @@ import torch
 
 from erniequant_kernels.matrices import Wint2Matrices
 from erniequant_kernels.routing import most_row_tiles
+from erniequant_kernels.tuning import table_of
 from erniequant_kernels.wint2_gemm import TURN, Wint2GemmConfig
-
-DEFAULT = "default"
 
 TURNS_OF_A_SPLIT = 2
 """A program that takes fewer turns of the loop spends most of its time before and after it."""
@@ -94,8 +93,4 @@ def wint2_tables() -> dict[str, Wint2Tuning]:
 @cache
 def wint2_tuning_for(device: torch.device) -> Wint2Tuning:
     """The table of a device, or the default one."""
-    tables = wint2_tables()
-    if device.type != "cuda":
-        return tables[DEFAULT]
-    major, minor = torch.cuda.get_device_capability(device)
-    return tables.get(f"sm_{major}{minor}", tables[DEFAULT])
+    return table_of(device, wint2_tables())

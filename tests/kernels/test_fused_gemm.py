@@ -9,12 +9,9 @@ from erniequant.packing.decoding import encode_scale
 from erniequant_kernels import decode
 from erniequant_kernels.fused_gemm import FusedGemmConfig, fused_gemm, fused_gemm_reference
 from erniequant_kernels.routing import row_tiles
+from tests.kernels.products import assert_close, random_words
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def random_words(*shape):
-    return torch.randint(-(2**31), 2**31, shape).to(torch.int32).to(DEVICE)
 
 
 def random_scales(experts, outputs):
@@ -31,12 +28,6 @@ def product(x, packed, scale, code, tile, index, top_k, config, dtype=torch.floa
         row_tiles(index, packed.shape[0], config.block_m), top_k, out, config,
     )  # fmt: skip
     return out
-
-
-def assert_close(found, expected):
-    # bfloat16 factors are multiplied exactly; only the order of float32 sums differs.
-    bound = 1e-5 * expected.abs().max().item()
-    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
 
 # Two bits and one weight a step, in no file: the step and the label alone tell kernels what to do.

@@ -10,6 +10,7 @@ from erniequant_kernels.dense_gemm import DenseGemmConfig, dense_gemm
 from erniequant_kernels.fused_gemm import FusedGemmConfig, fused_gemm, fused_gemm_reference
 from erniequant_kernels.packed_gemm import PackedGemmConfig, packed_gemm, packed_gemm_reference
 from erniequant_kernels.routing import RowTiles
+from tests.kernels.products import random_words
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = 36_000_000  # times 64 elements a row: 2.3e9
@@ -32,10 +33,6 @@ def huge(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device=DEVICE)
     except torch.OutOfMemoryError:  # a small card; without one, address space is never short
         pytest.skip(f"the card has no {elements * dtype.itemsize / 1e9:.0f} GB to spare")
-
-
-def random_words(*shape):
-    return torch.randint(-(2**31), 2**31, shape).to(torch.int32).to(DEVICE)
 
 
 def test_packed_product_of_a_row_far_behind():

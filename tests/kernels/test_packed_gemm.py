@@ -8,12 +8,9 @@ from erniequant_kernels import decode
 from erniequant_kernels.bfloat16 import INTERPRETED
 from erniequant_kernels.packed_gemm import PackedGemmConfig, packed_gemm, packed_gemm_reference
 from erniequant_kernels.routing import row_tiles
+from tests.kernels.products import assert_close, random_words
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def random_words(*shape):
-    return torch.randint(-(2**31), 2**31, shape).to(torch.int32).to(DEVICE)
 
 
 def product(x, packed, code, tile, index, top_k, config):
@@ -24,12 +21,6 @@ def product(x, packed, code, tile, index, top_k, config):
         row_tiles(index, packed.shape[0], config.block_m), top_k, out, config,
     )  # fmt: skip
     return out
-
-
-def assert_close(found, expected):
-    # bfloat16 factors are multiplied exactly; only the order of float32 sums differs.
-    bound = 1e-5 * expected.abs().max().item()
-    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("name, length", REGISTERED)

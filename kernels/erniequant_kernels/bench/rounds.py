@@ -4,27 +4,19 @@ so what is compared are the times of one round."""
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from erniequant.timing import Spread
 
 Call = Callable[[], object]
 Clock = Callable[[Call], float]
 """Seconds of a call."""
 
 
-@dataclass(frozen=True)
-class Time:
+def summarize(seconds: Sequence[float]) -> Spread:
     """Seconds of one call: median, and the range that holds eight tenths of the calls."""
-
-    median: float
-    low: float
-    high: float
-
-
-def summarize(seconds: Sequence[float]) -> Time:
-    """Median and spread of single calls."""
     ordered = sorted(seconds)
     cut = len(ordered) // 10
-    return Time(statistics.median(ordered), ordered[cut], ordered[-1 - cut])
+    return Spread(statistics.median(ordered), ordered[cut], ordered[-1 - cut])
 
 
 def order(methods: int, turn: int) -> list[int]:
