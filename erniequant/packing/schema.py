@@ -72,7 +72,7 @@ class QuantizationMetadata:
 
     ``layers`` is keyed by the layer index as text, for vision-language models followed by
     ``.text_moe`` or ``.vision_moe``, for dense models by ``.mlp``; other layers are stored as in
-    the original checkpoint.
+    the original checkpoint. ``producer``: name and version of the program that wrote it.
     """
 
     layers: Mapping[str, LayerSpec]
@@ -88,7 +88,7 @@ class QuantizationMetadata:
         return {
             "quant_method": QUANT_METHOD,
             "format_version": self.format_version,
-            "producer": self.producer,
+            "producer": _producer_mapping(self.producer),
             "layers": {key: asdict(layer) for key, layer in self.layers.items()},
         }
 
@@ -116,7 +116,7 @@ class QuantizationMetadata:
         if not isinstance(layers, Mapping) or not layers:
             raise ErnieQuantError("quantization_config has no layers; the config.json is damaged")
         parsed = {str(key): _parse_layer(str(key), value) for key, value in layers.items()}
-        metadata = cls(parsed, str(settings.get("producer", "")))
+        metadata = cls(parsed, _producer_text(settings.get("producer", "")))
         if version < metadata.format_version:
             key = next(filter(is_dense_key, parsed))
             raise ErnieQuantError(
@@ -124,6 +124,18 @@ class QuantizationMetadata:
                 f"{metadata.format_version}; the config.json is damaged"
             )
         return metadata
+
+
+def _producer_mapping(producer: str) -> dict[str, str]:
+    """vLLM asks the mapping for a name; versions up to 0.1.0 wrote the text itself."""
+    name, _, version = producer.partition(" ")
+    return {"name": name, "version": version} if version else {"name": name}
+
+
+def _producer_text(producer: Any) -> str:
+    if isinstance(producer, Mapping):
+        return " ".join(str(producer[key]) for key in ("name", "version") if key in producer)
+    return str(producer)
 
 
 def _parse_layer(key: str, value: Any) -> LayerSpec:

@@ -19,7 +19,8 @@ from erniequant.packing.schema import (
 
 MATRIX = {"code": "cc2", "register_length": 12, "tile": 128, "rotation_block": 64}
 SETTINGS: dict[str, Any] = {
-    "quant_method": "erniequant", "format_version": 1, "producer": "erniequant 0.1.0",
+    "quant_method": "erniequant", "format_version": 1,
+    "producer": {"name": "erniequant", "version": "0.1.0"},
     "layers": {"1": {"gate_up_proj": MATRIX, "down_proj": {**MATRIX, "code": "cc3", "tile": 32}}},
 }  # fmt: skip
 
@@ -41,6 +42,21 @@ def test_round_trip_through_json() -> None:
     assert metadata.layers["1"].down_proj == MatrixSpec("cc3", 12, 32, 64)
     assert metadata.layers["1"].projection("gate_up_proj") == MatrixSpec("cc2", 12, 128, 64)
     assert metadata.to_dict() == SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "again"),
+    [
+        ("erniequant 0.1.0", "erniequant 0.1.0", {"name": "erniequant", "version": "0.1.0"}),
+        ("tests", "tests", {"name": "tests"}),
+        ({"name": "someone's"}, "someone's", {"name": "someone's"}),
+        ({"name": "erniequant", "version": "1", "commit": "abc"}, "erniequant 1", None),
+    ],
+)
+def test_producers_are_mappings_and_were_texts(written: Any, read: str, again: Any) -> None:
+    metadata = QuantizationMetadata.from_dict({**SETTINGS, "producer": written})
+    assert metadata.producer == read
+    assert again is None or metadata.to_dict()["producer"] == again
 
 
 def test_the_version_follows_from_the_keys() -> None:
