@@ -1,0 +1,1 @@
+"""Serving: the plugin for vLLM, and the command that starts a server."""

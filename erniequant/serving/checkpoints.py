@@ -1,0 +1,26 @@
+"""Whether a checkpoint can be served, from its config.json and headers: before weights are read."""
+
+from pathlib import Path
+
+from erniequant.checkpoint.adapters import require_no_adapter
+from erniequant.checkpoint.reader import INDEX_FILE, Checkpoint, open_checkpoint
+from erniequant.models.config_check import require_fit
+from erniequant.models.header_check import require_sound
+
+
+def require_servable(source: str | Path) -> Checkpoint | None:
+    """The checkpoint in ``source``, a folder or a Hugging Face id; of the latter only headers are
+    fetched. None for a folder without weights, of which vLLM makes a model to time.
+
+    Raises:
+        ErnieQuantError: a tensor is missing, left over, or of another shape or dtype.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not (folder / INDEX_FILE).exists():
+        if not any(folder.glob("*.safetensors")):
+            return None
+    checkpoint = open_checkpoint(source)
+    require_no_adapter(checkpoint.folder)
+    check = require_sound(checkpoint)
+    require_fit(checkpoint.config, checkpoint.headers, {layer.key for layer in check.layers})
+    return checkpoint
