@@ -1,0 +1,1 @@
+"""Serving a model through OpenAI's API, by servers that others wrote."""
