@@ -13,39 +13,29 @@ from typing import Any, NoReturn
 
 from erniequant.errors import ErnieQuantError
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C; a server that is told to end (TERM) exits with 0."""
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+"""After a signal that ends the server: TERM is how servers are stopped, Ctrl-C an interruption."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serve until a signal comes; returns the exit code.
+    """Serve until a signal comes; returns the exit code, or raises SystemExit with it.
 
     arguments: folder, then the arguments of `transformers`.
     """
-    # uvicorn ends in good order, and raises the signal again.
-    signal.signal(signal.SIGTERM, _end)
+    for number in EXIT_CODES:
+        # uvicorn ends in good order, and raises the signal again.
+        signal.signal(number, _end)
     folder, *words = arguments
-    try:
-        return _run(folder, words)
-    except ErnieQuantError as error:
-        sys.stderr.write(f"erniequant: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
-
-
-def _run(folder: str, words: list[str]) -> int:
-    import click
     from transformers.cli import transformers as cli
     from transformers.cli.serving import model_manager
 
     # `transformers serve` looks the class up when it runs.
     model_manager.ModelManager = manager_of(folder, model_manager.ModelManager)
     try:
-        cli.app(words, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        cli.app(words)
+    except ErnieQuantError as error:
+        sys.stderr.write(f"erniequant: {error}\n")
+        return 1
     return 0
 
 
@@ -105,8 +95,8 @@ def load_ready(
     return model
 
 
-def _end(*_: Any) -> NoReturn:
-    raise SystemExit(0)
+def _end(number: int, _: Any) -> NoReturn:
+    raise SystemExit(EXIT_CODES[signal.Signals(number)])
 
 
 if __name__ == "__main__":
