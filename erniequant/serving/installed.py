@@ -94,8 +94,8 @@ def version_problem(version: str) -> str | None:
     found = parsed(version)
     if found is not None and found < OLDEST_VLLM:
         return (
-            f"vLLM {version} is older than {_text(OLDEST_VLLM)}, which the plugin needs; upgrade "
-            "it, or give --engine transformers"
+            f"vLLM {version} is older than {_text(OLDEST_VLLM)}, which erniequant's plugin needs; "
+            "upgrade it"
         )
     return None
 
