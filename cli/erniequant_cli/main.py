@@ -4,7 +4,18 @@ import os
 
 import typer
 
-from erniequant_cli import bench, chat, demo, evaluate, export, generate, inspect, quantize, verify
+from erniequant_cli import (
+    bench,
+    chat,
+    demo,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    quantize,
+    serve,
+    verify,
+)
 from erniequant_cli.errors import INTERRUPTED, GuardedCommand, GuardedCommands
 from erniequant_cli.terminal import occupy_closed_descriptors, say
 
@@ -34,6 +45,7 @@ bench_app.command("static", cls=GuardedCommand)(bench.static)
 bench_app.command("tune", cls=GuardedCommand)(bench.tune)
 app.command("generate", cls=GuardedCommand)(generate.generate)
 app.command("chat", cls=GuardedCommand)(chat.chat)
+app.command("serve", cls=GuardedCommand)(serve.serve)
 app.command("inspect", cls=GuardedCommand)(inspect.inspect)
 app.command("verify", cls=GuardedCommand)(verify.verify)
 app.command("export", cls=GuardedCommand)(export.export)

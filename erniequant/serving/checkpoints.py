@@ -4,7 +4,7 @@ from pathlib import Path
 
 from erniequant.checkpoint.adapters import require_no_adapter
 from erniequant.checkpoint.hub import SMALL_FILES
-from erniequant.checkpoint.reader import INDEX_FILE, Checkpoint, open_checkpoint
+from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
 from erniequant.errors import wrap_errors
 from erniequant.models.config_check import require_fit
 from erniequant.models.header_check import require_sound
@@ -18,9 +18,8 @@ def require_servable(source: str | Path) -> Checkpoint | None:
         ErnieQuantError: a tensor is missing, left over, or of another shape or dtype.
     """
     folder = Path(source)
-    if folder.is_dir() and not (folder / INDEX_FILE).exists():
-        if not any(folder.glob("*.safetensors")):
-            return None
+    if folder.is_dir() and not any(folder.glob("*.safetensors*")):
+        return None
     checkpoint = open_checkpoint(source)
     require_no_adapter(checkpoint.folder)
     check = require_sound(checkpoint)
