@@ -70,7 +70,7 @@ class ErnieQuantVllmConfig(PackedConfig):
         if revision is None:
             require_servable(model_name)
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Names of dense models' tensors in vLLM, whose loader goes by modules; their guard goes.
 
         Static in vLLM, but always called on an instance, and twice for models like Llama.
