@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.fastdeploy.load import load_fastdeploy
 from erniequant.formats.fastdeploy.sizes import NO_WINT4
+from erniequant.serving.vllm.experts import plain_experts
 from erniequant.serving.vllm.fastdeploy_config import FastDeployVllmConfig
 from erniequant.serving.vllm.wint2_experts import require_divisible
 from testing.micro_model import write_micro_ernie
@@ -174,6 +176,14 @@ def test_a_missing_tensor_is_named_before_the_model_is_built(
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     with pytest.raises(ErnieQuantError, match=f"{name} is missing"):
         FastDeployVllmConfig.from_config(settings).maybe_update_config(str(folder))
+
+
+def test_plain_experts_are_not_divided_on_a_cpu() -> None:
+    # vLLM 0.32 would end with a segmentation fault in cpu_fused_moe.
+    parallel = SimpleNamespace(use_ep=True)
+    layer = SimpleNamespace(moe_config=SimpleNamespace(moe_parallel_config=parallel))
+    with pytest.raises(ErnieQuantError, match="layer 1, wint4, has experts that are not packed"):
+        plain_experts(layer, "layer 1, wint4,")
 
 
 @pytest.mark.parametrize(
