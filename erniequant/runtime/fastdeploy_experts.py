@@ -1,22 +1,24 @@
 """The experts of one layer in FastDeploy's formats, kept packed: a drop-in for the experts module
 of transformers.
 
-Experts in WINT2 run on packed weights. In wint4 or float32 an expert's two matrices are decoded in
-plain torch as they are needed.
+Experts in WINT2 run on packed weights (`erniequant.runtime.wint2_ops`). In wint4 or float32 an
+expert's two matrices are decoded in plain torch as they are needed.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from erniequant.runtime.decoding_module import DecodingExperts, batch_without_memory
 from erniequant.runtime.ops import takes
-
-if TYPE_CHECKING:
-    from erniequant_kernels.matrices import Wint2Matrices
+from erniequant.runtime.wint2_ops import (
+    PARTS,
+    moe_experts_wint2,
+    run_wint2_kernels,
+    wint2_matrices,
+)
 
 Decoder = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 """Stored parts of one matrix by suffix to its weights, float32 ``[N, K]``."""
@@ -72,7 +74,8 @@ class FastDeployExperts(DecodingExperts):
         if self.launches_kernels(device, torch.bfloat16):
             from erniequant_kernels.wint2_moe import prepare_constants
 
-            prepare_constants(*self._matrices())
+            order = self.k_order or ""
+            prepare_constants(*(wint2_matrices(parts, order) for parts in self._wint2_parts()))
 
     def multiplies_packed(self, device: torch.device, dtype: torch.dtype) -> bool:
         """WINT2, in what the products of a device take."""
@@ -90,62 +93,30 @@ class FastDeployExperts(DecodingExperts):
     def multiply(
         self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
     ) -> torch.Tensor:
-        """Runs packed where it can, without gradient; else on decoded weights."""
+        """The operator for WINT2, except where weights are kept, which it cannot use, or where a
+        gradient is wanted, which it does not have."""
+        decoded = self._keep_decoded and not torch.compiler.is_compiling()
         trained = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
-        if not self._keep_decoded and not trained:
-            if self._on_kernels(x):
-                return self._run_kernels(x, expert_index, routing)
-            if self.multiplies_packed(x.device, x.dtype):
-                return self._multiply_on_cpu(x, expert_index, routing)
-        return self.multiply_decoded(x, expert_index, routing)
+        if decoded or trained or not self._fits_kernels:
+            return self.multiply_decoded(x, expert_index, routing)
+        return moe_experts_wint2(x, expert_index, routing, *self._wint2_parts(), self.k_order or "")
 
     @property
     def _fits_kernels(self) -> bool:
         return self.activation == "silu" and self.k_order is not None
 
-    def _on_kernels(self, x: torch.Tensor) -> bool:
-        return self.launches_kernels(x.device, x.dtype)
-
-    def _matrices(self) -> "tuple[Wint2Matrices, Wint2Matrices]":
-        from erniequant_kernels.matrices import Wint2Matrices
-
+    def _wint2_parts(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         gate_up, down = (
-            Wint2Matrices.of(self._parts(name), self.k_order or "") for name in _NAMES.values()
+            [getattr(self, f"{name}_{part}") for part in PARTS] for name in _NAMES.values()
         )
         return gate_up, down
 
-    # Which experts are chosen is known only when it runs.
-    @torch.compiler.disable
-    def _multiply_on_cpu(
-        self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
-    ) -> torch.Tensor:
-        from erniequant_kernels.cpu.wint2_moe import moe_experts_wint2_cpu
-
-        with torch.no_grad():
-            return moe_experts_wint2_cpu(x, expert_index, routing, *self._matrices())
-
     def rehearse(self, tokens: int, top_k: int, dtype: torch.dtype) -> None:
         """See `DecodingExperts.rehearse`."""
-        from erniequant_kernels.wint2_moe import moe_experts_wint2
-        from erniequant_kernels.wint2_tuning import wint2_tuning_for
-
-        gate_up, down = (matrices.to("meta") for matrices in self._matrices())
+        gate_up, down = ([part.to("meta") for part in parts] for parts in self._wint2_parts())
         batch = batch_without_memory(tokens, self.hidden_dim, top_k, dtype)
         card = next(self.parameters()).device
-        moe_experts_wint2(*batch, gate_up, down, wint2_tuning_for(card))
-
-    @torch.compiler.disable
-    def _run_kernels(
-        self, x: torch.Tensor, expert_index: torch.Tensor, routing: torch.Tensor
-    ) -> torch.Tensor:
-        from erniequant_kernels.wint2_moe import moe_experts_wint2
-        from erniequant_kernels.wint2_tuning import wint2_tuning_for
-
-        # Triton launches on the current device, which in a model over several is often another one.
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            return moe_experts_wint2(
-                x.contiguous(), expert_index, routing, *self._matrices(), wint2_tuning_for(x.device)
-            )
+        run_wint2_kernels(*batch, gate_up, down, self.k_order or "", card)
 
     def extra_repr(self) -> str:
         """Sizes, for printing a model."""

@@ -30,7 +30,6 @@ def test_versions_warn(
     version: str, said: str, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vllm.__version__", version)
-    monkeypatch.setattr("erniequant.serving.vllm.registration.register_all", lambda: None)
     register()
     assert len(warnings) == 1 and said in warnings[0]
 
@@ -50,17 +49,20 @@ def test_an_old_version_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("registered")
 
     monkeypatch.setattr("vllm.__version__", "0.31.0")
-    monkeypatch.setattr("erniequant.serving.vllm.registration.register_all", refuse)
+    monkeypatch.setattr("erniequant.serving.vllm.registration.PARTS", {"all": refuse})
     register()
 
 
 @pytest.mark.parametrize("error", [ImportError, AttributeError, TypeError, RuntimeError])
-def test_an_interface_that_has_changed_warns(
+def test_an_interface_that_has_changed_costs_one_part(
     error: Callable[[str], Exception], warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def changed() -> None:
         raise error("no such thing")
 
-    monkeypatch.setattr("erniequant.serving.vllm.registration.register_all", changed)
+    called: list[int] = []
+    parts = {"images": changed, "the rest": lambda: called.append(1)}
+    monkeypatch.setattr("erniequant.serving.vllm.registration.PARTS", parts)
     register()
-    assert len(warnings) == 1 and "no such thing" in warnings[0]
+    assert len(warnings) == 1 and called == [1]
+    assert "does not take images" in warnings[0] and "no such thing" in warnings[0]
