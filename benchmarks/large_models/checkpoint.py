@@ -29,12 +29,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a checkpoint: a name of `SHAPES`, the number of MoE layers, and the experts in
-    each."""
+    """Size of a checkpoint: a name of `SHAPES`, the number of MoE layers, the experts in each, and
+    the tokens it knows."""
 
     shape: str
     layers: int
     experts: int
+    vocabulary: int = 103424
 
 
 def settings_of(size: Size) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def settings_of(size: Size) -> dict[str, Any]:
     shape["moe_k"] = min(shape["moe_k"], max(size.experts // 2, 1))
     return {
         "model_type": "ernie4_5_moe", "architectures": ["Ernie4_5_MoeForCausalLM"],
-        "dtype": "bfloat16", "vocab_size": 103424, "num_hidden_layers": size.layers + 1,
+        "dtype": "bfloat16", "vocab_size": size.vocabulary, "num_hidden_layers": size.layers + 1,
         "moe_layer_start_index": 1, "tie_word_embeddings": True, **shape,
     }  # fmt: skip
 

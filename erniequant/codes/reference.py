@@ -16,8 +16,20 @@ def _labels(code: ConvolutionalCode) -> NDArray[np.float32]:
     return code.table()
 
 
+_on_device: dict[tuple[ConvolutionalCode, torch.device], torch.Tensor] = {}
+"""Label tables on other devices than the CPU: they cannot be copied while a graph is captured."""
+
+
 def _label_table(code: ConvolutionalCode, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(_labels(code)).to(device)
+    if device.type == "cpu":
+        return torch.from_numpy(_labels(code))
+    table = _on_device.get((code, device))
+    if table is None:
+        with torch.inference_mode(False):
+            table = torch.from_numpy(_labels(code)).to(device)
+        if type(table) is torch.Tensor:  # not what stands for one while torch traces
+            _on_device[code, device] = table
+    return table
 
 
 def registers(words: torch.Tensor, code: ConvolutionalCode) -> torch.Tensor:

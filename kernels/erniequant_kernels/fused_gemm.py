@@ -25,7 +25,7 @@ import triton.language as tl
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels import decode
 from erniequant_kernels.bfloat16 import INTERPRETED, MATRIX_TYPE, from_pattern, rounded
-from erniequant_kernels.dependent import start_next_and_wait
+from erniequant_kernels.dependent import start_next_and_wait, wait
 from erniequant_kernels.launch import launch
 from erniequant_kernels.packed_gemm import packed_gemm_reference
 from erniequant_kernels.routing import RowTiles, assigned_scales, tile_assignments
@@ -277,6 +277,7 @@ def fused_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LAST: tl.constexpr = False,
     DEPENDENT: tl.constexpr = False,
 ):
     """Program (row tile and block of outputs): blocks of one row tile, then the next tile of the
@@ -284,7 +285,10 @@ def fused_gemm_kernel(
 
     No integer is an argument: token counts reach the kernel through ``tile_*_ptr`` alone.
     """
-    start_next_and_wait(DEPENDENT)
+    if LAST:
+        wait(DEPENDENT)
+    else:
+        start_next_and_wait(DEPENDENT)
     PER_STEP: tl.constexpr = decode.weights_per_step(LABEL)
     RUN: tl.constexpr = decode.run_length(STEP_BITS)
     LANE: tl.constexpr = unit_outputs(TILE_WORDS, STEP_BITS, PER_STEP)
@@ -350,7 +354,7 @@ def fused_gemm_kernel(
 def fused_gemm(
     x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, constants: torch.Tensor,
     code: ConvolutionalCode, tile: int, tiles: RowTiles, top_k: int, out: torch.Tensor,
-    config: FusedGemmConfig,
+    config: FusedGemmConfig, *, last: bool = False,
 ) -> None:  # fmt: skip
     """Products of all assignments with their experts' labels, scaled before they are rounded.
 
@@ -363,6 +367,7 @@ def fused_gemm(
         tiles: row tiles of ``config.block_m``.
         out: ``[A, N]`` of any float type, contiguous; rows of assignments to no expert are left as
             they are.
+        last: no kernel of ours follows (see `dependent.wait`).
     """
     outputs = out.shape[-1]
     blocks = triton.cdiv(outputs, config.block_n)
@@ -372,5 +377,5 @@ def fused_gemm(
         TOP_K=top_k, INPUTS=x.shape[-1], OUTPUTS=outputs,
         TILE_WORDS=code.words_per_sequence(tile),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        num_warps=config.warps, num_stages=config.stages, **decode.code_constants(code),
+        LAST=last, num_warps=config.warps, num_stages=config.stages, **decode.code_constants(code),
     )  # fmt: skip

@@ -95,7 +95,7 @@ def gemm_case(
             f"fused_gemm {name} N{config.block_n} K{config.block_k} W{config.warps}",
             fused_gemm_kernel,
             arguments | {"out_ptr": "*bf16"},
-            constants | {"BLOCK_N": config.block_n},
+            constants | {"BLOCK_N": config.block_n, "LAST": False},
             config.warps,
             config.stages,
             config.block_n * config.block_k,

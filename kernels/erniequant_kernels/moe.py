@@ -17,7 +17,7 @@ from erniequant_kernels.packed_gemm import PackedGemmConfig, packed_gemm
 from erniequant_kernels.prepare import prepare
 from erniequant_kernels.rotation import swiglu_rotate
 from erniequant_kernels.routing import RowTiles, most_row_tiles
-from erniequant_kernels.tuning import Tuning
+from erniequant_kernels.tuning import GemmConfig, Tuning
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MatrixPlan:
         rotated: shape ``[rows, K]`` of the rotated inputs, bfloat16.
     """
 
-    config: PackedGemmConfig | FusedGemmConfig
+    config: GemmConfig
     partial: tuple[tuple[int, int, int], torch.dtype]
     rotated: tuple[int, int]
 
@@ -91,19 +91,28 @@ def constants_on(device: torch.device) -> torch.Tensor:
     return decode.constants(device)
 
 
-def _multiply(
-    x: torch.Tensor, matrix: PackedMatrices, how: MatrixPlan, tiles: RowTiles, top_k: int
-) -> torch.Tensor:
-    """Products of all assignments: ``[splits, A, N]``, scaled if the plan says so."""
-    out = empty(*how.partial, x.device)
+def multiply(
+    x: torch.Tensor, matrix: PackedMatrices, config: GemmConfig, tiles: RowTiles, top_k: int,
+    out: torch.Tensor, *, last: bool = False,
+) -> None:  # fmt: skip
+    """Products of all assignments, by the kernel that the config is for.
+
+    Args:
+        x: rotated inputs, bfloat16 ``[rows, K]``, contiguous; assignment ``a`` reads row
+            ``a // top_k``.
+        tiles: row tiles of ``config.block_m``.
+        out: ``[splits, A, N]``, contiguous: float32 summands for a packed product; for a fused one
+            of any float type, one split that carries its scales.
+        last: of a fused product: as in `fused_gemm`.
+    """
     packed, constants, code = matrix.packed, constants_on(x.device), matrix.code
-    if isinstance(how.config, PackedGemmConfig):
-        packed_gemm(x, packed, constants, code, matrix.tile, tiles, top_k, out, how.config)
+    if isinstance(config, PackedGemmConfig):
+        packed_gemm(x, packed, constants, code, matrix.tile, tiles, top_k, out, config)
     else:
         fused_gemm(
-            x, packed, matrix.scale, constants, code, matrix.tile, tiles, top_k, out[0], how.config
-        )
-    return out
+            x, packed, matrix.scale, constants, code, matrix.tile, tiles, top_k, out[0], config,
+            last=last,
+        )  # fmt: skip
 
 
 def moe_experts(
@@ -137,13 +146,15 @@ def moe_experts(
             expert_index, gate_up.experts, how.block_m, x, gate_up.signs, gate_up.rotation_block,
             hidden,
         )  # fmt: skip
-        partial = _multiply(hidden, gate_up, how.gate_up, tiles, top_k)
+        partial = empty(*how.gate_up.partial, x.device)
+        multiply(hidden, gate_up, how.gate_up.config, tiles, top_k, partial)
         inner = empty(how.down.rotated, torch.bfloat16, x.device)
         swiglu_rotate(
             partial, gate_up.scale, expert_index, down.signs, down.rotation_block, inner,
             scaled=how.gate_up.scaled,
         )  # fmt: skip
-        partial = _multiply(inner, down, how.down, tiles, 1)
+        partial = empty(*how.down.partial, x.device)
+        multiply(inner, down, how.down.config, tiles, 1, partial)
         combine(partial, down.scale, expert_index, routing, out, scaled=how.down.scaled)
 
     repeated(

@@ -170,7 +170,10 @@ def test_nothing_is_installed(plan: Planner) -> None:
 @pytest.mark.parametrize(
     "given, line",
     [
-        ({"installed": replace(VLLM_CPU, vllm="0.31.9")}, "vLLM 0.31.9 is too old; .*0.32"),
+        (
+            {"installed": replace(VLLM_CPU, vllm="0.31.9")},
+            "vLLM 0.31.9 is older than 0.32, .*; upgrade it, or .*transformers",
+        ),
         ({"installed": VLLM_GPU}, "vLLM 0.32.0 is made for GPUs, and torch finds none here"),
         ({"installed": replace(VLLM_CPU, plugins=())}, "vLLM would not find erniequant's plugin"),
         ({"environment": {"VLLM_PLUGINS": "a,b"}}, "VLLM_PLUGINS=a,b keeps .*; add erniequant"),
@@ -268,7 +271,11 @@ def test_without_tokenizer_or_template(
 
 @pytest.mark.parametrize(
     "version, note",
-    [("0.33.2", None), ("0.34.0", "newer than 0.33"), ("nightly", "which nobody has tried")],
+    [
+        ("0.33.2", None),
+        ("0.34.0", "newer than 0.33"),
+        ("nightly", "unknown; 0.32 or newer is needed"),
+    ],
 )
 def test_newer_versions_only_warn(plan: Planner, version: str, note: str | None) -> None:
     found = plan(installed=replace(VLLM_CPU, vllm=version))

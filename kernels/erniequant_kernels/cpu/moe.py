@@ -101,7 +101,7 @@ def moe_experts_cpu(
     chosen = on or machine()
 
     def multiply(matrix: PackedMatrices) -> Multiply:
-        return partial(_multiply, matrix, x.dtype == torch.bfloat16, chosen)
+        return partial(multiply_packed, matrix, x.dtype == torch.bfloat16, chosen)
 
     return run_experts(
         x, expert_index, routing, gate_up.experts, multiply(gate_up), multiply(down), chosen
@@ -152,10 +152,14 @@ def _by_expert(expert_index: torch.Tensor, experts: int) -> tuple[torch.Tensor, 
     return order[: sum(counts)], counts
 
 
-def _multiply(
+def multiply_packed(
     matrix: PackedMatrices, bfloat16: bool, on: Machine, x: torch.Tensor, rows: torch.Tensor,
     counts: list[int], swiglu: bool,
 ) -> torch.Tensor:  # fmt: skip
+    """`Multiply` with native codes: rotate the rows, and multiply them with packed weights.
+
+    bfloat16: round what is rotated to bfloat16 where there is a product for it.
+    """
     code, tile, inputs = matrix.code, matrix.tile, matrix.inputs
     bfloat16 = bfloat16 and takes_bfloat16(code, tile, inputs, on)
     rotated = torch.empty(len(rows), inputs, dtype=torch.bfloat16 if bfloat16 else torch.float32)

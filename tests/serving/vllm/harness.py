@@ -20,13 +20,12 @@ TOLERANCE = 1e-4
 def environment(home: Path, ranks: int = 1, **more: str) -> dict[str, str]:
     """Environment of a process that runs vLLM on this machine's CPUs.
 
-    Everything is written below ``home``, compiled code beside it: it takes 20 seconds to make, and
-    the runs of a session share it.
+    Compiled code is kept beside ``home``: it takes 20 seconds to make, and the runs of a session
+    share it. Sockets stay where they are, as their names must be short.
     """
     shared = home.parent / "compiled"
     folders = ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
     chosen = {name: str(shared / name.lower()) for name in folders}
-    chosen["TMPDIR"] = str(home / "tmp")
     for folder in chosen.values():
         Path(folder).mkdir(parents=True, exist_ok=True)
     packages = (ROOT, ROOT / "kernels", ROOT / "cli", ROOT / "calib_data")

@@ -1,0 +1,1 @@
+"""Speed of vLLM with packed experts."""
