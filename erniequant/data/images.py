@@ -56,6 +56,11 @@ class ImageReader:
             )
         return image
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that an image may have at most, by the processor's settings."""
+        return self._pixels(None)["longest_edge"] // (self._images.patch * self._images.merge) ** 2
+
     def _made_processor(self) -> Any:
         if self._processor is None:
             from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import (

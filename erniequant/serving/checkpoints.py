@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from erniequant.checkpoint.adapters import require_no_adapter
+from erniequant.checkpoint.hub import SMALL_FILES
 from erniequant.checkpoint.reader import Checkpoint, open_checkpoint
+from erniequant.errors import wrap_errors
 from erniequant.models.config_check import require_fit
 from erniequant.models.header_check import require_sound
 
@@ -23,3 +25,19 @@ def require_servable(source: str | Path) -> Checkpoint | None:
     check = require_sound(checkpoint)
     require_fit(checkpoint.config, checkpoint.headers, {layer.key for layer in check.layers})
     return checkpoint
+
+
+def small_files(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint or, for a Hugging Face id, one with everything but its weights.
+
+    Raises:
+        ErnieQuantError: it cannot be fetched.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    with wrap_errors(f"no folder {source}, and it cannot be fetched from Hugging Face"):
+        return Path(
+            snapshot_download(str(source), revision=revision, allow_patterns=list(SMALL_FILES))
+        )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.layers.rotary_embedding.ernie45_vl_rope import Ernie4_5_VLRotaryEmbedding
 from vllm.platforms import current_platform
 from vllm.triton_utils import dispatcher
 
@@ -21,6 +22,8 @@ def apply() -> None:
         return
     CPURouter._compute_routing = _with_correction_bias(CPURouter._compute_routing)
     dispatcher._rebind_kernels = _without_llvmlite(dispatcher._rebind_kernels)
+    if "forward_cpu" not in vars(Ernie4_5_VLRotaryEmbedding):
+        Ernie4_5_VLRotaryEmbedding.forward_cpu = rotate
 
 
 def _with_correction_bias(original: Any) -> Any:
@@ -65,3 +68,12 @@ def _without_llvmlite(original: Any) -> Any:
                 sys.modules[name] = hidden
 
     return rebind
+
+
+def rotate(
+    self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None,
+    *_: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """`Ernie4_5_VLRotaryEmbedding` inherits a `forward_cpu` that passes its `forward_native` an
+    argument too many."""
+    return self.forward_native(positions, query, key)

@@ -5,7 +5,12 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.platforms import current_platform
 
+from erniequant.errors import ErnieQuantError
 from erniequant.packing.layer_keys import GUARD
 from erniequant.packing.schema import LayerSpec
 from erniequant.packing.sharding import Share, share_params
@@ -68,6 +73,21 @@ class PackedExpertsMethod(FusedMoEMethodBase):
             layer.down_proj_packed, layer.down_proj_scale, layer.down_proj_signs,
             self._spec_text, layer.activation.value,
         )  # fmt: skip
+
+
+def plain_experts(layer: Any, where: str) -> UnquantizedFusedMoEMethod:
+    """vLLM's own weights and product, for experts that are not packed.
+
+    Raises:
+        ErnieQuantError: on a CPU, ranks are to divide them: vLLM 0.32 reads beyond the experts of a
+            rank there, and the process dies.
+    """
+    if current_platform.is_cpu() and layer.moe_config.moe_parallel_config.use_ep:
+        raise ErnieQuantError(
+            f"{where} has experts that are not packed, which vLLM cannot divide among ranks on a "
+            "CPU; serve without expert parallelism"
+        )
+    return UnquantizedFusedMoEMethod(layer.moe_config)
 
 
 def share_of(layer: Any, moe: Any) -> Share:

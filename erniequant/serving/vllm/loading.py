@@ -1,6 +1,6 @@
 """Loading packed tensors into the modules of a rank, and counting what has come."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -70,6 +70,23 @@ class PackedTensors:
         if self._missing and get_current_vllm_config().load_config.load_format != "dummy":
             names = ", ".join(f"{self._prefix}{name}" for name in sorted(self._missing))
             raise ErnieQuantError(f"{self._where}: missing from the checkpoint: {names}")
+
+
+def require_loaded(model: nn.Module, loaded: Collection[str], counted: Collection[str]) -> None:
+    """Refuse a model with parameters that were not loaded: vLLM looks for them only where nothing
+    is quantised.
+
+    Args:
+        loaded: names of parameters.
+        counted: paths of modules whose parameters are checked elsewhere.
+
+    Raises:
+        ErnieQuantError: names the first such parameter.
+    """
+    prefixes = tuple(f"{path}." for path in counted)
+    for name, _ in model.named_parameters():
+        if name not in loaded and not name.startswith(prefixes):
+            raise ErnieQuantError(f"the checkpoint has no weights for {name} of vLLM's model")
 
 
 def _described(tensor: torch.Tensor) -> str:

@@ -7,9 +7,6 @@ import regex as re
 import torch
 from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-    UnquantizedFusedMoEMethod,
-)
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -20,22 +17,14 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from erniequant.packing.layer_keys import GUARD, is_dense_key, layer_key_of
 from erniequant.packing.schema import PROJECTIONS, QUANT_METHOD, QuantizationMetadata
 from erniequant.serving.checkpoints import require_servable
-from erniequant.serving.vllm.experts import PackedExpertsMethod
+from erniequant.serving.vllm.experts import PackedExpertsMethod, plain_experts
 from erniequant.serving.vllm.linear import PackedLinearMethod
 
 _REGISTERED = "_erniequant"
 
 
-class ErnieQuantVllmConfig(QuantizationConfig):
-    """`quantization_config` of config.json as vLLM holds it. vLLM pickles it for its workers."""
-
-    def __init__(self, metadata: QuantizationMetadata):
-        super().__init__()
-        self.metadata = metadata
-
-    def get_name(self) -> str:
-        """The name in config.json."""
-        return QUANT_METHOD
+class PackedConfig(QuantizationConfig):
+    """What the formats have in common."""
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Those that there are kernels for: on a GPU, float32 would leave the captured graph."""
@@ -51,6 +40,18 @@ class ErnieQuantVllmConfig(QuantizationConfig):
     def get_config_filenames() -> list[str]:
         """None: config.json says everything."""
         return []
+
+
+class ErnieQuantVllmConfig(PackedConfig):
+    """`quantization_config` of config.json as vLLM holds it. vLLM pickles it for its workers."""
+
+    def __init__(self, metadata: QuantizationMetadata):
+        super().__init__()
+        self.metadata = metadata
+
+    def get_name(self) -> str:
+        """The name in config.json."""
+        return QUANT_METHOD
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ErnieQuantVllmConfig":
@@ -69,7 +70,7 @@ class ErnieQuantVllmConfig(QuantizationConfig):
         if revision is None:
             require_servable(model_name)
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Names of dense models' tensors in vLLM, whose loader goes by modules; their guard goes.
 
         Static in vLLM, but always called on an instance, and twice for models like Llama.
@@ -84,9 +85,9 @@ class ErnieQuantVllmConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """What loads and multiplies the weights of a module; None leaves it to vLLM."""
         if isinstance(layer, RoutedExperts):
-            key = layer_key_of(_path_in_format(prefix))
+            key = layer_key_of(path_in_format(prefix))
             if key is None or key not in self.metadata.layers:
-                return UnquantizedFusedMoEMethod(layer.moe_config)
+                return plain_experts(layer, prefix)
             return PackedExpertsMethod(layer.moe_config, self.metadata.layers[key], f"layer {key}")
         if isinstance(layer, LinearBase):
             name, key = prefix.rpartition(".")[2], layer_key_of(prefix, dense=True)
@@ -97,7 +98,7 @@ class ErnieQuantVllmConfig(QuantizationConfig):
         return None
 
 
-def _path_in_format(prefix: str) -> str:
+def path_in_format(prefix: str) -> str:
     """vLLM calls the experts of a vision-language layer text_experts and vision_experts."""
     return re.sub(r"\.mlp\.(text|vision)_experts\b", r".mlp.\1_moe.experts", prefix)
 

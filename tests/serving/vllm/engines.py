@@ -4,8 +4,8 @@ said: tests start it, as an engine binds threads and environment of its process.
     python engines.py JOB.json
 
 JOB.json has "runs", each with "name", "folder", "settings" of vllm.LLM, "prompts" (token ids, or
-dictionaries that vLLM takes), "steps", "count" (bytes of floats, which takes seconds) and "fails"
-(its error is the result); results go to "output", by name.
+dictionaries that vLLM takes, with paths under "images"), "steps", "count" (bytes of floats, which
+takes seconds) and "fails" (its error is the result); results go to "output", by name.
 """
 
 import json
@@ -16,6 +16,14 @@ from typing import Any
 from counting import expert_bytes, float_bytes
 
 PLAIN = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 64, "max_num_seqs": 4}
+
+
+def with_images(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The prompt with the images instead of their paths."""
+    from PIL import Image
+
+    images = [Image.open(path) for path in prompt.pop("images", ())]
+    return {**prompt, "multi_modal_data": {"image": images}} if images else prompt
 
 
 def run(
@@ -32,7 +40,7 @@ def run(
     sampling = SamplingParams(
         temperature=0, max_tokens=steps, ignore_eos=True, logprobs=5, detokenize=False
     )
-    given = [p if isinstance(p, dict) else {"prompt_token_ids": p} for p in prompts]
+    given = [with_images(p) if isinstance(p, dict) else {"prompt_token_ids": p} for p in prompts]
     outputs = llm.generate(given, sampling, use_tqdm=False)
     after = [llm.apply_model(function) for function in counted]
     said = [
