@@ -15,6 +15,7 @@ def passed(*arguments: str) -> ServeSettings:
     [
         (("--port", "9"), "9"),
         (("--port=9",), "9"),
+        (("--port", "8", "--port=9"), "9"),
         (("--port", "8", "--host", "h", "--port", "9"), "9"),
         (("--api-key", "--port=9"), "9"),
         (("--ports", "9", "port", "8"), None),
