@@ -191,8 +191,11 @@ def _has_template(folder: Path) -> bool:
 
 
 def _kept_bytes(header: TensorHeader, ranks: int) -> int:
-    """Bytes of a tensor on one of several ranks: matrices are cut, all else each rank has whole."""
+    """Bytes of a tensor on one of several ranks: matrices are cut, all else each rank has whole.
+
+    A router's bias is a row.
+    """
     experts = ".mlp.experts." in header.name  # as they are stored; all else becomes bfloat16
     size = header.n_bytes if experts else header.elements * _BYTES
-    whole = len(header.shape) < 2 or header.name.endswith(_ROUTERS)
+    whole = len(header.shape) < 2 or min(header.shape) < 2 or header.name.endswith(_ROUTERS)
     return size if whole else math.ceil(size / ranks)

@@ -15,6 +15,7 @@ COMMANDS = [
     ("bench", "tune"),
     ("generate",),
     ("chat",),
+    ("serve",),
     ("inspect",),
     ("verify",),
     ("export",),
