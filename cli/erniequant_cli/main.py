@@ -1,7 +1,5 @@
 """The table of commands. Each lives in a file of its own and imports the library when it runs."""
 
-import os
-
 import typer
 
 from erniequant_cli import (
@@ -18,10 +16,9 @@ from erniequant_cli import (
 )
 from erniequant_cli.errors import INTERRUPTED, GuardedCommand, GuardedCommands
 from erniequant_cli.terminal import occupy_closed_descriptors, say
+from erniequant_cli.threads import wait_passively
 
-# torch's threads spin for milliseconds after each product, on the cores that our own threads need
-# next: a token of the 21B took 0.31 s instead of 0.24 s on two cores. Read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+wait_passively()
 
 app = typer.Typer(
     name="erniequant",

@@ -8,6 +8,7 @@ import typer
 from erniequant_cli.errors import FAILED, complain
 from erniequant_cli.options import JsonFile, Quiet, deliver
 from erniequant_cli.terminal import note, say
+from erniequant_cli.threads import wait_as_given
 
 if TYPE_CHECKING:
     from erniequant.serving.plan import ServePlan
@@ -67,6 +68,7 @@ def serve(
 
       erniequant serve ernie-2bit --engine transformers --dry-run
     """
+    from erniequant.serving.installed import VLLM
     from erniequant.serving.plan import plan_server
     from erniequant.serving.served_model import fetch
     from erniequant.serving.settings import ServeSettings
@@ -84,6 +86,8 @@ def serve(
         raise typer.Exit(FAILED)
     if not dry_run:
         fetch(plan.model)
+        if plan.engine == VLLM:
+            wait_as_given()
         plan.command.run()
 
 

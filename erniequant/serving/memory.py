@@ -9,7 +9,7 @@ VLLM_PROCESS = 1.7 * GIB
 the buffers of a step; measured with a model of a few MB."""
 
 TRANSFORMERS_PROCESS = 0.8 * GIB
-"""The same for transformers' server."""
+"""The same for transformers' server, estimated."""
 
 CARD_SHARE = 0.92
 """The share of a card that vLLM takes if it is not told otherwise."""
