@@ -1,5 +1,7 @@
 """The table of commands. Each lives in a file of its own and imports the library when it runs."""
 
+import os
+
 import typer
 
 from erniequant_cli import (
