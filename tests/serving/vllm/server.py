@@ -61,7 +61,7 @@ def serving(folder: Path, home: Path, *arguments: str, seconds: int = 400) -> It
     home.mkdir(parents=True, exist_ok=True)
     log = home / "server.txt"
     words = ["-m", "erniequant", "serve", str(folder), "--port", str(port), *arguments]
-    variables = {k: v for k, v in environment(home).items() if not k.startswith("VLLM_ENABLE_V1")}
+    variables = {k: v for k, v in environment().items() if not k.startswith("VLLM_ENABLE_V1")}
     with log.open("wb") as lines:
         process = subprocess.Popen(
             [sys.executable, *words], stdout=lines, stderr=subprocess.STDOUT, cwd=home,
