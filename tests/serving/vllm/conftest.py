@@ -192,7 +192,7 @@ def two_ranks(
     folders: dict[str, Path], dense: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """Two ranks; "experts" divides whole experts among them."""
-    chosen = {name: (folders | dense)[name] for name in ("4 bits", "mixed", "dense")}
+    chosen = {name: (folders | dense)[name] for name in ("4 bits", "dense")}
     runs = [case(name, folder, ranks=2) for name, folder in chosen.items()]
     experts = case("experts", folders["mixed"], ranks=2, enable_expert_parallel=True)
     return run_engines(tmp_path_factory.mktemp("two"), *runs, experts)
@@ -200,14 +200,10 @@ def two_ranks(
 
 @pytest.fixture(scope="session")
 def two_ranks_compiled(
-    folders: dict[str, Path], dense: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    chosen = {name: (folders | dense)[name] for name in ("2 bits", "dense")}
-    runs = [
-        case(name, folder, ranks=2, eager=False, count=name == "2 bits")
-        for name, folder in chosen.items()
-    ]
-    return run_engines(tmp_path_factory.mktemp("two_compiled"), *runs)
+    run = case("2 bits", folders["2 bits"], ranks=2, eager=False, count=True)
+    return run_engines(tmp_path_factory.mktemp("two_compiled"), run)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
 """Running engines from tests, and what transformers says to the same tokens."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def run_engines(home: Path, *runs: dict[str, Any], **more: str) -> dict[str, Any
     job, output, log = home / "job.json", home / "output.json", home / "log.txt"
     job.write_text(json.dumps({"runs": runs, "output": str(output)}))
     program = Path(__file__).with_name("engines.py")
-    with log.open("w") as lines:
+    with log.open("w") as lines, processors(ranks):
         done = subprocess.run(
             [sys.executable, str(program), str(job)], env=environment(ranks, **more),
             stdout=lines, stderr=subprocess.STDOUT, timeout=600, cwd=home,
@@ -66,6 +68,15 @@ def run_engines(home: Path, *runs: dict[str, Any], **more: str) -> dict[str, Any
     if done.returncode and not all(run["fails"] for run in runs):
         raise AssertionError(f"the engine ended with {done.returncode}:\n{log.read_text()[-4000:]}")
     return {**results, "log": log.read_text()}
+
+
+@contextmanager
+def processors(ranks: int) -> Iterator[None]:
+    """Engines of one rank run beside each other, those of several alone: their ranks wait for one
+    another in loops, and lose minutes to anything else on their processors."""
+    with (Path(os.environ[CACHES[0]]) / "processors").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH if ranks == 1 else fcntl.LOCK_EX)
+        yield
 
 
 def distance(said: Mapping[str, Any], model: Any, **inputs: torch.Tensor) -> float:

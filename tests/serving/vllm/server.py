@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.serving.vllm.harness import environment
+from tests.serving.vllm.harness import environment, processors
 
 KEY = "a key that clients must send"
 
@@ -69,8 +69,9 @@ def serving(folder: Path, home: Path, *arguments: str, seconds: int = 400) -> It
         )  # fmt: skip
     server = Server(f"http://127.0.0.1:{port}/v1", folder.name, process, log)
     try:
-        _wait(server, seconds)
-        yield server
+        with processors(ranks=1):
+            _wait(server, seconds)
+            yield server
     finally:
         if process.poll() is None:
             process.terminate()

@@ -31,7 +31,7 @@ def test_one_rank_compiled(
     agrees(one_rank_compiled[name], reference(name))
 
 
-@pytest.mark.parametrize("name", ["4 bits", "mixed", "dense"])
+@pytest.mark.parametrize("name", ["4 bits", "dense"])
 def test_two_ranks(name: str, two_ranks: dict[str, Any], reference: Callable[[str], Any]) -> None:
     agrees(two_ranks[name], reference(name))
 
@@ -42,11 +42,10 @@ def test_experts_divided_among_two_ranks(
     agrees(two_ranks["experts"], reference("mixed"))
 
 
-@pytest.mark.parametrize("name", ["2 bits", "dense"])
 def test_two_ranks_compiled(
-    name: str, two_ranks_compiled: dict[str, Any], reference: Callable[[str], Any]
+    two_ranks_compiled: dict[str, Any], reference: Callable[[str], Any]
 ) -> None:
-    agrees(two_ranks_compiled[name], reference(name))
+    agrees(two_ranks_compiled["2 bits"], reference("2 bits"))
 
 
 @pytest.mark.parametrize("name", ["scales", "experts", "signs"])

@@ -23,7 +23,7 @@ def expected(folder: Path, share: Share) -> list[int]:
     [
         ("one_rank", "mixed", [Share()]),
         ("one_rank_compiled", "2 bits", [Share()]),
-        ("two_ranks", "mixed", [Share(0, 2), Share(1, 2)]),
+        ("two_ranks", "4 bits", [Share(0, 2), Share(1, 2)]),
         ("two_ranks", "experts", [Share(experts=(0, 1, 2)), Share(experts=(3, 4, 5))]),
         ("two_ranks_compiled", "2 bits", [Share(0, 2), Share(1, 2)]),
     ],

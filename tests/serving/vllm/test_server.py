@@ -26,11 +26,12 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The embedded tiny model at 2 bits, compiled; half of 32 streams have to wait."""
+    """The embedded tiny model at 2 bits; half of 32 streams have to wait."""
     root = tmp_path_factory.mktemp("server")
     folder = root / "tiny-2bit"
     erniequant.quantize(tiny_model_dir(), folder, bits=2, no_calib=True, effort="fast")
-    options = ("--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-seqs", "16")
+    options = ("--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-seqs", "16",
+               "--enforce-eager")  # fmt: skip
     with serving(folder, root / "home", "--", *options) as started:
         yield started
 

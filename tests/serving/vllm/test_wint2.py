@@ -109,7 +109,6 @@ def two_ranks_wint2(
 ) -> dict[str, Any]:
     runs = [case(name, checkpoints[name], ranks=2) for name in ("mma64", "rank folders")]
     runs.append(case("experts", checkpoints["all wint2"], ranks=2, enable_expert_parallel=True))
-    runs.append(case("compiled", checkpoints["mma64"], ranks=2, eager=False))
     return run_engines(tmp_path_factory.mktemp("wint2_two"), *runs)
 
 
@@ -130,9 +129,8 @@ def test_one_rank_compiled(one_rank_wint2: dict[str, Any], models: Callable[[str
 
 @pytest.mark.parametrize(
     ("run", "name"),
-    [("mma64", "mma64"), ("rank folders", "rank folders"), ("experts", "all wint2"),
-     ("compiled", "mma64")],
-)  # fmt: skip
+    [("mma64", "mma64"), ("rank folders", "rank folders"), ("experts", "all wint2")],
+)
 def test_two_ranks(
     run: str, name: str, two_ranks_wint2: dict[str, Any], models: Callable[[str], Any]
 ) -> None:
