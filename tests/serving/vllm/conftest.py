@@ -28,6 +28,7 @@ MIXED = {
 """Layers that differ in code, register length, tile and rotation block, so a mix-up shows."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files go to workers as wholes (`--dist loadgroup`), and two that share engines together."""
     for item in items:
