@@ -28,15 +28,6 @@ MIXED = {
 """Layers that differ in code, register length, tile and rotation block, so a mix-up shows."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files go to workers as wholes (`--dist loadgroup`), and two that share engines together."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            group = item.path.stem.replace("test_memory", "test_agreement")
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> None:
     """One place for what is compiled, which takes 20 seconds at first, by all workers."""
