@@ -6,6 +6,7 @@ Counted from shapes: quantised experts by the format's own function, everything 
 it, in bfloat16.
 """
 
+import argparse
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,9 @@ def rows() -> Iterator[str]:
 
 def main() -> None:
     """Fill the page."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     columns = [f"TP {ranks}" for ranks in RANKS]
     head = f"| model | bits | {' | '.join(columns)} |\n|" + "---|" * 6
     fill(DOCS / "serving.md", "memory", "\n".join([head, *rows()]))

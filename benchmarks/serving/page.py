@@ -24,7 +24,7 @@ NEW_TOKENS = 32
 
 
 class Engine:
-    """A process of `benchmarks.serving.engine`."""
+    """A process of `benchmarks.serving.run`."""
 
     def __init__(self, folder: Path, work: Path, processors: str):
         variables = {
@@ -33,7 +33,7 @@ class Engine:
             "VLLM_CACHE_ROOT": str(work / "cache"), "PYTHONPATH": os.pathsep.join(sys.path),
         }  # fmt: skip
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.serving.engine", str(folder)], cwd=ROOT, text=True,
+            [sys.executable, "-m", "benchmarks.serving.run", str(folder)], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **variables},
         )  # fmt: skip
         self._answer("ready")

@@ -1,6 +1,6 @@
 """One engine of vLLM that answers as often as it is told to; `benchmarks.serving.page` runs two.
 
-    python -m benchmarks.serving.engine FOLDER
+    python -m benchmarks.serving.run FOLDER
 
 Prints "ready"; then for every line ``STREAMS NEW_TOKENS`` on stdin, the seconds that it took.
 """
