@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from erniequant.errors import ErnieQuantError
+from erniequant.formats.fastdeploy.sizes import WINT2_INPUTS
 from erniequant.packing.sharding import require_divisible
 from erniequant.serving.command import SECRET, Command
 from erniequant.serving.installed import Installed, version_note, version_problem
@@ -25,9 +26,6 @@ CACHE_VARIABLE, BIND_VARIABLE, PLUGINS_VARIABLE = (
 )  # fmt: skip
 _VOCABULARY_UNIT = 64
 """vLLM pads the vocabulary to a multiple of it before it is cut."""
-
-_WINT2_UNIT = 128
-"""A byte of ``weight_scale`` covers so many inputs of a WINT2 product."""
 
 
 def problems(
@@ -179,7 +177,7 @@ def _cut_experts(model: ServedModel, ranks: int) -> Iterator[str]:
         except ErnieQuantError as error:
             yield str(error)
             return
-    unit = _WINT2_UNIT if model.format == WINT2 else 1
+    unit = WINT2_INPUTS if model.format == WINT2 else 1
     for inner in {group.inner for group in model.architecture.sizes.groups}:
         if inner % (unit * ranks):
             of = f" in parts of {unit}" if unit > 1 else ""

@@ -18,19 +18,27 @@ from erniequant.runtime.ops import moe_experts, spec_text
 from erniequant.serving.vllm.loading import PackedTensors
 
 
-class PackedExpertsMethod(FusedMoEMethodBase):
-    """Weights and product of one layer's experts. Router, shared experts and the sum over ranks
-    are vLLM's."""
-
-    def __init__(self, moe: Any, spec: LayerSpec, where: str):
-        super().__init__(moe)
-        self._spec, self._where, self._spec_text = spec, where, spec_text(spec)
+class UnpaddedExpertsMethod(FusedMoEMethodBase):
+    """What experts that stay packed have in common, whatever their format."""
 
     def maybe_roundup_sizes(
         self, hidden_size: int, intermediate_size_per_partition: int, *_: Any, **__: Any
     ) -> tuple[int, int]:
         """As they are: packed matrices cannot be padded."""
         return hidden_size, intermediate_size_per_partition
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """None: it describes the kernels of vLLM."""
+        return None
+
+
+class PackedExpertsMethod(UnpaddedExpertsMethod):
+    """Weights and product of one layer's experts. Router, shared experts and the sum over ranks
+    are vLLM's."""
+
+    def __init__(self, moe: Any, spec: LayerSpec, where: str):
+        super().__init__(moe)
+        self._spec, self._where, self._spec_text = spec, where, spec_text(spec)
 
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int,
@@ -57,10 +65,6 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         """Raise ErnieQuantError if a tensor is missing; vLLM does not look."""
         self._tensors.require_complete()
         prepare_for_graphs(layer.gate_up_proj_packed.device)
-
-    def get_fused_moe_quant_config(self, layer: Any) -> None:
-        """None: it describes the kernels of vLLM."""
-        return None
 
     def apply(
         self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor,

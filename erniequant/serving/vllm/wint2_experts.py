@@ -6,29 +6,22 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.fastdeploy.convert import encoded_to_rank
 from erniequant.formats.fastdeploy.names import PROJECTIONS, WINT2_SUFFIXES, Matrix
 from erniequant.formats.fastdeploy.sizes import WINT2_INPUTS
 from erniequant.runtime.wint2_ops import moe_experts_wint2
-from erniequant.serving.vllm.experts import local_experts, share_of
+from erniequant.serving.vllm.experts import UnpaddedExpertsMethod, local_experts, share_of
 
 
-class Wint2ExpertsMethod(FusedMoEMethodBase):
+class Wint2ExpertsMethod(UnpaddedExpertsMethod):
     """Weights and product of one layer's experts. Parameters ``{projection}_{suffix}``
     ``[E, ...]`` stack what a checkpoint stores for each expert of the rank."""
 
     def __init__(self, moe: Any, k_order: str, where: str):
         super().__init__(moe)
         self._k_order, self._where = k_order, where
-
-    def maybe_roundup_sizes(
-        self, hidden_size: int, intermediate_size_per_partition: int, *_: Any, **__: Any
-    ) -> tuple[int, int]:
-        """As they are: packed matrices cannot be padded."""
-        return hidden_size, intermediate_size_per_partition
 
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int,
@@ -90,10 +83,6 @@ class Wint2ExpertsMethod(FusedMoEMethodBase):
                 for projection in PROJECTIONS
             )
             prepare_constants(*(Wint2Matrices.of(parts, self._k_order) for parts in both))
-
-    def get_fused_moe_quant_config(self, layer: Any) -> None:
-        """None: it describes the kernels of vLLM."""
-        return None
 
     def apply(
         self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor,

@@ -99,6 +99,13 @@ def distance(said: Mapping[str, Any], model: Any, **inputs: torch.Tensor) -> flo
     )
 
 
+def agrees(found: Mapping[str, Any], model: Any) -> None:
+    """Assert that a run's greedy tokens and log-probabilities are those of a model."""
+    for said in found["said"]:
+        assert len(said["tokens"]) == STEPS
+        assert distance(said, model) <= TOLERANCE
+
+
 def differences(found: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """Largest difference between the first steps of two runs, over the tokens that both name."""
     return max(

@@ -13,15 +13,9 @@ import pytest
 from erniequant.checkpoint import open_checkpoint
 from erniequant.models.header_check import check_headers
 from erniequant.packing.sharding import Share, bytes_of, share_params
-from tests.serving.vllm.harness import TOLERANCE, case, differences, distance, run_engines
+from tests.serving.vllm.harness import agrees, case, differences, run_engines
 
 VISIBLE = 0.1
-
-
-def agrees(found: dict[str, Any], model: Any) -> None:
-    for said in found["said"]:
-        assert len(said["tokens"]) == 16
-        assert distance(said, model) <= TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from erniequant.serving.vllm.wint2_experts import require_divisible
 from testing.micro_model import write_micro_ernie
 from tests.fastdeploy.codes import MadeUpExperts
 from tests.fastdeploy.writing import write_fastdeploy
-from tests.serving.vllm.harness import TOLERANCE, case, distance, run_engines
+from tests.serving.vllm.harness import agrees, case, run_engines
 
 # Hidden 384 = 3 * 128 has three bytes of scales; two ranks hold 128 of each expert's 256 inner
 # channels, the least there is, or two of the four experts. Heads of 96 suit vLLM's attention.
@@ -110,12 +110,6 @@ def two_ranks_wint2(
     runs = [case(name, checkpoints[name], ranks=2) for name in ("mma64", "rank folders")]
     runs.append(case("experts", checkpoints["all wint2"], ranks=2, enable_expert_parallel=True))
     return run_engines(tmp_path_factory.mktemp("wint2_two"), *runs)
-
-
-def agrees(found: dict[str, Any], model: Any) -> None:
-    for said in found["said"]:
-        assert len(said["tokens"]) == 16
-        assert distance(said, model) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["mma64", "plain", "all wint2", "unrecorded"])
