@@ -103,6 +103,11 @@ class ShardFiles:
             raise disk_error(path, error, "read") from error
         return bytes(buffer)
 
+    def read_whole(self, name: str) -> bytes:
+        """The bytes of a tensor as they are on the disk now."""
+        shape = self._tensors[name].shape
+        return self.read(name, 0, shape[0] if shape else 1)
+
     def sync(self, names: Sequence[str]) -> None:
         """Return when everything written to the shards of these tensors is on the disk."""
         for shard in {self._shard_of[name].file: self._shard_of[name] for name in names}.values():

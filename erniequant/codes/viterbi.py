@@ -42,6 +42,7 @@ class Encoder:
     code: ConvolutionalCode
     tables: Float32
     search: Callable[..., None]
+    search_rows: Callable[..., None]
 
     def encode(self, targets: Float32, weights: Float32) -> tuple[NDArray[np.uint32], Float32]:
         """Encode sequences.
@@ -60,6 +61,28 @@ class Encoder:
         self.search(targets, weights, self.tables, words, labels)
         return words, labels
 
+    def encode_rows(
+        self, aims: Float32, feedback: Float32, scale: Float32, weights: Float32, error: Float32
+    ) -> tuple[NDArray[np.uint32], Float32]:
+        """Encode rows from the last to the first, each aiming at its aim and the errors of those
+        after it.
+
+        Args:
+            aims: float32 ``[R, N]``; row ``r`` becomes what it aimed at, with that feedback.
+            feedback: float32 ``[R, R]``, whose column ``r`` below the diagonal multiplies errors.
+            scale: float32 ``[N]``, positive: weight = ``scale`` * label.
+            weights: float32 ``[N / T, T]``, as in `encode`.
+            error: float32 ``[R, N]``: on entry the weights, on return these minus their codes.
+
+        Returns:
+            uint32 words ``[R, N / T, T * bits / 32]`` and float32 labels ``[R, N]``.
+        """
+        sequences, tile = weights.shape
+        words = np.zeros((len(aims), sequences, self.code.words_per_sequence(tile)), np.uint32)
+        labels = np.empty_like(aims)
+        self.search_rows(aims, feedback, scale, weights, self.tables, error, words, labels)
+        return words, labels
+
 
 @lru_cache(maxsize=64)
 def encoder(code: ConvolutionalCode) -> Encoder:
@@ -67,12 +90,14 @@ def encoder(code: ConvolutionalCode) -> Encoder:
     branches = 1 << code.step_bits
     table = np.ascontiguousarray(code.table().T)
     tables = table.reshape(code.weights_per_step, branches, code.states // branches)
-    return Encoder(code, tables, compile_search(code.step_bits, code.weights_per_step))
+    return Encoder(code, tables, *compile_search(code.step_bits, code.weights_per_step))
 
 
 @lru_cache(maxsize=8)
-def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
-    """The search ``(targets, weights, tables, words, labels) -> None`` for one step size; releases
+def compile_search(
+    step_bits: int, per_step: int
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The searches of `Encoder.encode` and `Encoder.encode_rows` for one step size; both release
     the GIL."""
     forward = _forward_pair if per_step == 2 else _forward_single
     branches = 1 << step_bits
@@ -154,7 +179,33 @@ def compile_search(step_bits: int, per_step: int) -> Callable[..., None]:
                             31 - bit % WORD_BITS
                         )
 
-    return search
+    @njit
+    def search_rows(
+        aims: Float32,
+        feedback: Float32,
+        scale: Float32,
+        weights: Float32,
+        tables: Float32,
+        error: Float32,
+        words: NDArray[np.uint32],
+        labels: Float32,
+    ) -> None:
+        rows, outputs = aims.shape
+        target = np.empty(weights.shape, np.float32)
+        flat = target.reshape(outputs)
+        for k in range(rows - 1, -1, -1):
+            aim = aims[k]
+            for j in range(k + 1, rows):
+                factor = feedback[j, k]
+                for n in range(outputs):
+                    aim[n] += factor * error[j, n]
+            for n in range(outputs):
+                flat[n] = aim[n] / scale[n]
+            search(target, weights, tables, words[k], labels[k].reshape(weights.shape))
+            for n in range(outputs):
+                error[k, n] -= labels[k, n] * scale[n]
+
+    return search, search_rows
 
 
 # Both forward steps take four predecessors at a time: eight or twelve streams fit the vector

@@ -20,6 +20,22 @@ block."""
 
 
 @dataclass(frozen=True, eq=False)
+class OutputFactor:
+    """How errors of outputs count, in units of their scales.
+
+    With the metric ``G = L B L^T`` of the outputs (``L`` unit lower triangular by tiles), tiles are
+    encoded from the last to the first, each making up for the errors of those after it.
+
+    Attributes:
+        weight: diagonal of ``B``, float32 ``[N]``, positive.
+        feedback: ``L`` below its diagonal tiles, float32 ``[N, N]``; None for a diagonal metric.
+    """
+
+    weight: torch.Tensor
+    feedback: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class EncodedMatrix:
     """A matrix after encoding: labels float32 ``[K, N]`` and words uint32 ``[K, N / T, T * bits /
     32]``."""
@@ -32,38 +48,68 @@ def encode_matrix(
     weight: torch.Tensor,
     feedback: torch.Tensor,
     scale: torch.Tensor,
-    importance: torch.Tensor,
+    outputs: OutputFactor,
     encoder: Encoder,
     tile: int,
 ) -> EncodedMatrix:
-    """Encode a matrix under error feedback.
+    """Encode a matrix under error feedback from both sides.
 
     Args:
         weight: float32 ``[K, N]``, rotated, one row per input, in encoding order from the last row
             to the first.
         feedback: float32 ``[K, K]``, the unit lower triangular factor ``M`` in the same order.
         scale: float32 ``[N]``, positive: weight of output ``n`` = ``scale[n] * label``.
-        importance: float32 ``[N]``, positive: how much the squared error of output ``n`` counts.
+        outputs: how errors of outputs count, and make up for each other.
         encoder: the code.
         tile: weights per sequence; divides N.
     """
-    rows, outputs = weight.shape
-    tiles = outputs // tile
-    labels = torch.empty_like(weight)
-    error = torch.zeros_like(weight)
-    words = np.zeros((rows, tiles, encoder.code.words_per_sequence(tile)), np.uint32)
-    inverse = 1.0 / scale
-    position_weight = normalised_importance(importance * scale**2, tile)
+    if outputs.feedback is None:
+        labels, words, _ = _encode_tiles(weight, weight, feedback, scale, outputs, encoder, tile)
+        return EncodedMatrix(labels, words)
+    columns = weight.shape[1]
+    shaped = torch.empty_like(weight)
+    parts = []
+    for end in range(columns, 0, -tile):
+        here, later = slice(end - tile, end), slice(end, columns)
+        own = scale[here]
+        missing = shaped[:, later] @ outputs.feedback[later, here] * own
+        part = OutputFactor(outputs.weight[here], None)
+        begun = weight[:, here].contiguous()
+        labels, words, aimed = _encode_tiles(
+            begun + missing, begun, feedback, own, part, encoder, tile
+        )
+        shaped[:, here] = (aimed - missing) / own - labels
+        parts.append((labels, words))
+    labels = torch.cat([part[0] for part in reversed(parts)], dim=1)
+    return EncodedMatrix(labels, np.concatenate([part[1] for part in reversed(parts)], axis=1))
+
+
+def _encode_tiles(
+    start: torch.Tensor,
+    weight: torch.Tensor,
+    feedback: torch.Tensor,
+    scale: torch.Tensor,
+    outputs: OutputFactor,
+    encoder: Encoder,
+    tile: int,
+) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
+    """Encode ``weight`` ``[K, N]``, beginning to aim at ``start``; labels, words and the aims of
+    all rows."""
+    rows = weight.shape[0]
+    labels, error, aims = torch.empty_like(weight), weight.clone(), start.clone()
+    words = []
+    position_weight = normalised_importance(outputs.weight, tile)
     for end in range(rows, 0, -BLOCK):
-        start = max(end - BLOCK, 0)
-        aim = weight[start:end] + feedback[end:, start:end].T @ error[end:]
-        for k in range(end - 1, start - 1, -1):
-            target = aim[k - start] + feedback[k + 1 : end, k] @ error[k + 1 : end]
-            normalised = (target * inverse).view(tiles, tile).numpy()
-            words[k], row_labels = encoder.encode(normalised, position_weight)
-            labels[k] = torch.from_numpy(row_labels).view(-1)
-            error[k] = weight[k] - labels[k] * scale
-    return EncodedMatrix(labels, words)
+        block = slice(max(end - BLOCK, 0), end)
+        aim = aims[block]
+        aim += feedback[end:, block].T @ error[end:]
+        found, row_labels = encoder.encode_rows(
+            aim.numpy(), feedback[block, block].contiguous().numpy(), scale.numpy(),
+            position_weight, error[block].numpy(),
+        )  # fmt: skip
+        labels[block] = torch.from_numpy(row_labels)
+        words.append(found)
+    return labels, np.concatenate(words[::-1]), aims
 
 
 def normalised_importance(importance: torch.Tensor, tile: int) -> np.ndarray:

@@ -11,9 +11,9 @@ import torch
 from erniequant.codes.registry import target_std
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.codes.viterbi import Encoder, encoder
-from erniequant.encoding.hessian import ROW_BLOCK, factorise
-from erniequant.encoding.ldlq import EncodedMatrix, encode_matrix
-from erniequant.packing.decoding import decode_weight, encode_scale
+from erniequant.encoding.hessian import ROW_BLOCK, cholesky, factorise
+from erniequant.encoding.ldlq import EncodedMatrix, OutputFactor, encode_matrix
+from erniequant.packing.decoding import decode_scale, decode_weight, encode_scale
 from erniequant.packing.rotation import pack_signs, rotate, unrotate
 from erniequant.packing.schema import MatrixSpec
 
@@ -60,11 +60,17 @@ class MatrixQuantizer(Protocol):
         """Code ``weight`` float32 ``[N, K]`` for inputs with second moments ``hessian`` float32
         ``[K, K]``, which may be overwritten.
 
-        importance: float32 ``[N]``, how much the squared error of each output counts.
+        importance: float32 ``[N]``, how much the squared error of each output counts, or
+            ``[N, N]``, the metric of the errors of all outputs.
         """
 
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The effective weights of stored parts, to the last bit those of `quantize`."""
+
+    def rescaled(
+        self, parts: Mapping[str, torch.Tensor], factors: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The parts that change when every output is multiplied by its factor, float32 ``[N]``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +99,12 @@ class TrellisQuantizer:
         signs = pack_signs(self.rotation.signs)
         return decode_weight(parts["packed"], parts["scale"], signs, self.spec)
 
+    def rescaled(
+        self, parts: Mapping[str, torch.Tensor], factors: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """See `MatrixQuantizer`."""
+        return {"scale": encode_scale(decode_scale(parts["scale"]) * factors[:, None])}
+
 
 def quantize_matrix(
     weight: torch.Tensor,
@@ -107,7 +119,9 @@ def quantize_matrix(
 
     Args:
         importance: float32 ``[N]``, non-negative: how much the squared error of each output counts.
-            Sequences run along the outputs, so the search trades errors between them.
+            Sequences run along the outputs, so the search trades errors between them. Or float32
+            ``[N, N]``, a metric ``G``: the loss is ``tr(G E H E^T)``, and outputs also make up for
+            each other's errors.
     """
     search = encoder(code)
     rotate_moments(hessian, rotation)
@@ -117,12 +131,14 @@ def quantize_matrix(
     factor = factorise(hessian)
     ordered = rotate(weight, rotation.signs, rotation.block)[:, order].T.contiguous()
     scale = initial_scale(ordered, code, search)
-    encoded = encode_matrix(
-        ordered, factor.feedback, scale, bounded_importance(importance, scale), search, tile
-    )
+    outputs = output_factor(importance, scale, tile)
+    encoded = encode_matrix(ordered, factor.feedback, scale, outputs, search, tile)
     damping, fallback = factor.damping, factor.fallback
     del factor
-    scale, error = refit_scale(encoded.labels, ordered, hessian, scale)
+    if importance.dim() == 1:
+        scale, error = refit_scale(encoded.labels, ordered, hessian, scale)
+    else:
+        scale, error = refit_scales_together(encoded.labels, ordered, hessian, scale, importance)
     packed, effective = _in_natural_order(encoded, scale, order, rotation)
     parts = {"packed": packed, "scale": encode_scale(scale)[:, None]}
     return QuantizedMatrix(parts, effective, error, damping, fallback)
@@ -171,14 +187,38 @@ IMPORTANCE_RANGE = 1e3
 comparable."""
 
 
-def bounded_importance(importance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Clamp importance so that no position of a sequence counts a thousandth or a thousand times
-    the mean."""
-    weight = importance * scale**2
+OUTPUT_DAMPING = 0.05
+"""Damping of the metric of outputs, as a fraction of its mean diagonal."""
+
+
+def output_factor(importance: torch.Tensor, scale: torch.Tensor, tile: int) -> OutputFactor:
+    """Factor the metric of outputs ``[N, N]``, or take its diagonal ``[N]`` as it is."""
+    if importance.dim() == 1:
+        return OutputFactor(bounded_weight(importance * scale**2), None)
+    metric = importance * scale * scale[:, None]
+    lower = cholesky(metric, OUTPUT_DAMPING * float(metric.diagonal().mean()))
+    if lower is None:
+        return output_factor(importance.diagonal(), scale, tile)
+    weight = torch.empty_like(scale)
+    feedback = torch.zeros_like(metric)
+    for start in range(0, len(scale), tile):
+        here, later = slice(start, start + tile), slice(start + tile, None)
+        own = lower[here, here]
+        weight[here] = own.square().sum(1).float()
+        if start + tile < len(scale):
+            feedback[later, here] = torch.linalg.solve_triangular(
+                own, lower[later, here], upper=False, left=False
+            ).float()
+    return OutputFactor(bounded_weight(weight), feedback)
+
+
+def bounded_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Clamp weights so that no position of a sequence counts a thousandth or a thousand times the
+    mean."""
     mean = weight.mean()
     if not torch.isfinite(mean) or mean <= 0:
-        return torch.ones_like(importance)
-    return weight.clamp(mean / IMPORTANCE_RANGE, mean * IMPORTANCE_RANGE) / scale**2
+        return torch.ones_like(weight)
+    return weight.clamp(mean / IMPORTANCE_RANGE, mean * IMPORTANCE_RANGE)
 
 
 def refit_scale(
@@ -211,6 +251,30 @@ def refit_scale(
         s = refitted[part].double()
         loss += float((ww - 2 * s * qw + s * s * qq).sum())
         energy += float(ww.sum())
+    return refitted, max(loss, 0.0) / energy if energy > 0 else 0.0
+
+
+def refit_scales_together(
+    labels: torch.Tensor,
+    rows: torch.Tensor,
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    metric: torch.Tensor,
+) -> tuple[torch.Tensor, float]:
+    """`refit_scale` where errors of outputs make up for each other: the minimum of
+    ``tr(G E H E^T)`` over all scales, and the relative error in this metric ``[N, N]``."""
+    of_labels = hessian @ labels
+    quadratic = (labels.T @ of_labels).double().mul_(metric)
+    linear = (of_labels.T @ rows).double().mul_(metric).sum(1)
+    energy = float((rows.T @ (hessian @ rows)).mul_(metric).sum(dtype=torch.float64))
+    # One output whose labels are all zero would make it singular.
+    quadratic.diagonal().add_(1e-6 * quadratic.diagonal().mean())
+    lower, info = torch.linalg.cholesky_ex(quadratic)
+    fitted = torch.cholesky_solve(linear[:, None], lower)[:, 0].float()
+    usable = torch.isfinite(fitted) & (fitted > 0) & (int(info) == 0)
+    refitted = torch.where(usable, fitted, scale).bfloat16().float()
+    s = refitted.double()
+    loss = energy - 2 * float(linear @ s) + float(s @ (quadratic @ s))
     return refitted, max(loss, 0.0) / energy if energy > 0 else 0.0
 
 

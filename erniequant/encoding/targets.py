@@ -45,25 +45,19 @@ def corrected_target(
     return corrected if all_finite(corrected) else weight
 
 
-def inner_sensitivity(gate_and_up: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
-    """Sensitivity of the expert's output to an error of each gate and up output, token by token.
-
-    First order: an error ``d`` of gate unit ``i`` moves the output by
-    ``down[:, i] u_i silu'(g_i) d``, one of up unit ``i`` by ``down[:, i] silu(g_i) d``; the result
-    is the squared length of that for ``d = 1``.
+def inner_slopes(gate_and_up: torch.Tensor) -> torch.Tensor:
+    """Slopes of an expert's inner activations ``silu(g) u``, token by token: ``u silu'(g)`` for its
+    gate outputs, ``silu(g)`` for its up outputs.
 
     Args:
         gate_and_up: outputs of both projections, float32 ``[n, 2I]``.
-        reach: squared length of the columns of down, ``[I]``.
 
     Returns:
         float32 ``[n, 2I]``.
     """
     gate, up = gate_and_up.chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
-    slope = up * sigmoid * (1 + gate * (1 - sigmoid))
-    squares = torch.cat([slope, gate * sigmoid], dim=-1).square_()
-    return squares.mul_(reach.repeat(2))
+    return torch.cat([up * sigmoid * (1 + gate * (1 - sigmoid)), gate * sigmoid], dim=-1)
 
 
 def token_emphasis(sensitivity: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -73,11 +67,12 @@ def token_emphasis(sensitivity: torch.Tensor, weights: torch.Tensor) -> torch.Te
     The root of a token's sensitivity, not all of it, lest a few extreme tokens decide alone.
 
     Args:
-        sensitivity: from `inner_sensitivity`, ``[n, 2I]``.
+        sensitivity: how far equal errors of all gate and up outputs move the expert's output,
+            squared, ``[n]``.
         weights: ``[n]``.
 
     Returns:
         float32 ``[n]``, up to a common factor; 0 for a token whose sensitivity overflows.
     """
-    emphasised = weights * sensitivity.sum(-1).sqrt()
+    emphasised = weights * sensitivity.sqrt()
     return torch.where(torch.isfinite(emphasised), emphasised, 0.0)

@@ -2,7 +2,7 @@
 of one result: its tensors, the slots of an expert's matrices, and their codes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,8 +57,13 @@ class OutputFormat(ABC):
         """Tensors of the result that hold no weights of experts that are quantised."""
 
     @abstractmethod
-    def write_kept(self, shards: ShardFiles) -> None:
-        """Write these into the shards that are not finished."""
+    def write_kept(self, shards: ShardFiles, but: Collection[str] = ()) -> None:
+        """Write these into the shards that are not finished; ``but`` are left as they are."""
+
+    @abstractmethod
+    def stored(self, trained: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of the result, by name, that hold tensors of the source which were trained;
+        ``trained`` are those by name, in the source's dtypes."""
 
     @abstractmethod
     def tensors_of(self, layer: int) -> frozenset[str]:

@@ -24,12 +24,22 @@ _MTP = re.compile(r"model\.mtp_.+")
 _HEAD = "lm_head.weight"
 
 
+TUNE_MODES = ("none", "layer", "model")
+"""Training after quantisation: none; every layer once its experts are packed; then the whole model
+as well."""
+
+SENSITIVITIES = ("activation", "gradient")
+"""How errors of outputs are judged: by what they do to the layer's output, or to the model's
+loss."""
+
+
 @dataclass(frozen=True)
 class QuantizeOptions:
     """Options that decide what becomes of the experts.
 
     ``own`` are options that only the format has, by their names in `erniequant.quantize`; the
-    format checks them (`Format.check`).
+    format checks them (`Format.check`). ``tune`` and ``sensitivity`` are of `TUNE_MODES` and
+    `SENSITIVITIES`.
     """
 
     bits: int
@@ -38,6 +48,8 @@ class QuantizeOptions:
     seed: int = 0
     format: str = "native"
     own: Mapping[str, Any] = field(default_factory=dict)
+    tune: str = "layer"
+    sensitivity: str = "gradient"
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):
@@ -46,6 +58,11 @@ class QuantizeOptions:
             raise ErnieQuantError(
                 f"effort must be one of {', '.join(EFFORTS)}, not {self.effort!r}"
             )
+        for name, value, known in (
+            ("tune", self.tune, TUNE_MODES), ("sensitivity", self.sensitivity, SENSITIVITIES)
+        ):  # fmt: skip
+            if value not in known:
+                raise ErnieQuantError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         if self.max_tp < 1:
             raise ErnieQuantError(f"max-tp must be at least 1, not {self.max_tp}")
 

@@ -234,6 +234,10 @@ class Architecture(ABC):
         """A parameter of a layer from the tensor that holds it."""
         return tensor
 
+    def to_disk(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """Inverse of `from_disk`, for parameters that a tensor holds alone."""
+        return parameter
+
     def required(self) -> Shapes:
         """Shapes of all tensors that the model has beside the quantised ones, by name on disk."""
         if self._required is not None:

@@ -116,6 +116,9 @@ class Ernie45Vl(Architecture):
             return tensor[row : row + 1]
         return tensor
 
+    def to_disk(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.T.contiguous() if name.endswith("moe.gate.weight") else parameter
+
     def route(
         self, layer: Any, hidden: torch.Tensor, vision: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, MoeInput]:

@@ -15,8 +15,11 @@ from torch.nn.functional import linear, silu
 from erniequant.calibration.rows import RowPool, Rows
 from erniequant.encoding.hessian import Moments, finite_rows
 from erniequant.encoding.matrix import MatrixQuantizer, QuantizedMatrix
-from erniequant.encoding.targets import corrected_target, inner_sensitivity, token_emphasis
+from erniequant.encoding.targets import corrected_target, inner_slopes, token_emphasis
 from erniequant.quantization.token_batches import CHUNK, TokenBatch, Tokens
+
+METRIC_TOKENS = 4096
+"""Tokens of an expert that are enough for the metric of the outputs of gate and up."""
 
 PRIOR_TOKENS = 0.25
 """Strength of a layer's prior on each expert, in tokens per input channel."""
@@ -55,6 +58,8 @@ class LayerContext:
         pooled_missing: mean cross moments of what the inputs miss, float32 ``[H, H]``.
         sample: a few tokens of the layer that stand in where an expert has seen none.
         device: where products with tokens are computed.
+        gradient: second moments of the loss's gradients with respect to the experts' outputs,
+            float32 ``[H, H]``; None means that all directions count the same.
     """
 
     gate_up: MatrixQuantizer
@@ -63,6 +68,7 @@ class LayerContext:
     pooled_missing: torch.Tensor
     sample: TokenBatch
     device: torch.device = torch.device("cpu")
+    gradient: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,10 +169,11 @@ def _gate_up_target(
     before: Rows,
     layer: LayerContext,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Target ``[2I, H]``, Hessian ``[H, H]`` and importance ``[2I]`` of gate and up."""
+    """Target ``[2I, H]``, Hessian ``[H, H]`` and metric ``[2I, 2I]`` of gate and up."""
     gate_up = weights.gate_up()
     reach = weights.down().square().sum(0)
-    moments, importance = _gate_up_moments(gate_up, reach, evidence, before, layer)
+    moments, slopes = _gate_up_moments(gate_up, reach, evidence, before, layer)
+    importance = _gate_up_metric(weights.down(), slopes, layer.gradient)
     strength = PRIOR_TOKENS * gate_up.shape[1] * unit
     missing = moments.cross[0]
     missing.add_(layer.pooled_missing, alpha=strength).div_(max(moments.weight + strength, 1e-30))
@@ -183,29 +190,31 @@ def _gate_up_moments(
     layer: LayerContext,
     emphasise: bool = True,
 ) -> tuple[Moments, torch.Tensor]:
-    """Moments of an expert's own inputs and of what they miss, and the importance of each output
-    ``[2I]``.
+    """Moments of an expert's own inputs and of what they miss, and second moments ``[2I, 2I]`` of
+    the slopes of the inner activations.
 
     Tokens count by their emphasis, whose sum is that of their weights. Without any tokens all
-    activations are taken to be alike, and only the columns of down differ.
+    slopes are taken to be alike and independent.
     """
     device, hidden = layer.device, gate_up.shape[1]
     weight, column = gate_up.to(device), reach.to(device)
     moments = Moments(hidden, (hidden,), device)
-    importance = torch.zeros(gate_up.shape[0], device=device)
+    slopes = torch.zeros(gate_up.shape[0], gate_up.shape[0], device=device)
+    spacing = max(evidence.count // METRIC_TOKENS, 1)
     plain = 0.0
     for place, held in evidence.chunks():
         chunk = held.to(device)
         outputs = linear(chunk.original, weight)
         before.tensor[place] = activate(outputs).cpu()
         before.release()
-        sensitivity = inner_sensitivity(outputs, column)
-        importance += chunk.weights @ sensitivity
+        slope = inner_slopes(outputs)
+        some = slope[::spacing]
+        slopes.addmm_((some * chunk.weights[::spacing, None]).T, some)
         if place.start < evidence.own:
             counts = chunk.weights
             plain += float(counts.double().sum())
             if emphasise:
-                counts = token_emphasis(sensitivity, counts)
+                counts = token_emphasis(slope.square_() @ column.repeat(2), counts)
             moments.add(chunk.x, counts, chunk.original - chunk.x)
     if emphasise and plain > 0:
         if not moments.weight > 0:
@@ -214,7 +223,24 @@ def _gate_up_moments(
         moments.total.mul_(factor)
         moments.cross[0].mul_(factor)
         moments.weight = plain
-    return moments.cpu(), importance.cpu() if evidence.count else reach.repeat(2)
+    return moments.cpu(), slopes.cpu() if evidence.count else torch.eye(len(slopes))
+
+
+def _gate_up_metric(
+    down: torch.Tensor, slopes: torch.Tensor, gradient: torch.Tensor | None
+) -> torch.Tensor:
+    """How errors of the outputs of gate and up count: ``(W^T G W) * E[s s^T]``, elementwise,
+    ``[2I, 2I]``, with the weights ``W`` of down and the slopes ``s``; its diagonal ``[2I]`` if not
+    all is finite.
+
+    To first order, errors ``e`` of the outputs move the expert's output by ``W (s * e)``.
+    """
+    moved = down if gradient is None else gradient @ down
+    metric = (down.T @ moved).repeat(2, 2).mul_(slopes)
+    if bool(torch.isfinite(metric).all()):
+        return metric
+    diagonal = metric.diagonal().clone()
+    return torch.where(torch.isfinite(diagonal), diagonal, torch.zeros(1))
 
 
 def _quantize_down(
@@ -230,7 +256,8 @@ def _quantize_down(
     Routing weights sum to one over the experts of a token, so that each may add the whole drift.
     """
     target, hessian = _down_target(weights, evidence, gate_up, inner, layer)
-    return layer.down.quantize(target, hessian, torch.ones(target.shape[0]))
+    importance = torch.ones(target.shape[0]) if layer.gradient is None else layer.gradient
+    return layer.down.quantize(target, hessian, importance)
 
 
 def _down_target(

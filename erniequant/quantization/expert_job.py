@@ -76,7 +76,8 @@ class ExpertJob:
         expert: its number within the layer.
         matrices: names of its source matrices in ``source``, by `EXPERT_MATRICES`.
         quantized: its tokens in the quantised model.
-        original: its tokens in the original model.
+        original: its tokens in the original model; None if only the quantised one is run, once
+            more.
         packed: the expert as it was quantised before a restart, `PackedExpert.stored`; it is only
             run then.
     """
@@ -84,7 +85,7 @@ class ExpertJob:
     expert: int
     matrices: Mapping[str, str]
     quantized: Routed
-    original: Routed
+    original: Routed | None
     packed: PackedExpert | None = None
 
 
@@ -114,7 +115,7 @@ class ExpertOutcome:
     tokens: int
     dropped: int
     quantized: Contribution
-    original: Contribution
+    original: Contribution | None
 
 
 def run_job(job: ExpertJob, layer: ExpertLayer) -> ExpertOutcome:
@@ -134,6 +135,11 @@ def run_job(job: ExpertJob, layer: ExpertLayer) -> ExpertOutcome:
 
 def _run(job: ExpertJob, layer: ExpertLayer) -> ExpertOutcome:
     source = ExpertWeights(lambda matrix: layer.source.tensor(job.matrices[matrix]).float())
+    tokens = job.quantized.rows.numel()
+    if job.original is None:
+        assert job.packed is not None
+        again = _run_again(job.quantized, layer, job.packed.decoded(layer.context))
+        return ExpertOutcome(job.expert, job.packed, tokens, 0, again, None)
     routed = layer.inputs.tokens(job.quantized.rows, job.quantized.weights.square())
     if job.packed is None:
         result = quantize_expert(source, routed, layer.context, layer.pool)
@@ -142,7 +148,6 @@ def _run(job: ExpertJob, layer: ExpertLayer) -> ExpertOutcome:
         packed = job.packed.decoded(layer.context)
         effective, device = packed.gate_up.effective, layer.context.device
         inner = inner_activations(source, effective, routed, device, layer.pool)
-    tokens = job.quantized.rows.numel()
     return ExpertOutcome(
         job.expert,
         packed.stored(),
@@ -151,6 +156,21 @@ def _run(job: ExpertJob, layer: ExpertLayer) -> ExpertOutcome:
         _quantized_contribution(job.quantized, layer, packed, inner, routed),
         _original_contribution(job.original, layer, source, inner, routed),
     )
+
+
+def _run_again(chosen: Routed, layer: ExpertLayer, packed: PackedExpert) -> Contribution:
+    """What a packed expert adds in the quantised model."""
+    device = layer.context.device
+    gate_up, down = packed.gate_up.effective.to(device), packed.down.effective.to(device)
+    values = layer.pool.empty(chosen.rows.numel(), down.shape[0])
+    for start in range(0, chosen.rows.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        x = layer.inputs.quantized.x[chosen.rows[part]].to(device)
+        output = linear(activate(linear(x, gate_up)), down).cpu()
+        values.tensor[part] = output * chosen.weights[part, None]
+        layer.inputs.release()
+        values.release()
+    return Contribution(chosen.rows, values)
 
 
 def _quantized_contribution(

@@ -7,7 +7,9 @@ been. Only one layer's non-expert weights are in memory, and of tables on disk o
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from erniequant.calibration.texts import CalibrationWindows
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.data.inputs import ModelInput
 from erniequant.encoding.hessian import finite_rows
-from erniequant.models.architecture import Architecture, MoeInput
+from erniequant.models.architecture import Architecture, MoeInput, TensorSource
 from erniequant.quantization.expert_job import Contribution
 from erniequant.quantization.layer import LayerInput
 from erniequant.quantization.token_batches import PATCHES_AT_ONCE
@@ -57,6 +59,21 @@ class HiddenStates:
     def tables(self) -> tuple[Rows, Rows]:
         """Both hidden states, to be saved or restored."""
         return self._quantized, self._original
+
+    @property
+    def windows(self) -> list[tuple[slice, ModelInput]]:
+        """Rows of every window, and the window."""
+        return list(zip(self._window_rows, self._windows, strict=True))
+
+    @property
+    def quantized(self) -> Rows:
+        """Hidden states of the quantised model."""
+        return self._quantized
+
+    @property
+    def original(self) -> Rows:
+        """Hidden states of the original model."""
+        return self._original
 
     def embed(self) -> None:
         """Begin: both streams hold the embeddings of the text and its images."""
@@ -134,20 +151,8 @@ class HiddenStates:
         quantized, original = self._input_tables(), self._input_tables()
         drift = self._pool.empty(self.tokens, sizes.hidden)
         finite = torch.ones(self.tokens, dtype=torch.bool)
-
-        def step_into(inputs: _InputTables) -> Step:
-            def step(states: Rows, rows: slice, window: ModelInput) -> None:
-                text = states.tensor[rows][None].to(self._device)
-                attended = model.attend(layer, text, window.positions)
-                moved, expert_input = model.route(layer, attended, window.vision)
-                states.tensor[rows] = moved[0].cpu()
-                inputs.put(rows, expert_input)
-                states.release()
-
-            return step
-
-        self._advance(self._quantized, step_into(quantized))
-        self._advance(self._original, step_into(original))
+        self._advance(self._quantized, self._step_into(layer, quantized))
+        self._advance(self._original, self._step_into(layer, original))
         for rows in self._window_rows:
             lacking = self._original.tensor[rows] - self._quantized.tensor[rows]
             drift.tensor[rows] = lacking
@@ -159,11 +164,48 @@ class HiddenStates:
         tables = (quantized.x, original.x, drift)
         return LayerInput(quantized.input, original.input, drift.tensor, finite, tables)
 
-    def add(self, quantized: Contribution, original: Contribution) -> None:
+    def copy_quantized(self) -> Rows:
+        """A copy of the hidden states in the quantised model."""
+        copy = self._pool.empty(*self._quantized.tensor.shape)
+        for rows in self._window_rows:
+            copy.tensor[rows] = self._quantized.tensor[rows]
+            copy.release()
+            self._quantized.release()
+        return copy
+
+    def into_tuned_experts(
+        self, source: TensorSource, index: int, entering: Rows, before: LayerInput
+    ) -> LayerInput:
+        """Advance the quantised stream once more, from ``entering``, through a layer read from
+        another source up to its experts; `into_experts` gave ``before``."""
+        for rows in self._window_rows:
+            self._quantized.tensor[rows] = entering.tensor[rows]
+            entering.release()
+            self._quantized.release()
+        layer = self._architecture.load_layer(source, index, self._device)
+        tables = self._input_tables()
+        self._advance(self._quantized, self._step_into(layer, tables))
+        return replace(before, quantized=tables.input, tables=(*before.tables, tables.x))
+
+    def _step_into(self, layer: Any, inputs: "_InputTables") -> Step:
+        model = self._architecture
+
+        def step(states: Rows, rows: slice, window: ModelInput) -> None:
+            text = states.tensor[rows][None].to(self._device)
+            attended = model.attend(layer, text, window.positions)
+            moved, expert_input = model.route(layer, attended, window.vision)
+            states.tensor[rows] = moved[0].cpu()
+            inputs.put(rows, expert_input)
+            states.release()
+
+        return step
+
+    def add(self, quantized: Contribution, original: Contribution | None) -> None:
         """Add an expert's outputs; in the order of experts, so that sums do not depend on
         threads."""
         quantized.add_to(self._quantized)
-        original.add_to(self._original)
+        if original is not None:
+            original.add_to(self._original)
 
     def _input_tables(self) -> "_InputTables":
         return _InputTables(self.tokens, self._architecture, self._pool)

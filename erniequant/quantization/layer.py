@@ -57,6 +57,7 @@ def layer_context(
     gate_up: MatrixQuantizer,
     down: MatrixQuantizer,
     device: torch.device,
+    gradient: torch.Tensor | None = None,
 ) -> LayerContext:
     """Pool the tokens of a group of experts: shared prior moments and an evenly spaced sample.
 
@@ -84,4 +85,5 @@ def layer_context(
         moments.cross[0].div_(unit),
         inputs.evidence(sampled.row, sampled.weights),
         device,
+        gradient,
     )

@@ -49,6 +49,8 @@ def quantize(
     chat_template: str = "apply",
     no_calib: bool = False,
     effort: str = "standard",
+    tune: str = "layer",
+    sensitivity: str = "gradient",
     max_tp: int = 2,
     device: str = "auto",
     threads: int | None = None,
@@ -81,6 +83,13 @@ def quantize(
             read as far as needed, an iterator once, and by a dry run not at all.
         no_calib: use no text; every input direction counts the same.
         effort: ``fast``, ``standard`` or ``max``: how long the registers of the codes are.
+        tune: ``layer`` trains what is not packed in every layer once its experts are (attention,
+            norms, shared experts, router, output scales of the experts), so that the layer gives
+            the original's output; ``model`` also trains norms, routers and output scales of the
+            whole model end to end, which needs it in memory, packed; ``none`` leaves everything as
+            it is. Without calibration nothing is trained.
+        sensitivity: ``gradient`` judges errors by one backward pass of the original over a part of
+            the calibration data; ``activation`` by what they do to the output of a layer.
         max_tp: tensor parallelism that the result must split into.
         device: where layers run (``auto``, ``cpu``, ``cuda``); codes are searched on the CPU.
         threads: CPU threads; all cores by default.
@@ -100,8 +109,9 @@ def quantize(
     """
     own = {"k_order": k_order, "w4_layers": w4_layers, **(format_options or {})}
     options = QuantizeOptions(
-        bits, effort, max_tp, seed, format, {k: v for k, v in own.items() if v is not None}
-    )
+        bits, effort, max_tp, seed, format, {k: v for k, v in own.items() if v is not None},
+        tune, sensitivity,
+    )  # fmt: skip
     config = CalibrationConfig("builtin", calib_samples, calib_length, chat_template, seed)
     request = None if no_calib else CalibrationRequest(calib, config)
     run = RunOptions(device, threads, work_dir, max_memory, resume, dry_run, max_degraded)

@@ -6,13 +6,16 @@ hidden states, then their line; a shard gets its name when everything in it is t
 """
 
 import hashlib
+import math
+import re
 from typing import Any
 
 import torch
 
-from erniequant.calibration.rows import RowPool
+from erniequant.calibration.rows import RowPool, Rows
 from erniequant.calibration.texts import CalibrationWindows
 from erniequant.checkpoint.files import sha256_of
+from erniequant.checkpoint.overlay import Overlay
 from erniequant.checkpoint.scan import CheckedShard, changed_shards, check_shards
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.encoding.matrix import QuantizedMatrix
@@ -22,6 +25,7 @@ from erniequant.models.architecture import EXPERT_MATRICES, ExpertGroup
 from erniequant.packing.schema import PROJECTIONS
 from erniequant.progress import Progress
 from erniequant.quantization.executors import Executor
+from erniequant.quantization.expert import LayerContext
 from erniequant.quantization.expert_job import (
     ExpertJob,
     ExpertLayer,
@@ -29,12 +33,17 @@ from erniequant.quantization.expert_job import (
     PackedExpert,
     Routed,
 )
+from erniequant.quantization.gradients import gradient_moments
 from erniequant.quantization.hidden_states import HiddenStates
 from erniequant.quantization.job import Job
 from erniequant.quantization.layer import LayerInput, layer_context
+from erniequant.quantization.layer_tuning import PackedLayer, train_layer
+from erniequant.quantization.model_tuning import train_model
 from erniequant.quantization.report import MatrixReport
+from erniequant.quantization.tuned_tensors import TunedTensors
 from erniequant.resume.workfolder import WorkFolder
-from erniequant.system import trim_memory
+from erniequant.system import available_memory, trim_memory
+from erniequant.tuning.config import LAYER, MODEL
 
 # What the journal's lines say, by kind of event.
 _FACTS: dict[str, dict[str, type]] = {
@@ -43,12 +52,20 @@ _FACTS: dict[str, dict[str, type]] = {
     "checked": {"file": str, "size": int, "mtime_ns": int, "sha256": str},
     "shard": {"file": str, "sha256": str},
     "expert": {
-        "layer": int, "expert": int, "tokens": int, "dropped_tokens": int, "sha256": str,
+        "layer": int, "expert": int, "tokens": int, "dropped_tokens": int, "sha256": dict,
         "gate_up_proj": dict, "down_proj": dict,
     },
+    "tuned": {
+        "layer": int, "file": str, "tensors": dict, "before": float, "after": float,
+        "epochs": int, "moved": dict,
+    },
+    "gradient": {"layer": int, "sha256": str},
     "states": {"layer": int, "sha256": str},
     "layer": {"layer": int, "disk_bytes": int},
 }  # fmt: skip
+
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 class Run:
@@ -67,6 +84,10 @@ class Run:
         self.work, self.journal, self.shards, self.watch = work, work.journal, shards, watch
         self._executor = executor
         self.journal.require(_FACTS)
+        self._tune = job.plan.options.tune
+        self._by_gradient = job.plan.options.sensitivity == "gradient"
+        self._quantized = job.plan.quantized
+        self._tuned = TunedTensors(work, shards, job.output)
         self._pool = RowPool(work.folder if self.memory.tables_on_disk else None)
         self._events = {(e["layer"], e["expert"]): e for e in self.journal.of("expert")}
         self.matrices()  # damage to their lines shows now, not at the end
@@ -109,17 +130,17 @@ class Run:
             known = event["file"] in planned and path.is_file()
             if not known or sha256_of(path) != event["sha256"]:
                 raise ErnieQuantError(f"{path} is not what this run wrote; use --restart")
-        self.output.write_kept(self.shards)
+        self.output.write_kept(self.shards, self._tuned.names)
         self._finish_shards(0)
 
     def quantize_layers(self, windows: CalibrationWindows | None) -> None:
         """Quantise layer after layer; without windows nothing flows and every Hessian is the
         identity."""
         sizes = self.model.sizes
-        streams = HiddenStates(
-            self.checkpoint, self.model, windows, self.device, self.threads, self._pool
-        )
+        streams = self._streams(windows)
         first = self._first_layer(streams)
+        if self._by_gradient and streams.tokens:
+            self._judge_outputs(streams)
         self._check_experts(first)
         self._finish_shards(first)
         for index in range(first, sizes.layers):
@@ -127,10 +148,42 @@ class Run:
                 self._quantize_layer(index, streams)
             else:
                 streams.through_dense_layer(index)
-            if streams.tokens and index + 1 < sizes.layers:
+            if streams.tokens and (index + 1 < sizes.layers or self._tune == "model"):
                 self.work.save_states(index + 1, streams.tables)
             self.journal.append("layer", layer=index, disk_bytes=self._disk_bytes())
+            self.work.drop_tensors("gradient", index)
+            if self._tune != "model":
+                self._tuned.drop(index)
             self._finish_shards(index + 1)
+        if self._tune == "model" and windows is not None:
+            self._tune_model(windows, streams)
+
+    def _streams(self, windows: CalibrationWindows | None) -> HiddenStates:
+        return HiddenStates(
+            self.checkpoint, self.model, windows, self.device, self.threads, self._pool
+        )
+
+    def _judge_outputs(self, streams: HiddenStates) -> None:
+        """Run the original backwards, unless that was done before."""
+        done = {event["layer"] for event in self.journal.of("gradient")}
+        if not done.issuperset(self.model.sizes.moe_layers):
+            self.watch.advance(0, "gradients of the original")
+
+            def keep(index: int, moments: torch.Tensor) -> None:
+                digest = self.work.save_tensors("gradient", index, {"moments": moments})
+                self.journal.append("gradient", layer=index, sha256=digest)
+
+            gradient_moments(
+                self.checkpoint, self.model, streams.windows, streams.quantized, self._pool,
+                self.device, self.memory.experts_at_once, keep,
+            )  # fmt: skip
+
+    def _gradient(self, index: int) -> torch.Tensor | None:
+        """What `_judge_outputs` found for a layer."""
+        digests = {e["layer"]: e["sha256"] for e in self.journal.of("gradient")}
+        if index not in digests:
+            return None
+        return self.work.load_tensors("gradient", index, digests[index])["moments"]
 
     def matrices(self) -> tuple[MatrixReport, ...]:
         """What the journal says of every matrix, in the order of layers and experts."""
@@ -150,7 +203,7 @@ class Run:
         """The layer to go on with; the streams hold what goes into it."""
         layers = self.model.sizes.layers
         finished = {event["layer"] for event in self.journal.of("layer")}
-        if layers - 1 in finished:
+        if layers - 1 in finished and self._tune != "model":
             first = layers  # which leaves no states behind
         elif not streams.tokens:
             first = len(finished)
@@ -166,19 +219,93 @@ class Run:
         return first
 
     def _quantize_layer(self, index: int, streams: HiddenStates) -> None:
+        tunes = self._tune != "none" and streams.tokens > 0
+        if self._tuned.event(index) is not None:
+            self._tuned.write(index)
+        entering = streams.copy_quantized() if tunes else None
         inputs = streams.into_experts(index)
+        contexts: dict[int, LayerContext] = {}
         for group in self.model.sizes.groups:
-            self._quantize_group(index, group, inputs, streams)
+            context = self._quantize_group(index, group, inputs, streams)
+            contexts |= dict.fromkeys(group.numbers, context)
+        if entering is not None:
+            self._tune_layer(index, inputs, contexts, streams, entering)
+
+    def _tune_layer(
+        self,
+        index: int,
+        inputs: LayerInput,
+        contexts: dict[int, LayerContext],
+        streams: HiddenStates,
+        entering: Rows,
+    ) -> None:
+        """Train what is not packed in a layer, and take the quantised stream through it again."""
+        if self._tuned.event(index) is None:
+            self.watch.advance(0, f"tuning layer {index}")
+            tuned = train_layer(
+                self.checkpoint, self.model, self.output, index, self._packed_layer(index),
+                streams, entering, self.device, LAYER, self.memory.experts_at_once,
+            )  # fmt: skip
+            self._tuned.keep(index, tuned)
+            self._tuned.write(index)
+        if not self._tuned.event(index)["epochs"]:
+            return
+        source = Overlay(self.checkpoint, self._tuned.parameters(index))
+        again = streams.into_tuned_experts(source, index, entering, inputs)
+        packed = self._packed_layer(index).experts
+        for group in self.model.sizes.groups:
+            layer_again = ExpertLayer(self.checkpoint, again, contexts[group.first], self._pool)
+            jobs = (
+                ExpertJob(n, {}, Routed(*again.quantized.routed_to(n)), None, packed[n])
+                for n in group.numbers
+            )
+            for outcome in self._executor.run(layer_again, jobs):
+                streams.add(outcome.quantized, outcome.original)
+
+    def _packed_layer(self, index: int) -> PackedLayer:
+        """All experts of a layer, read back."""
+        experts, quantizers = {}, {}
+        for group in self.model.sizes.groups:
+            both = self.output.quantizers(index, group)
+            for number in group.numbers:
+                packed = self._packed(index, number)
+                assert packed is not None
+                experts[number] = packed
+                quantizers[number] = both["gate_up_proj"], both["down_proj"]
+        return PackedLayer(experts, quantizers)
+
+    def _tune_model(self, windows: CalibrationWindows, streams: HiddenStates) -> None:
+        """Train the whole model; ``streams`` have left its last layer."""
+        layers = self.model.sizes.layers
+        if self._tuned.event(layers) is None:
+            self.watch.advance(0, "tuning the model")
+            tuned: dict[str, torch.Tensor] = {}
+            for index in self.model.sizes.moe_layers:
+                tuned |= self._tuned.parameters(index)
+            start = self._streams(windows)
+            start.embed()
+            decoded = 2 * sum(
+                math.prod(self.checkpoint.header(name).shape) for name in self._quantized
+            )
+            outcome = train_model(
+                self.checkpoint, self.model, self.output, self._packed_layer, tuned,
+                streams.windows, start.quantized, streams.original, self.device, MODEL,
+                self.memory.experts_at_once, decoded < available_memory() / 4,
+            )  # fmt: skip
+            self._tuned.keep(layers, outcome)
+        self._tuned.write(layers)
+        self._finish_shards(layers + 1)
 
     def _quantize_group(
         self, index: int, group: ExpertGroup, inputs: LayerInput, streams: HiddenStates
-    ) -> None:
+    ) -> LayerContext:
         key = group.layer_key(index)
         quantizers = self.output.quantizers(index, group)
         self.output.write_shared(index, group, self.shards)
         context = layer_context(
-            inputs, group, quantizers["gate_up_proj"], quantizers["down_proj"], self.device
-        )
+            inputs, group, quantizers["gate_up_proj"], quantizers["down_proj"], self.device,
+            self._gradient(index),
+        )  # fmt: skip
         layer = ExpertLayer(self.checkpoint, inputs, context, self._pool)
         jobs = (self._expert_job(index, expert, inputs) for expert in group.numbers)
         for outcome in self._executor.run(layer, jobs):
@@ -187,6 +314,7 @@ class Run:
             if (index, outcome.expert) not in self._events:
                 self._record(index, outcome)
             self.watch.advance(1, f"layer {key} expert {outcome.expert - group.first}")
+        return context
 
     def _expert_job(self, layer: int, expert: int, inputs: LayerInput) -> ExpertJob:
         return ExpertJob(
@@ -199,26 +327,26 @@ class Run:
 
     def _record(self, layer: int, outcome: ExpertOutcome) -> None:
         """Put an expert on the disk, then into the journal."""
-        digest = hashlib.sha256()
-        names, facts = [], {}
+        digests: dict[str, str] = {}
+        facts = {}
         matrices = (outcome.packed.gate_up, outcome.packed.down)
         for name, matrix in zip(PROJECTIONS, matrices, strict=True):
             for suffix, place in self.output.places(layer, outcome.expert, name).items():
                 tensor = matrix.parts[suffix]
-                names.append(place.tensor)
                 self.shards.write(place.tensor, tensor, place.row or 0)
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+                data = tensor.contiguous().view(torch.uint8).numpy().data
+                digests[place.tensor] = hashlib.sha256(data).hexdigest()
             facts[name] = {
                 "error": matrix.error, "damping": matrix.damping, "fallback": matrix.fallback
             }  # fmt: skip
-        self.shards.sync(names)
+        self.shards.sync(list(digests))
         self.journal.append(
             "expert",
             layer=layer,
             expert=outcome.expert,
             tokens=outcome.tokens,
             dropped_tokens=outcome.dropped,
-            sha256=digest.hexdigest(),
+            sha256=digests,
             **facts,
         )
         self._events[layer, outcome.expert] = self.journal.events[-1]
@@ -259,11 +387,13 @@ class Run:
             else self.shards.read(place.tensor, place.row, 1)
             for place in places
         }
-        if hashlib.sha256(b"".join(parts.values())).hexdigest() != event["sha256"]:
-            raise ErnieQuantError(
-                f"layer {layer} expert {expert} in {self.shards.folder} is not what this run "
-                "wrote; use --restart"
-            )
+        for name, data in parts.items():
+            known = event["sha256"].get(name)
+            if name not in self._tuned.names and hashlib.sha256(data).hexdigest() != known:
+                raise ErnieQuantError(
+                    f"layer {layer} expert {expert} in {self.shards.folder} is not what this run "
+                    "wrote; use --restart"
+                )
         return parts
 
     def _check_experts(self, first: int) -> None:
@@ -287,6 +417,7 @@ class Run:
             places = self.output.places(layer, expert, "down_proj").values()
             if any(not self.shards.finished(self.shards.shard_of(p.tensor)) for p in places):
                 self._stored(self._events[layer, expert])
+        self._tuned.check(range(first))
 
     def _finish_shards(self, layers: int) -> None:
         """Finish every shard whose tensors are all there, ``layers`` layers being done."""
@@ -294,6 +425,10 @@ class Run:
         for index in self.model.sizes.moe_layers:
             if index < layers:
                 done |= self.output.tensors_of(index)
+        if self._tune != "none":
+            # What is not packed changes when its layer is trained.
+            last = self.model.sizes.layers if self._tune == "model" else 0
+            done = {name for name in done if max(_layer_of(name), last) < layers}
         recorded = {event["file"] for event in self.journal.of("shard")}
         for shard in self.shards.shards:
             if shard.file not in recorded and all(t.name in done for t in shard.tensors):
@@ -304,3 +439,9 @@ class Run:
         files = [p for folder in folders for p in folder.iterdir() if p.is_file()]
         named = sum(path.stat().st_blocks * 512 for path in files)
         return named + self.memory.scratch_bytes
+
+
+def _layer_of(name: str) -> int:
+    """The layer that a tensor belongs to, -1 for one of none."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else -1

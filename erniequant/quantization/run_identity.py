@@ -36,6 +36,8 @@ def run_identity(
         "--effort": plan.options.effort,
         "--max-tp": plan.options.max_tp,
         "--seed": plan.options.seed,
+        "--tune": plan.options.tune,
+        "--sensitivity": plan.options.sensitivity,
         "--device": device.type,
         "--format": plan.options.format,
         "the plan": _plan_digest(plan),

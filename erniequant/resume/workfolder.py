@@ -8,11 +8,12 @@ is complete, the folder goes.
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 
 from erniequant.calibration.rows import Rows
 from erniequant.checkpoint.files import delete, disk_error, write_file
@@ -25,9 +26,11 @@ _JOURNAL, _LOCK = "journal.jsonl", "lock"
 _LAST = {_JOURNAL: 1, _LOCK: 2}
 _STATES = "states-{layer:05d}.f32"
 _KEPT = re.compile(r"states-\d{5,}\.f32")
+_TENSORS = re.compile(r"(tuned|gradient)-\d{5,}\.safetensors")
 # The last are mapped tables, which have a name for a moment where files without one cannot be made.
 _OURS = re.compile(
-    rf"journal\.jsonl|lock|{_KEPT.pattern}|\.(journal\.jsonl|{_KEPT.pattern})\.partial"
+    rf"journal\.jsonl|lock|{_KEPT.pattern}|{_TENSORS.pattern}"
+    rf"|\.(journal\.jsonl|{_KEPT.pattern}|{_TENSORS.pattern})\.partial"
     r"|rows-[a-z0-9_]{8}"
 )
 _BLOCK = 1 << 22
@@ -128,6 +131,39 @@ class WorkFolder:
         if not whole or digest.hexdigest() != saved[-1]["sha256"]:
             raise ErnieQuantError(f"{path} is damaged: its sha256 differs; use --restart")
         return int(saved[-1]["layer"])
+
+    def save_tensors(self, kind: str, layer: int, tensors: Mapping[str, torch.Tensor]) -> str:
+        """Keep tensors of a layer in a file of their own; returns its sha256.
+
+        kind: "tuned" or "gradient".
+        """
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        write_file(self._tensors_file(kind, layer), lambda file: file.write(data))
+        return hashlib.sha256(data).hexdigest()
+
+    def load_tensors(self, kind: str, layer: int, sha256: str) -> dict[str, torch.Tensor]:
+        """What `save_tensors` kept.
+
+        Raises:
+            ErnieQuantError: the file is not what was written.
+        """
+        path = self._tensors_file(kind, layer)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise disk_error(path, error, "read") from error
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ErnieQuantError(f"{path} is damaged: its sha256 differs; use --restart")
+        return load(data)
+
+    def drop_tensors(self, kind: str, layer: int) -> None:
+        """Delete the file of `save_tensors`, if it is there."""
+        path = self._tensors_file(kind, layer)
+        if path.exists():
+            delete(path)
+
+    def _tensors_file(self, kind: str, layer: int) -> Path:
+        return self.folder / f"{kind}-{layer:05d}.safetensors"
 
     def release(self) -> None:
         """Unlock; a folder that was made for nothing is removed."""

@@ -4,13 +4,14 @@ its own, in WINT2 or wint4, and everything else becomes wint8 or is converted.
 docs/fastdeploy.md says what the keys are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from erniequant.checkpoint.layout import OutputTensor, PlannedShard
+from erniequant.checkpoint.overlay import Overlay
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.codes.ccq.decode import decode_wint2
@@ -34,7 +35,7 @@ from erniequant.formats.fastdeploy.sizes import (
     text_moe_of,
 )
 from erniequant.formats.fastdeploy.wint4 import quantize_wint4
-from erniequant.formats.fastdeploy.writer import planned_shards, tensors_of
+from erniequant.formats.fastdeploy.writer import planned_shards, source_names, tensors_of
 from erniequant.formats.plan import Plan, PlanWording, QuantizeOptions, make_plan
 from erniequant.models.architecture import Architecture, ExpertGroup
 
@@ -68,6 +69,12 @@ class Wint2Quantizer:
         stored = (parts[suffix] for suffix in WINT2_SUFFIXES)
         return decode_wint2(*stored, k_order=self.k_order).T.contiguous()
 
+    def rescaled(
+        self, parts: Mapping[str, torch.Tensor], factors: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """See `MatrixQuantizer`."""
+        return {"super_scales": _times(parts["super_scales"], factors)}
+
 
 @dataclass(frozen=True)
 class Wint4Quantizer:
@@ -88,6 +95,17 @@ class Wint4Quantizer:
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """See `MatrixQuantizer`."""
         return WINT4.dequantize(parts["quant_weight"], parts["weight_scale"]).T.contiguous()
+
+    def rescaled(
+        self, parts: Mapping[str, torch.Tensor], factors: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """See `MatrixQuantizer`."""
+        return {"weight_scale": _times(parts["weight_scale"], factors)}
+
+
+def _times(scale: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Scales ``[N]`` times factors, in their own dtype."""
+    return (scale.float() * factors).to(scale.dtype)
 
 
 class FastDeployOutput(OutputFormat):
@@ -119,14 +137,26 @@ class FastDeployOutput(OutputFormat):
     def kept(self) -> frozenset[str]:
         return frozenset(key for part in self._kept for key in part.key_names())
 
-    def write_kept(self, shards: ShardFiles) -> None:
+    def write_kept(self, shards: ShardFiles, but: Collection[str] = ()) -> None:
         for part in self._kept:
-            if all(shards.finished(shards.shard_of(key)) for key in part.key_names()):
-                continue
-            (tensors,) = tensors_of(part, self._checkpoint, _no_experts, 1)
-            for key, tensor in tensors.items():
-                if not shards.finished(shards.shard_of(key)):
-                    shards.write(key, tensor)
+            keys = [
+                key
+                for key in part.key_names()
+                if key not in but and not shards.finished(shards.shard_of(key))
+            ]
+            if keys:
+                (tensors,) = tensors_of(part, self._checkpoint, _no_experts, 1)
+                for key in keys:
+                    shards.write(key, tensors[key])
+
+    def stored(self, trained: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        source = Overlay(self._checkpoint, trained)
+        found: dict[str, torch.Tensor] = {}
+        for part in self._kept:
+            if trained.keys() & set(source_names(part, source)):
+                (tensors,) = tensors_of(part, source, _no_experts, 1)
+                found |= tensors
+        return found
 
     def tensors_of(self, layer: int) -> frozenset[str]:
         return frozenset(

@@ -9,12 +9,13 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from erniequant.checkpoint.files import delete, write_json
 from erniequant.checkpoint.layout import OutputTensor, PlannedShard, index_of, plan_shards
-from erniequant.checkpoint.reader import INDEX_FILE, Checkpoint
+from erniequant.checkpoint.reader import INDEX_FILE
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.checkpoint.writer import MAX_SHARD_BYTES, require_new_folder
 from erniequant.formats.fastdeploy.convert import encoded_to_rank, plain_to_rank, wint8_to_rank
@@ -94,8 +95,27 @@ def planned_shards(
     return tuple(_with_metadata(s, metadata) for s in plan_shards(outputs, max_shard_bytes))
 
 
+class Source(Protocol):
+    """What parts are read from: a checkpoint, or one of which some tensors were trained."""
+
+    @property
+    def headers(self) -> Mapping[str, Any]:
+        """Headers of all tensors by name."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor."""
+
+
+def source_names(part: Part, source: Source) -> tuple[str, ...]:
+    """Tensors of the source that a part without experts is made of."""
+    if isinstance(part, Plain):
+        name = source_name(part, source)
+        return () if name is None else (name,)
+    return tuple(part.sources)
+
+
 def tensors_of(
-    part: Part, source: Checkpoint, experts: Experts, ranks: int
+    part: Part, source: Source, experts: Experts, ranks: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The keys of a part, for one rank after the other.
 
@@ -118,7 +138,7 @@ def tensors_of(
             yield _named(part, wint8_to_rank(part, sources, rank, ranks))
 
 
-def source_name(part: Plain, source: Checkpoint) -> str | None:
+def source_name(part: Plain, source: Source) -> str | None:
     """The original's name for a tensor; None if it is optional and absent."""
     if part.source in source.headers or not part.optional:
         return part.source

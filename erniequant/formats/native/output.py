@@ -1,6 +1,6 @@
 """Our own layout as a result of `erniequant.quantize`; docs/format.md says what its tensors are."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,10 +36,13 @@ class NativeOutput(OutputFormat):
     def kept(self) -> frozenset[str]:
         return frozenset(self._plan.copied)
 
-    def write_kept(self, shards: ShardFiles) -> None:
+    def write_kept(self, shards: ShardFiles, but: Collection[str] = ()) -> None:
         for name in self._plan.copied:
-            if not shards.finished(shards.shard_of(name)):
+            if name not in but and not shards.finished(shards.shard_of(name)):
                 shards.copy(name, self._checkpoint)
+
+    def stored(self, trained: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dict(trained)
 
     def tensors_of(self, layer: int) -> frozenset[str]:
         prefixes = tuple(packed_prefix(group.layer_key(layer)) for group in self._sizes.groups)

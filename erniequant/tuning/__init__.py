@@ -1,0 +1,1 @@
+"""What is not packed learns to make up for what is."""
