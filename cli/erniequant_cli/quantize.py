@@ -47,7 +47,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="cc2|cc2s|cc3|cc4",
-            help="native: one of the codes with so many bits. cc2s has 5 % less error than cc2 and "
+            help="native: one of the codes with so many bits. cc2s has 4 % less error than cc2 and "
             "costs a GPU twice the decoding; at 2 bits --effort max takes it by itself.",
         ),
     ] = None,

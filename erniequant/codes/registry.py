@@ -168,12 +168,12 @@ def chosen_code(bits: int, effort: str, name: str | None = None) -> Convolutiona
     Raises:
         ErnieQuantError: no such code, or it has another width.
     """
-    chosen = name or _CODES_OF_EFFORTS.get((effort, bits), CODE_OF_BITS[bits])
-    code = get_code(chosen, register_length(bits, effort))
+    usual = _CODES_OF_EFFORTS.get((effort, bits), CODE_OF_BITS[bits])
+    code = get_code(usual if name is None else name, register_length(bits, effort))
     if code.bits != bits:
         fitting = " or ".join(other for other, row in CODES.items() if row.bits == bits)
         raise ErnieQuantError(
-            f"code {chosen} has {code.bits} bits, not {bits}; use --bits {code.bits}, or {fitting}"
+            f"code {name} has {code.bits} bits, not {bits}; use --bits {code.bits}, or {fitting}"
         )
     return code
 
