@@ -103,7 +103,7 @@ def packed_ernie(micro_ernie: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     layers = {
         "1": LayerSpec(MatrixSpec("cc2", 12, 64, 32), MatrixSpec("cc4", 10, 32, 64)),
-        "2": LayerSpec(MatrixSpec("cc3", 16, 32, 32), MatrixSpec("cc2", 16, 32, 1)),
+        "2": LayerSpec(MatrixSpec("cc3", 16, 32, 32), MatrixSpec("cc2s", 16, 32, 1)),
     }
     folder = tmp_path_factory.mktemp("packed") / "packed_ernie"
     return write_packed(micro_ernie, folder, layers)
@@ -143,7 +143,7 @@ def packed_dense(micro_dense: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     layers = {
         "0.mlp": LayerSpec(MatrixSpec("cc2", 12, 32, 32), MatrixSpec("cc4", 10, 32, 16)),
-        "1.mlp": LayerSpec(MatrixSpec("cc3", 16, 32, 16), MatrixSpec("cc2", 16, 32, 32)),
+        "1.mlp": LayerSpec(MatrixSpec("cc3", 16, 32, 16), MatrixSpec("cc2s", 16, 32, 32)),
     }
     folder = tmp_path_factory.mktemp("packed") / "packed_dense"
     return write_packed(micro_dense, folder, layers)

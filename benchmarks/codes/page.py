@@ -6,6 +6,7 @@ Run from the repository root on an idle machine: ``python -m benchmarks.codes.pa
 import argparse
 
 from benchmarks.codes import study
+from benchmarks.codes.products import product_rows
 from benchmarks.pages import DOCS, fill
 
 PAGE = DOCS / "codes.md"
@@ -13,6 +14,7 @@ SECTIONS = {
     "labels": study.label_rows,
     "table": study.table_rows,
     "weighted": study.weighted_rows,
+    "products": product_rows,
 }
 
 

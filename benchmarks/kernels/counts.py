@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from os import cpu_count
 
-from erniequant.codes import get_code
+from erniequant.codes import ConvolutionalCode
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels.bench.problem import Shape
 from erniequant_kernels.machine_code_cases import (
@@ -34,8 +34,7 @@ class Wanted:
     """
 
     arch: int
-    bits: int
-    register_length: int
+    code: ConvolutionalCode
     config: GemmConfig
 
     @property
@@ -69,8 +68,7 @@ def _count(wanted: Wanted | WantedRotation) -> Counted:
         shape = Shape(HIDDEN, INNER, EXPERTS, TOP_K)
         cases = rotate_cases(shape, 64, wanted.splits, wanted.partial)
         return count(cases[ROTATIONS.index(wanted.name)], wanted.arch)
-    code = get_code(f"cc{wanted.bits}", wanted.register_length)
-    return count(gemm_case(code, wanted.config, 2 * INNER, HIDDEN, TOP_K), wanted.arch)
+    return count(gemm_case(wanted.code, wanted.config, 2 * INNER, HIDDEN, TOP_K), wanted.arch)
 
 
 def _try_count(wanted: Wanted | WantedRotation) -> Counted | str:

@@ -1,4 +1,5 @@
-"""Count the kernels' machine code again and write the tables of docs/performance.md.
+"""Count the kernels' machine code again and write the tables of docs/performance.md, and that of
+decoding in docs/codes.md.
 
 Run from the repository root: ``python -m benchmarks.kernels.page``; needs no GPU, takes some
 minutes. Records the costs in the kernels' budget.json as well.
@@ -18,6 +19,7 @@ from benchmarks.kernels.cards import CARDS
 from benchmarks.kernels.counts import prepare_counts
 from benchmarks.kernels.prediction import bf16, predict, wanted
 from benchmarks.pages import DOCS, fill
+from erniequant.codes import code_for_bits, get_code, register_length
 from erniequant_kernels import machine_code_budget as static
 from erniequant_kernels.bench.problem import SHAPES
 
@@ -25,6 +27,9 @@ PAGE = DOCS / "performance.md"
 BUDGET = Path(static.__file__).with_name("budget.json")
 TOKENS = (1, 4, 16, 64, 256, 1024, 2048)
 BITS = (4, 3, 2)
+STANDARD = tuple(code_for_bits(bits, register_length(bits, "standard")) for bits in BITS)
+TWO_BITS = (get_code("cc2", 12), get_code("cc2s", 12), get_code("cc2s", 16))
+FEW_TOKENS = (1, 16, 64, 256)
 
 
 def static_rows(records: list[dict[str, Any]]) -> Iterator[str]:
@@ -72,10 +77,22 @@ def prediction_rows(name: str) -> Iterator[str]:
     for card in CARDS:
         for tokens in TOKENS:
             plain = bf16(card, shape, tokens).seconds
-            times = [predict(card, shape, tokens, bits) for bits in BITS]
+            times = [predict(card, shape, tokens, code) for code in STANDARD]
             cells = [f"{1e6 * time.seconds:.0f} ({plain / time.seconds:.1f} ×)" for time in times]
             cells += [time.bound for time in times]
             yield f"| {card.name} | {tokens} | {1e6 * plain:.0f} | {' | '.join(cells)} |"
+
+
+def two_bit_rows() -> Iterator[str]:
+    """Rows of predicted microseconds for a layer of the 21B, by 2-bit code."""
+    shape = SHAPES["21b"]
+    names = (f"{code.name}, L = {code.register_length}" for code in TWO_BITS)
+    yield f"| card | tokens | {' | '.join(names)} |"
+    yield f"|---|---{'|---' * len(TWO_BITS)}|"
+    for card in CARDS:
+        for tokens in FEW_TOKENS:
+            times = [1e6 * predict(card, shape, tokens, code).seconds for code in TWO_BITS]
+            yield f"| {card.name} | {tokens} | {' | '.join(f'{time:.0f}' for time in times)} |"
 
 
 def main() -> None:
@@ -92,13 +109,14 @@ def main() -> None:
             w
             for card in CARDS
             for n in TOKENS
-            for bits in BITS
-            for w in wanted(card, shape, n, bits)
+            for code in (*STANDARD, *TWO_BITS)
+            for w in wanted(card, shape, n, code)
         ],
         processes,
     )
     for name, rows in sections(records).items():
         fill(PAGE, name, "\n".join(rows))
+    fill(DOCS / "codes.md", "decoding", "\n".join(two_bit_rows()))
     BUDGET.write_text(json.dumps(static.new_budget(records), indent=1) + "\n", encoding="utf-8")
 
 

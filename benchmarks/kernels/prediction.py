@@ -21,7 +21,7 @@ from benchmarks.kernels.placement import (
     ideal,
     makespan,
 )  # fmt: skip
-from erniequant.codes import get_code, register_length
+from erniequant.codes import ConvolutionalCode
 from erniequant_kernels import decode
 from erniequant_kernels.bench.problem import Shape
 from erniequant_kernels.machine_code_cases import rotate_programs
@@ -124,8 +124,8 @@ def _beyond_l2(card: Card, transferred: float) -> float:
 
 
 def product(
-    card: Card, shape: Shape, tokens: int, bits: int, config: GemmConfig, *, down: bool,
-    spread: Load | None = None,
+    card: Card, shape: Shape, tokens: int, code: ConvolutionalCode, config: GemmConfig, *,
+    down: bool, spread: Load | None = None,
 ) -> KernelTime:  # fmt: skip
     """One projection of a layer: gate and up, or down.
 
@@ -135,10 +135,8 @@ def product(
         spread: of the tokens over experts; that of a skewed routing by default.
     """
     spread = spread or load(shape, tokens)
-    length = register_length(bits, "standard")
-    code = get_code(f"cc{bits}", length)
     outputs, inputs = (shape.hidden, shape.inner) if down else (2 * shape.inner, shape.hidden)
-    counts = counted(Wanted(card.arch, bits, length, config))
+    counts = counted(Wanted(card.arch, code, config))
     cost, loop = counts.cost, counts.sections[LOOP]
     outside = (counts.sections[PROLOGUE], counts.sections[EPILOGUE])
     if isinstance(config, PackedGemmConfig):
@@ -176,7 +174,7 @@ def product(
         turns * turn + ALONE * cost.once, FIRST_LOADS,
     )  # fmt: skip
     assignments = tokens * shape.top_k
-    weight_bytes = spread.active * outputs * inputs * bits / 8
+    weight_bytes = spread.active * outputs * inputs * code.bits / 8
     x_bytes = 2 * inputs * (assignments if down else tokens)
     result_bytes = out_bytes * assignments * outputs
     memory_bytes = weight_bytes + _beyond_l2(card, x_bytes) + _beyond_l2(card, result_bytes)
@@ -223,7 +221,7 @@ def _rotation(
 
 
 def predict(
-    card: Card, shape: Shape, tokens: int, bits: int, tuning: Tuning | None = None,
+    card: Card, shape: Shape, tokens: int, code: ConvolutionalCode, tuning: Tuning | None = None,
     configs: tuple[GemmConfig, GemmConfig] | None = None, spread: Load | None = None,
 ) -> LayerTime:  # fmt: skip
     """A layer on packed weights, as a tuning table or two configurations run it.
@@ -233,7 +231,7 @@ def predict(
         configs: of gate and up, and of down, instead of a table.
         spread: of the tokens over experts; that of a skewed routing by default.
     """
-    first, second = configs or layer_configs(card, shape, tokens, bits, tuning)
+    first, second = configs or layer_configs(card, shape, tokens, code, tuning)
     spread = spread or load(shape, tokens)
     assignments = tokens * shape.top_k
     written = [_written(first), _written(second)]
@@ -248,19 +246,18 @@ def predict(
         prepare = replace(prepare, seconds=sorting, bound="latency")
     return LayerTime((
         prepare,
-        product(card, shape, tokens, bits, first, down=False, spread=spread),
+        product(card, shape, tokens, code, first, down=False, spread=spread),
         _rotation(card, "swiglu_rotate", swiglu, written[0], _beyond_l2(card, gate_up_bytes)),
-        product(card, shape, tokens, bits, second, down=True, spread=spread),
+        product(card, shape, tokens, code, second, down=True, spread=spread),
         _rotation(card, "combine", combined, written[1], _beyond_l2(card, down_bytes)),
     ))  # fmt: skip
 
 
 def layer_configs(
-    card: Card, shape: Shape, tokens: int, bits: int, tuning: Tuning | None = None
+    card: Card, shape: Shape, tokens: int, code: ConvolutionalCode, tuning: Tuning | None = None
 ) -> tuple[GemmConfig, GemmConfig]:
     """The configurations of gate and up, and of down, that a table chooses."""
     tuning = tuning or tables()[card.table]
-    code = get_code(f"cc{bits}", register_length(bits, "standard"))
     row = tuning.row(tokens * shape.top_k / shape.experts)
     first, second = (
         tuning.config(row, code, outputs, inputs, shape.experts, shape.top_k)
@@ -307,14 +304,13 @@ def bf16(card: Card, shape: Shape, tokens: int, spread: Load | None = None) -> L
 
 
 def wanted(
-    card: Card, shape: Shape, tokens: int, bits: int, tuning: Tuning | None = None
+    card: Card, shape: Shape, tokens: int, code: ConvolutionalCode, tuning: Tuning | None = None
 ) -> list[Wanted | WantedRotation]:
     """What `predict` has counted, to be counted in parallel before."""
-    length = register_length(bits, "standard")
-    configs = layer_configs(card, shape, tokens, bits, tuning)
+    configs = layer_configs(card, shape, tokens, code, tuning)
     written = [_written(config) for config in configs]
     return [
-        *(Wanted(card.arch, bits, length, config) for config in configs),
+        *(Wanted(card.arch, code, config) for config in configs),
         WantedRotation(card.arch, "prepare", 1, "*fp32"),
         WantedRotation(card.arch, "swiglu_rotate", *written[0]),
         WantedRotation(card.arch, "combine", *written[1]),

@@ -1,6 +1,6 @@
 """Compare configurations of the products by their predicted time; needs no GPU.
 
-``python -m benchmarks.kernels.search --card H100 --shape 21b --tokens 16 --bits 2`` counts all
+``python -m benchmarks.kernels.search --card H100 --shape 21b --tokens 16 --code cc2`` counts all
 candidates in parallel and prints the best of each projection and of both together: a row tile
 serves both. Predictions are no measurements; `erniequant bench tune` measures on a card.
 """
@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from benchmarks.kernels.cards import CARDS
 from benchmarks.kernels.counts import Wanted, counted, prepare_counts
 from benchmarks.kernels.prediction import KernelTime, bf16, predict, product
-from erniequant.codes import register_length
+from erniequant.codes import CODE_NAMES, ConvolutionalCode, get_code, register_length
+from erniequant.codes.registry import CODES
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels.bench.problem import SHAPES, Shape
 from erniequant_kernels.fused_gemm import FusedGemmConfig
@@ -55,20 +56,19 @@ def _split(config: GemmConfig, inputs: int) -> Iterator[GemmConfig]:
 
 
 def best(
-    card_name: str, shape: Shape, tokens: int, bits: int, candidates: list[GemmConfig],
-    processes: int | None = None,
+    card_name: str, shape: Shape, tokens: int, code: ConvolutionalCode,
+    candidates: list[GemmConfig], processes: int | None = None,
 ) -> dict[int, list[list[tuple[KernelTime, GemmConfig]]]]:  # fmt: skip
     """For each row tile, the candidates for gate and up and for down, fastest first.
 
     Those that spill, do not compile or need more shared memory than the card has are left out.
     """
     card = next(card for card in CARDS if card_name.lower() in card.name.lower())
-    length = register_length(bits, "standard")
-    prepare_counts([Wanted(card.arch, bits, length, c) for c in candidates], processes)
+    prepare_counts([Wanted(card.arch, code, c) for c in candidates], processes)
     usable = []
     for candidate in candidates:
         try:
-            cost = counted(Wanted(card.arch, bits, length, candidate)).cost
+            cost = counted(Wanted(card.arch, code, candidate)).cost
         except ErnieQuantError:
             continue
         if not cost.spill_bytes and cost.shared_bytes + 1024 <= card.shared_bytes:
@@ -79,7 +79,7 @@ def best(
         for down in (False, True):
             inputs = shape.inner if down else shape.hidden
             times = [
-                (product(card, shape, tokens, bits, config, down=down), config)
+                (product(card, shape, tokens, code, config, down=down), config)
                 for candidate in usable
                 if candidate.block_m == block_m
                 for config in _split(candidate, inputs)
@@ -94,27 +94,28 @@ def main() -> None:
     parser.add_argument("--card", default="H100", help="part of its name")
     parser.add_argument("--shape", default="21b", choices=SHAPES)
     parser.add_argument("--tokens", default="1,16,64", help="comma-separated")
-    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--code", default="cc2", choices=CODE_NAMES)
+    parser.add_argument("--length", type=int, help="of the register; that of `standard` by default")
     parser.add_argument("--kernel", default="packed", choices=("packed", "fused"))
     parser.add_argument("--top", type=int, default=4)
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
+    bits = CODES[arguments.code].bits
+    code = get_code(arguments.code, arguments.length or register_length(bits, "standard"))
     card = next(card for card in CARDS if arguments.card.lower() in card.name.lower())
     candidates: list[GemmConfig] = [
         *(packed_candidates() if arguments.kernel == "packed" else fused_candidates())
     ]
     for tokens in map(int, arguments.tokens.split(",")):
         found = best(
-            card.name, shape, tokens, arguments.bits, candidates, os.cpu_count()
+            card.name, shape, tokens, code, candidates, os.cpu_count()
         )  # fmt: skip
         plain = bf16(card, shape, tokens).seconds
-        print(f"{card.name}, {arguments.shape}, {tokens} tokens, {arguments.bits} bits", flush=True)
+        print(f"{card.name}, {arguments.shape}, {tokens} tokens, {code.name}", flush=True)
         for block_m, (first, second) in found.items():
             if not first or not second:
                 continue
-            layer = predict(
-                card, shape, tokens, arguments.bits, configs=(first[0][1], second[0][1])
-            )
+            layer = predict(card, shape, tokens, code, configs=(first[0][1], second[0][1]))
             print(
                 f"  row tiles of {block_m}: {1e6 * layer.seconds:.1f} us a layer,"
                 f" {plain / layer.seconds:.2f} x bf16"

@@ -54,6 +54,23 @@ CODES = {
         target_std=0.96,
         encode_rate=1.7e6,
     ),
+    "cc2s": CodeRow(
+        bits=2,
+        label=HALF_SUM,
+        multipliers={
+            8: 0x74F3ABFF,
+            9: 0x68FDB383,
+            10: 0x523C5ECB,
+            11: 0x8398C0C1,
+            12: 0x582D6C9D,
+            13: 0x5D0F3233,
+            14: 0x518CAD05,
+            15: 0xF3895985,
+            16: 0xD33CB44F,
+        },
+        target_std=0.98,
+        encode_rate=2.5e6,
+    ),
     "cc3": CodeRow(
         bits=3,
         label=HALF_SUM,
@@ -92,7 +109,10 @@ CODES = {
 """Every code, by name."""
 
 CODE_OF_BITS = {2: "cc2", 3: "cc3", 4: "cc4"}
-"""The code that a nominal width is quantised with."""
+"""The code that a nominal width is quantised with, unless an effort takes another."""
+
+# At the longest register cc2s has 5 % less error than cc2, and is searched half as fast again.
+_CODES_OF_EFFORTS = {("max", 2): "cc2s"}
 
 # Register length by bits. Standard stays above 300,000 weights a second on two cores with room to
 # spare; at 3 and 4 bits one more bit lowers the error by 3 and 4 %, at 2 bits by less than 1 %.
@@ -137,6 +157,25 @@ def get_code(name: str, register_length: int) -> ConvolutionalCode:
 def code_for_bits(bits: int, register_length: int) -> ConvolutionalCode:
     """The native code of a nominal width of 2, 3 or 4 bits."""
     return get_code(CODE_OF_BITS[bits], register_length)
+
+
+def chosen_code(bits: int, effort: str, name: str | None = None) -> ConvolutionalCode:
+    """The native code of a nominal width of 2, 3 or 4 bits at an effort of `EFFORTS`.
+
+    Args:
+        name: of another code of this width; the register is as long as the effort says.
+
+    Raises:
+        ErnieQuantError: no such code, or it has another width.
+    """
+    usual = _CODES_OF_EFFORTS.get((effort, bits), CODE_OF_BITS[bits])
+    code = get_code(usual if name is None else name, register_length(bits, effort))
+    if code.bits != bits:
+        fitting = " or ".join(other for other, row in CODES.items() if row.bits == bits)
+        raise ErnieQuantError(
+            f"code {name} has {code.bits} bits, not {bits}; use --bits {code.bits}, or {fitting}"
+        )
+    return code
 
 
 def encode_rate(code: ConvolutionalCode) -> float:

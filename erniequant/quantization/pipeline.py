@@ -40,6 +40,7 @@ def quantize(
     *,
     bits: int,
     format: str = NATIVE,
+    code: str | None = None,
     k_order: str | None = None,
     w4_layers: int | None = None,
     format_options: Mapping[str, Any] | None = None,
@@ -72,6 +73,8 @@ def quantize(
         dst: new or empty folder, or that of an unfinished run with the same options.
         bits: 2, 3 or 4 bits per expert weight.
         format: ``native``, or ``fastdeploy-wint2`` (2 bits) for FastDeploy.
+        code: code of the native format, of those with ``bits`` bits; by default cc2, cc3 or cc4,
+            and at 2 bits with the effort ``max`` cc2s. See docs/codes.md.
         k_order: K order of WINT2, ``mma64`` (default) or ``plain``; see docs/fastdeploy.md.
         w4_layers: number of first MoE layers with 4-bit experts in FastDeploy's format; by default
             one in thirteen.
@@ -107,7 +110,7 @@ def quantize(
     Raises:
         ErnieQuantError: anything wrong with the source, the options or the destination.
     """
-    own = {"k_order": k_order, "w4_layers": w4_layers, **(format_options or {})}
+    own = {"code": code, "k_order": k_order, "w4_layers": w4_layers, **(format_options or {})}
     options = QuantizeOptions(
         bits, effort, max_tp, seed, format, {k: v for k, v in own.items() if v is not None},
         tune, sensitivity,

@@ -15,9 +15,10 @@ What makes it cheap (counts: `erniequant bench static`):
   bytes): all but the first find the bits before them in their neighbour, and shifts of the run are
   constants. Words lie in shared memory in the order of the lanes that decode them, so that neither
   loading nor reading them costs more requests than their bytes do, whatever the tile size.
-* Registers of a group that lie 16 bits apart (15 for 3-bit steps) are cut out together. With ``v =
-  low + (high << 16)`` and the multiplier ``m``, ``low * m = v * m - high * (m << 16)`` modulo 2^32:
-  a multiplication in place of a shift and a mask, on the pipe that is idle.
+* Registers that lie 16 bits apart (15 for 3-bit steps) are cut out together: two of a group, or, of
+  2-bit steps, one of each of two neighbouring groups. With ``v = low + (high << 16)`` and the
+  multiplier ``m``, ``low * m = v * m - high * (m << 16)`` modulo 2^32: a multiplication in place of
+  a shift and a mask, on the pipe that is idle.
 * The masked product is an operand of the matrix instruction as it stands, see `operand`.
 """
 
@@ -44,7 +45,7 @@ def run_length(step_bits):
 def steps_apart(step_bits):
     """Steps between two registers that are cut out together: 16 stream bits, or 15.
 
-    A group of 2-bit steps is no longer than that: its registers are cut out one by one.
+    With 2-bit steps the other one is the same step of the group beside.
     """
     return 16 // step_bits
 
@@ -101,9 +102,8 @@ def groups_of_two(before, even, odd, STEP_BITS: tl.constexpr):
     if STEP_BITS == 4:
         return (even, odd), (before, even)
     else:
-        # Four groups of two bytes end 16, 32, 48 and 64 bits into the run.
-        newest = (funnel(before, even, 16), even, funnel(even, odd, 16), odd)
-        return newest, (before >> 16, before, even >> 16, even)
+        # Four groups of two bytes, the halves of two words.
+        return (even, even, odd, odd), (before, before, even, even)
 
 
 @triton.jit
@@ -157,8 +157,8 @@ def load_groups(
 
     Returns:
         Two tuples of uint32 ``[RUNS, BLOCK_K]``, one entry per group of a run: the 32 bits that end
-        with the group, and the bits before those, of which at least 8 are valid (a register needs
-        5).
+        with the group (or, of two groups in a word, with the second), and the bits before those, of
+        which at least 8 are valid (a register needs 5; all 32 are where groups share a word).
     """
     RUN_WORDS: tl.constexpr = run_length(STEP_BITS) * STEP_BITS // 4
     PAIRS: tl.constexpr = RUNS * BLOCK_K
@@ -194,21 +194,37 @@ def load_groups(
         return groups_of_three(before, a, b, c)
 
 
+@triton.constexpr_function
+def distance(group, step, step_bits):
+    """Bits behind a step in the 32 bits that end with its group, or with the second of two."""
+    behind = STEPS if step_bits == 2 and group % 2 == 0 else 0
+    return (STEPS - 1 - step + behind) * step_bits
+
+
+@triton.constexpr_function
+def last_distance(step_bits):
+    """The most of `distance`, behind the first step."""
+    return distance(0, 0, step_bits)
+
+
 @triton.jit
 def product(
-    before, newest, STEP: tl.constexpr, STEP_BITS: tl.constexpr, LENGTH: tl.constexpr,
-    MULTIPLIER: tl.constexpr,
+    before, newest, GROUP: tl.constexpr, STEP: tl.constexpr, STEP_BITS: tl.constexpr,
+    LENGTH: tl.constexpr, MULTIPLIER: tl.constexpr,
 ):  # fmt: skip
-    """Register after step ``STEP`` (0 to 7) of a group, times the multiplier, modulo 2^32.
+    """Register after step ``STEP`` (0 to 7) of group ``GROUP`` of a run, times the multiplier,
+    modulo 2^32.
 
-    Terms that two steps share are written twice and computed once.
+    Terms that two registers share are written twice and computed once.
     """
     # One constexpr assignment each: a constexpr cannot be assigned twice in Triton.
     OFFSET: tl.constexpr = steps_apart(STEP_BITS) * STEP_BITS
     PAIRED: tl.constexpr = LENGTH <= OFFSET
-    DISTANCE: tl.constexpr = (7 - STEP) * STEP_BITS  # stream bits of the group after this step
+    LAST: tl.constexpr = last_distance(STEP_BITS)
+    # Stream bits of the word, or of the group if it has its own, after this step.
+    DISTANCE: tl.constexpr = distance(GROUP, STEP, STEP_BITS)
     IS_HIGH: tl.constexpr = PAIRED and DISTANCE >= OFFSET
-    IS_LOW: tl.constexpr = PAIRED and DISTANCE + OFFSET <= 7 * STEP_BITS
+    IS_LOW: tl.constexpr = PAIRED and DISTANCE + OFFSET <= LAST
     START: tl.constexpr = DISTANCE - OFFSET if IS_HIGH else DISTANCE
     MASK: tl.constexpr = (1 << LENGTH) - 1
     FIELDS: tl.constexpr = (MASK | (MASK << OFFSET)) if IS_HIGH or IS_LOW else MASK

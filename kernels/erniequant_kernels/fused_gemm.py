@@ -320,7 +320,7 @@ def fused_gemm_kernel(
         for g in tl.static_range(RUN):
             for step in tl.static_range(8):
                 products = products + (
-                    decode.product(before[g], newest[g], step, STEP_BITS, LENGTH, MULTIPLIER),
+                    decode.product(before[g], newest[g], g, step, STEP_BITS, LENGTH, MULTIPLIER),
                 )
         tile = tl.reshape(
             _stack(products), (BLOCK_K, ORDER[0], ORDER[1], ORDER[2], ORDER[3] * 8 // PER_STEP)

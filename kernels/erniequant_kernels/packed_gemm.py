@@ -131,7 +131,7 @@ def packed_gemm_kernel(
             for g in tl.static_range(RUN):
                 products = products + (
                     decode.product(
-                        before[g], newest[g], decode.step_at(i, STEP_BITS), STEP_BITS, LENGTH,
+                        before[g], newest[g], g, decode.step_at(i, STEP_BITS), STEP_BITS, LENGTH,
                         MULTIPLIER,
                     ),
                 )  # fmt: skip

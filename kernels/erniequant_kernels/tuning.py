@@ -7,7 +7,7 @@ model gives the same numbers on every card of a kind.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from erniequant.codes import CODE_NAMES
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels import decode
@@ -59,6 +60,7 @@ class TuningRow:
         block_m: tokens of a row tile, for both matrices of a layer.
         tiles: by bits per weight.
         warps_wanted: instead of the table's.
+        named_tiles: by name, of codes that another tile suits better than that of their width.
     """
 
     rows_per_expert: float
@@ -66,6 +68,11 @@ class TuningRow:
     block_m: int
     tiles: Mapping[int, PackedTile | FusedTile]
     warps_wanted: int | None = None
+    named_tiles: Mapping[str, PackedTile | FusedTile] = field(default_factory=dict)
+
+    def tile(self, code: ConvolutionalCode) -> PackedTile | FusedTile:
+        """The tile of a code."""
+        return self.named_tiles.get(code.name) or self.tiles[code.bits]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +103,7 @@ class Tuning:
             ErnieQuantError: the inputs are not a multiple of 16.
         """
         row = self.rows[index]
-        tile = row.tiles[code.bits]
+        tile = row.tile(code)
         block_k = tile.block_k
         while inputs % block_k:
             block_k //= 2
@@ -137,7 +144,9 @@ def parse(settings: Mapping[str, Any]) -> Tuning:
 
 def _row(settings: Mapping[str, Any]) -> TuningRow:
     kind = {"packed": PackedTile, "fused": FusedTile}[settings["kernel"]]
-    tiles = {int(bits): kind(**tile) for bits, tile in settings["tiles"].items()}
+    all_tiles = {key: kind(**tile) for key, tile in settings["tiles"].items()}
+    named = {key: tile for key, tile in all_tiles.items() if key in CODE_NAMES}
+    tiles = {int(key): tile for key, tile in all_tiles.items() if key not in named}
     missing = {2, 3, 4} - set(tiles)
     if missing:
         raise ValueError(f"no tile for {min(missing)} bits")
@@ -145,7 +154,7 @@ def _row(settings: Mapping[str, Any]) -> TuningRow:
     most = float("inf") if load is None else float(load)
     wanted = settings.get("warps_wanted")
     return TuningRow(
-        most, settings["kernel"], int(settings["block_m"]), tiles, wanted and int(wanted)
+        most, settings["kernel"], int(settings["block_m"]), tiles, wanted and int(wanted), named
     )
 
 
@@ -160,7 +169,10 @@ def settings_of(tuning: Tuning) -> dict[str, Any]:
                 else row.rows_per_expert,
                 "kernel": row.kernel,
                 "block_m": row.block_m,
-                "tiles": {str(bits): vars(tile) for bits, tile in row.tiles.items()},
+                "tiles": {
+                    str(key): vars(tile)
+                    for key, tile in (*row.tiles.items(), *row.named_tiles.items())
+                },
             }
             | ({"warps_wanted": row.warps_wanted} if row.warps_wanted else {})
             for row in tuning.rows

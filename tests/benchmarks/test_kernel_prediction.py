@@ -9,6 +9,7 @@ from benchmarks.kernels import prediction
 from benchmarks.kernels.cards import CARDS
 from benchmarks.kernels.load import even_load, load
 from benchmarks.kernels.placement import ALONE, Work, ideal, makespan
+from erniequant.codes import get_code
 from erniequant_kernels.bench.problem import SHAPES, Shape
 from erniequant_kernels.fused_gemm import FusedGemmConfig
 from erniequant_kernels.machine_code import KernelCost
@@ -111,12 +112,13 @@ def counts(**changes):
 
 
 SHAPE = Shape(2560, 1536, 64, 6)
+CODE = get_code("cc2", 12)
 CONFIG = PackedGemmConfig(block_m=8, block_k=64, splits=2, warps=1, stages=2)
 
 
 def predicted(monkeypatch, what, tokens=64, config=CONFIG, card=H100, **options):
     monkeypatch.setattr(prediction, "counted", lambda wanted: what)
-    return prediction.product(card, SHAPE, tokens, 2, config, down=False, **options)
+    return prediction.product(card, SHAPE, tokens, CODE, config, down=False, **options)
 
 
 def test_a_product_of_instructions_takes_their_time(monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 DEFAULTS = {
     "bits": 2,
     "format": "native",
+    "code": None,
     "k_order": None,
     "w4_layers": None,
     "calib": "builtin",
@@ -31,6 +32,7 @@ DEFAULTS = {
 OTHERS = {
     "bits": 4,
     "format": "fastdeploy-wint2",
+    "code": "cc4",
     "k_order": "plain",
     "w4_layers": 2,
     "calib": "words.txt",

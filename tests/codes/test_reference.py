@@ -69,7 +69,7 @@ def test_layout_of_a_packed_matrix() -> None:
 
 
 def test_unknown_codes_are_named() -> None:
-    with pytest.raises(ErnieQuantError, match="'cc5'.*cc2, cc3, cc4"):
+    with pytest.raises(ErnieQuantError, match="'cc5'.*cc2, cc2s, cc3, cc4"):
         get_code("cc5", 12)
     with pytest.raises(ErnieQuantError, match="cc2 has no register length 17"):
         get_code("cc2", 17)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from erniequant.codes import CODE_NAMES, ConvolutionalCode, get_code
+from erniequant.codes import CODE_NAMES, ConvolutionalCode, get_code, viterbi
 from erniequant.codes.reference import decode
 from erniequant.codes.viterbi import encoder
 
@@ -109,13 +109,37 @@ def test_a_valid_codeword_is_found_without_loss(name: str) -> None:
     ("name", "length", "ceiling"),
     # Above what docs/codes.md reports by the noise of so few sequences, below what a broken search
     # gives.
-    [("cc2", 12, 0.0765), ("cc2", 16, 0.0740), ("cc3", 16, 0.0185), ("cc4", 16, 0.0048)],
+    [
+        ("cc2", 12, 0.0765),
+        ("cc2", 16, 0.0740),
+        ("cc2s", 12, 0.0735),
+        ("cc2s", 16, 0.0700),
+        ("cc3", 16, 0.0185),
+        ("cc4", 16, 0.0048),
+    ],
 )
 def test_error_on_gaussian_data(name: str, length: int, ceiling: float) -> None:
     from benchmarks.codes.study import measure
 
     sequences = 200 if length == 12 else 48
     assert measure(get_code(name, length), sequences, seed=6).mse <= ceiling
+
+
+# Two bits and one weight a step have a forward step of their own. At 8 bits its rows are no longer
+# than a vector, at 10 several.
+@pytest.mark.parametrize("length", [8, 10])
+def test_four_predecessors_are_searched_as_any_number_of_them(length: int) -> None:
+    code = get_code("cc2s", length)
+    classes = code.states // 4
+    tables = np.ascontiguousarray(code.table().T).reshape(1, 4, classes)
+    rng = np.random.default_rng(9)
+    x, root = rng.standard_normal(3).astype(np.float32), rng.random(3).astype(np.float32)
+    old = rng.random(classes).astype(np.float32)
+    special, general = np.empty_like(old), np.empty_like(old)
+    spread = np.empty((4, classes), np.float32)
+    viterbi._forward_four(x, root, 1, viterbi._by_successor(tables), old, special, spread)
+    viterbi._forward_single(x, root, 1, tables, old, general, spread)
+    np.testing.assert_array_equal(special, general)
 
 
 def test_weights_move_error_to_where_it_costs_less() -> None:

@@ -11,7 +11,12 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-CODES = {"cc2": (2, 2, "pair"), "cc3": (3, 1, "half_sum"), "cc4": (4, 1, "half_sum")}
+CODES = {
+    "cc2": (2, 2, "pair"),
+    "cc2s": (2, 1, "half_sum"),
+    "cc3": (3, 1, "half_sum"),
+    "cc4": (4, 1, "half_sum"),
+}
 MULTIPLIERS = {
     "cc2": {
         8: 0x45C16C71,
@@ -23,6 +28,17 @@ MULTIPLIERS = {
         14: 0x899E2839,
         15: 0xA69A8B89,
         16: 0x93E6BC43,
+    },
+    "cc2s": {
+        8: 0x74F3ABFF,
+        9: 0x68FDB383,
+        10: 0x523C5ECB,
+        11: 0x8398C0C1,
+        12: 0x582D6C9D,
+        13: 0x5D0F3233,
+        14: 0x518CAD05,
+        15: 0xF3895985,
+        16: 0xD33CB44F,
     },
     "cc3": {
         8: 0xEDA09CD3,

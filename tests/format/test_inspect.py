@@ -22,7 +22,7 @@ def test_quantised(packed_ernie: Path) -> None:
         "gate_up_proj: cc2, register 12, tile 64, rotation 32": 1,
         "down_proj: cc4, register 10, tile 32, rotation 64": 1,
         "gate_up_proj: cc3, register 16, tile 32, rotation 32": 1,
-        "down_proj: cc2, register 16, tile 32, rotation 1": 1,
+        "down_proj: cc2s, register 16, tile 32, rotation 1": 1,
     }
     assert found.expert_weights == WEIGHTS
     # gate_up is two thirds: words of (2 + 3) and (4 + 2) bits, 2 bytes per output, signs, guards.

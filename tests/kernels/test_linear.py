@@ -64,7 +64,7 @@ def test_any_number_of_tokens(regime, tokens):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("name", ["cc3", "cc4"])
+@pytest.mark.parametrize("name", ["cc2s", "cc3", "cc4"])
 def test_every_code(regime, name):
     check(regime, 5, name)
 

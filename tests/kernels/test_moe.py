@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from erniequant.codes import CODE_NAMES
 from erniequant.packing.decoding import decode_weight, encode_scale
 from erniequant.packing.rotation import pack_signs, random_signs
 from erniequant.packing.schema import MatrixSpec
@@ -102,7 +103,7 @@ def test_any_routing(regime, routing):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("codes", [("cc2", "cc2"), ("cc3", "cc3"), ("cc4", "cc4"), ("cc4", "cc3")])
+@pytest.mark.parametrize("codes", [(name, name) for name in CODE_NAMES] + [("cc4", "cc3")])
 def test_every_code(regime, codes):
     check(REGIMES[regime], torch.tensor([[0, 1], [4, 1], [3, 0]]), codes=codes)
 

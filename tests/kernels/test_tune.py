@@ -11,12 +11,14 @@ import sys
 import pytest
 import torch
 
+from erniequant.codes import get_code
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels import tuning
 from erniequant_kernels.bench import tune, tune_card
 from erniequant_kernels.bench.problem import SHAPES
 from erniequant_kernels.bench.timing import Timer
 from erniequant_kernels.bench.tune import Candidate, Problem, candidates
+from erniequant_kernels.fused_gemm import FusedGemmConfig
 from erniequant_kernels.tuning import FusedTile, PackedTile, Tuning, TuningRow
 
 
@@ -253,6 +255,29 @@ def test_inputs_are_split_as_the_finished_table_splits_them():
         alone = known_best(problem).table(below, 2, table.warps_wanted)
         configs = [t.config(t.row(problem.load), code, 3072, 2560, 64, 6) for t in (alone, table)]
         assert configs[0] == configs[1]
+
+
+def test_a_code_may_have_a_tile_of_its_own():
+    # 3072 outputs and 2560 inputs, as above. Only the last row of two says something about cc2s.
+    own = FusedTile(128, 32, 8, 2)
+    rows = tuple(
+        dataclasses.replace(row, named_tiles={"cc2s": own} if row is SHIPPED.rows[-1] else {})
+        for row in SHIPPED.rows
+    )
+    table = tuning.parse(tuning.settings_of(Tuning(SHIPPED.warps_wanted, rows)))
+    assert table.rows == rows
+    for name in ("cc2", "cc2s", "cc3"):
+        *_, before, last = (
+            table.config(i, get_code(name, 12), 3072, 2560, 64, 6) for i in range(len(rows))
+        )
+        wide = FusedTile(128, 64, 4, 3)
+        assert before == FusedGemmConfig(64, *vars(wide).values())
+        assert last == FusedGemmConfig(128, *vars(own if name == "cc2s" else wide).values())
+    # A search for other codes leaves it as it was.
+    card = Card(near_known_best)
+    found = tune.tuned(searched(card, problems()), table, card)
+    kept = [row for row in found.rows if row.kernel == "fused" and row.named_tiles]
+    assert kept and all(row.named_tiles == {"cc2s": own} for row in kept)
 
 
 def test_every_shipped_tile_is_among_the_candidates_or_near_one():

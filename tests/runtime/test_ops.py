@@ -228,7 +228,7 @@ def _refuse(*_):
 
 @torch.no_grad()
 def test_a_whole_model_on_the_kernels(packed_ernie, monkeypatch):
-    # Both layers: three codes, tiles of 32 and 64, rotation blocks 64, 32 and none at all.
+    # Both layers: all codes, tiles of 32 and 64, rotation blocks 64, 32 and none at all.
     from erniequant import load
     from erniequant.runtime import experts as module
 

@@ -23,6 +23,7 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7, tor
 # is the least. Rotation blocks of 1 (signs only), 32 and 64. 80 inputs end in half a word of signs.
 MATRICES = {
     "cc2": (MatrixSpec("cc2", 12, 64, 32), 192, 96),
+    "cc2s": (MatrixSpec("cc2s", 16, 64, 32), 192, 160),
     "cc3": (MatrixSpec("cc3", 16, 32, 64), 160, 576),
     "cc4": (MatrixSpec("cc4", 13, 256, 1), 256, 96),
     "half a word": (MatrixSpec("cc2", 16, 32, 16), 32, 80),

@@ -8,9 +8,15 @@ import torch
 
 from erniequant.checkpoint.layout import OutputTensor
 from erniequant.checkpoint.reader import Checkpoint
-from erniequant.codes import code_for_bits, encode_rate, register_length
+from erniequant.codes import encode_rate
 from erniequant.formats.base import Format, OutputFormat, ReadOptions
-from erniequant.formats.native.specs import expert_tensors, settings_of, specs_of, wording_of
+from erniequant.formats.native.specs import (
+    code_of,
+    expert_tensors,
+    settings_of,
+    specs_of,
+    wording_of,
+)
 from erniequant.formats.plan import Plan, PlanWording, QuantizeOptions, make_plan
 from erniequant.formats.results import ExportReport, ModelSummary, VerifyReport
 from erniequant.formats.rows import NATIVE
@@ -23,12 +29,14 @@ class NativeFormat(Format):
 
     name = NATIVE
     title = "erniequant"
+    own_options = ("code",)
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return is_quantized(dict(config))
 
     def check(self, options: QuantizeOptions) -> None:
-        """Every width, and no options of its own."""
+        """Every width; the code must be one of it."""
+        code_of(options)
 
     def output(
         self, checkpoint: Checkpoint, model: Architecture, options: QuantizeOptions
@@ -88,8 +96,7 @@ class NativeFormat(Format):
         return 0
 
     def encode_rate(self, options: QuantizeOptions) -> float:
-        length = register_length(options.bits, options.effort)
-        return encode_rate(code_for_bits(options.bits, length))
+        return encode_rate(code_of(options))
 
 
 FORMAT = NativeFormat()

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from erniequant.checkpoint.layout import OutputTensor
-from erniequant.codes import code_for_bits, register_length
+from erniequant.codes import ConvolutionalCode, chosen_code
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.plan import PlanWording, QuantizeOptions
 from erniequant.models.architecture import ExpertGroup, ModelSizes
@@ -15,6 +15,15 @@ from erniequant.packing.schema import LayerSpec, MatrixSpec, layer_params, tile_
 
 Specs = Mapping[str, LayerSpec]
 """Codes of each group of experts, by its name, the same in every layer."""
+
+
+def code_of(options: QuantizeOptions) -> ConvolutionalCode:
+    """The code that experts are quantised with.
+
+    Raises:
+        ErnieQuantError: the option ``code`` names none of this width.
+    """
+    return chosen_code(options.bits, options.effort, options.own.get("code"))
 
 
 def specs_of(sizes: ModelSizes, options: QuantizeOptions) -> dict[str, LayerSpec]:
@@ -88,9 +97,9 @@ def layer_spec(hidden: int, group: ExpertGroup, options: QuantizeOptions) -> Lay
     if group.inner % options.max_tp:
         raise ErnieQuantError(f"--max-tp {options.max_tp} does not divide {inner} {group.inner}")
     per_rank = group.inner // options.max_tp
-    length = register_length(options.bits, options.effort)
-    code = code_for_bits(options.bits, length).name
+    code = code_of(options)
+    name, length = code.name, code.register_length
     return LayerSpec(
-        MatrixSpec(code, length, tile_size(per_rank, f"{inner} per rank"), block_size(hidden)),
-        MatrixSpec(code, length, tile_size(hidden, "the hidden size"), block_size(per_rank)),
+        MatrixSpec(name, length, tile_size(per_rank, f"{inner} per rank"), block_size(hidden)),
+        MatrixSpec(name, length, tile_size(hidden, "the hidden size"), block_size(per_rank)),
     )

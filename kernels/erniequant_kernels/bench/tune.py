@@ -174,7 +174,8 @@ def _slow(seconds: Mapping[Candidate, float]) -> set[Candidate]:
 
 def rows_of(found: Sequence[Found], shipped: Tuning) -> tuple[TuningRow, ...]:
     """For each load that was searched the kernel and the row tile that cost least over all shapes
-    and widths, with the best tile of each width; of widths that were not searched a shipped one.
+    and widths, with the best tile of each width; of widths and names that were not searched a
+    shipped one.
     Shipped rows for less or more than all loads that were searched stay.
 
     Cost is the logarithm of the time, so a layer counts as much whether it takes long or not.
@@ -205,7 +206,9 @@ def _row(here: Sequence[Found], load: float, shipped: Tuning) -> TuningRow | Non
     tiles |= {
         bits: borrowed(shipped, kernel, load, bits) for bits in (2, 3, 4) if bits not in tiles
     }
-    return TuningRow(math.inf, kernel, block_m, dict(sorted(tiles.items())))
+    nearest = _nearest(shipped, kernel, load)
+    named = nearest.named_tiles if nearest else {}
+    return TuningRow(math.inf, kernel, block_m, dict(sorted(tiles.items())), named_tiles=named)
 
 
 Tiles = dict[int, PackedTile | FusedTile]
@@ -232,11 +235,16 @@ def _tiles(row_tile: tuple[Kernel, int], here: Sequence[Found]) -> tuple[float, 
 
 def borrowed(shipped: Tuning, kernel: Kernel, load: float, bits: int) -> PackedTile | FusedTile:
     """The tile of a table's row for a load, or of the nearest row with the same kernel."""
+    nearest = _nearest(shipped, kernel, load)
+    if nearest is None:
+        raise ErnieQuantError(f"search {bits} bits too: the table has no {kernel} row to borrow")
+    return nearest.tiles[bits]
+
+
+def _nearest(shipped: Tuning, kernel: Kernel, load: float) -> TuningRow | None:
     at = shipped.row(load)
     same = [i for i, row in enumerate(shipped.rows) if row.kernel == kernel]
-    if not same:
-        raise ErnieQuantError(f"search {bits} bits too: the table has no {kernel} row to borrow")
-    return shipped.rows[min(same, key=lambda i: abs(i - at))].tiles[bits]
+    return shipped.rows[min(same, key=lambda i: abs(i - at))] if same else None
 
 
 def with_rows(found: Sequence[Found], shipped: Tuning) -> Tuning:

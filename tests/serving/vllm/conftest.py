@@ -23,7 +23,7 @@ if importlib.util.find_spec("vllm") is None:
 
 MIXED = {
     "1": (("cc2", 12, 64, 32), ("cc4", 10, 32, 64)),
-    "2": (("cc3", 16, 32, 32), ("cc2", 16, 32, 32)),
+    "2": (("cc3", 16, 32, 32), ("cc2s", 16, 32, 32)),
 }
 """Layers that differ in code, register length, tile and rotation block, so a mix-up shows."""
 
@@ -113,7 +113,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model.save_pretrained(root / "plain")
     layers = {
         "0.mlp": (("cc2", 12, 32, 32), ("cc4", 10, 32, 16)),
-        "2.mlp": (("cc3", 16, 32, 16), ("cc2", 16, 32, 32)),
+        "2.mlp": (("cc3", 16, 32, 16), ("cc2s", 16, 32, 32)),
     }
     packed = write_packed(root / "plain", root / "packed", specs(layers))
     return {"dense plain": root / "plain", "dense": packed}
