@@ -169,8 +169,8 @@ def record(bench: Bench, entry: dict[str, Any], folder: Path) -> None:
             f"{figures.kl:.4f} ± {figures.kl_error:.4f}",
             f"{figures.top:.1%}",
         ]
-    seconds = entry.get("quantize_seconds")
-    row.append("" if seconds is None else f"{seconds:.0f}")
+    took = entry.get("quantize_seconds")
+    row.append("" if took is None else f"{took:.0f}")
     print("| " + " | ".join(map(str, row)) + " |", flush=True)
     with (bench.work / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **entry}) + "\n")

@@ -65,7 +65,7 @@ def load(work: Path, noise: bool, seed: int = 0) -> Source:
 def on_grid(file: Path) -> set[str]:
     """transformers' names of the tensors in Q4_1: the seven matrices of every layer. Norms are in
     float32 and the embedding in Q8_0, whose steps are 16 times as fine."""
-    from gguf import GGMLQuantizationType, GGUFReader  # type: ignore[import-not-found]
+    from gguf import GGMLQuantizationType, GGUFReader
 
     names = set()
     for tensor in GGUFReader(file).tensors:
