@@ -1,16 +1,18 @@
 """Cut a Llama into an ERNIE 4.5 MoE that computes the same function.
 
-The MLPs become four experts of 384 that all tokens use. Sparse: two copies of each, and every token
-goes to one of the two, the more popular one taking from 70 to 99 % of them.
+The MLPs become four experts of 384. Routers decide whether there is one of each, which all tokens
+use, or two copies, one of which a token uses.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.real_model.routers import Router, uniform
 from benchmarks.real_model.source import Source
 
 HIDDEN, INNER, LAYERS, HEAD_DIM, PARTS = 576, 384, 30, 64, 4
@@ -21,22 +23,15 @@ def interleaved(weight: torch.Tensor) -> torch.Tensor:
     return weight.view(-1, 2, HEAD_DIM // 2, HIDDEN).transpose(1, 2).reshape(weight.shape)
 
 
-def router(sparse: bool, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate weight and selection bias. Sparse: logits of a pair are opposite and so small that
-    routing weights stay one quarter; the bias makes one of the two more popular."""
-    if not sparse:
-        return torch.zeros(PARTS, HIDDEN), torch.zeros(1, PARTS)
-    row = torch.randn(PARTS, HIDDEN, generator=generator) * 2e-3 / 24
-    lean = torch.tensor([0.5, 1.0, 1.6, 2.3]) * 2e-3 / 8
-    pairs = torch.stack([row, -row], 1).reshape(2 * PARTS, HIDDEN)
-    return pairs, torch.stack([lean, -lean], 1).reshape(1, 2 * PARTS)
+def write(source: Source, folder: Path, routers: Sequence[Router] | None = None) -> None:
+    """Write the model in ERNIE's layout, bf16 but for the routers, of which each layer has one.
 
-
-def write(source: Source, folder: Path, sparse: bool) -> None:
-    """Write the model in ERNIE's layout, bf16 but for the routers."""
+    By default there is one copy of each expert. Copies 2j and 2j + 1 of part j are alike.
+    """
     state, out = source.state, {}
-    generator = torch.Generator().manual_seed(3)
-    copies = 2 if sparse else 1
+    routers = routers or [uniform(PARTS, HIDDEN)] * LAYERS
+    experts = len(routers[0].weight)
+    copies = experts // PARTS
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         out[name] = state[name]
     for layer in range(LAYERS):
@@ -45,10 +40,9 @@ def write(source: Source, folder: Path, sparse: bool) -> None:
             out[f"{prefix}{name}.weight"] = state[f"{prefix}{name}.weight"]
         for name in ("self_attn.q_proj", "self_attn.k_proj"):
             out[f"{prefix}{name}.weight"] = interleaved(state[f"{prefix}{name}.weight"])
-        gate, bias = router(sparse, generator)
-        out[f"{prefix}mlp.gate.weight"] = gate
-        out[f"{prefix}mlp.moe_statics.e_score_correction_bias"] = bias
-        for expert in range(PARTS * copies):
+        out[f"{prefix}mlp.gate.weight"] = routers[layer].weight
+        out[f"{prefix}mlp.moe_statics.e_score_correction_bias"] = routers[layer].bias
+        for expert in range(experts):
             rows = slice(expert // copies * INNER, (expert // copies + 1) * INNER)
             into = f"{prefix}mlp.experts.{expert}."
             for name in ("gate_proj", "up_proj"):
@@ -56,12 +50,17 @@ def write(source: Source, folder: Path, sparse: bool) -> None:
             # Four routing weights of a quarter each have to add up to the whole MLP.
             out[f"{into}down_proj.weight"] = PARTS * state[f"{prefix}mlp.down_proj.weight"][:, rows]
     exact = (".mlp.gate.weight", "e_score_correction_bias")
-    stored = {n: t.contiguous() if n.endswith(exact) else t.bfloat16().contiguous() for n, t in out.items()}  # fmt: skip  # noqa: E501
+    stored = {
+        name: (tensor if name.endswith(exact) else tensor.bfloat16()).clone(
+            memory_format=torch.contiguous_format
+        )
+        for name, tensor in out.items()
+    }
     folder.mkdir(parents=True)
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     source.tokenizer.save_pretrained(folder)
     # Last: a folder with a config is complete.
-    settings = config(source.config, PARTS * copies)
+    settings = config(source.config, experts)
     (folder / "config.json").write_text(json.dumps(settings, indent=1))
 
 

@@ -4,9 +4,11 @@
     python -m benchmarks.real_model.smollm2 --work DIR [--bits 2 3 4] [--seeds 0 1 2] [--sparse]
     python -m benchmarks.real_model.smollm2 --work DIR --evaluate FOLDER ...
 
-The original is SmolLM2-135M-Instruct (Apache-2.0), made by `source.py` and `model.py`; calibration
-uses the English texts that come with erniequant, evaluation those of `texts.py`. The program prints
-a row of a markdown table per quantised model and adds a line of JSON to DIR/results.jsonl.
+The original is SmolLM2-135M-Instruct (Apache-2.0), made by `source.py` and `model.py`; ``--sparse``
+makes two copies of every expert, and learned routers send each token to one of them (`routers.py`).
+Calibration uses the English texts that come with erniequant, evaluation those of `texts.py`. The
+program prints a row of a markdown table per quantised model and adds a line of JSON to
+DIR/results.jsonl.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from transformers.utils import logging
 
 import erniequant
 import erniequant_data
-from benchmarks.real_model import evaluation, model, source, texts
+from benchmarks.real_model import evaluation, model, routers, source, texts
 
 Result = TypeVar("Result")
 
@@ -94,17 +96,11 @@ def prepare(options: argparse.Namespace) -> Bench:
     """Make the original and evaluate it, as far as that was not done before."""
     work = options.work
     work.mkdir(parents=True, exist_ok=True)
-    folder = work / (
-        ("sparse" if options.sparse else "dense") + ("" if options.no_noise else "-noise")
-    )
-    if not (folder / "config.json").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        model.write(source.load(work, not options.no_noise), folder, options.sparse)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    calibration = erniequant_data.calibration_text("en")
     if not (work / "calibration.txt").is_file():
-        (work / "calibration.txt").write_text(calibration, "utf-8")
-    known = torch.tensor(tokenizer(calibration)["input_ids"])
+        (work / "calibration.txt").write_text(erniequant_data.calibration_text("en"), "utf-8")
+    folder = make(work, options.sparse, not options.no_noise)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known = calibration_ids(tokenizer)
     results = []
     for name in options.texts:
         text = texts.read(name, work, tokenizer, options.tokens)
@@ -123,6 +119,25 @@ def prepare(options: argparse.Namespace) -> Bench:
         )
         results.append((text, original))
     return Bench(work, folder, results)
+
+
+def make(work: Path, sparse: bool, noise: bool) -> Path:
+    """The folder of the original, written if it is not there."""
+    folder = work / (("sparse" if sparse else "dense") + ("-noise" if noise else ""))
+    if not (folder / "config.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        layers = None
+        if sparse:
+            dense = make(work, False, noise)
+            ids = calibration_ids(AutoTokenizer.from_pretrained(dense))
+            layers = routers.learned(evaluation.load(dense), routers.spread(ids))
+        model.write(source.load(work, noise), folder, layers)
+    return folder
+
+
+def calibration_ids(tokenizer: Any) -> torch.Tensor:
+    """Token ids of the calibration text."""
+    return torch.tensor(tokenizer(erniequant_data.calibration_text("en"))["input_ids"])
 
 
 def quantised(
