@@ -8,7 +8,7 @@ original are kept exactly. The evaluator is stock transformers, computing in flo
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
-
-from benchmarks.real_model.texts import CONTEXT
 
 # Rows of logits that are compared at once; 256 of a vocabulary of 49,152 are 50 MB.
 ROWS = 256
@@ -61,25 +59,26 @@ def load(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def log_probabilities(model: Any, ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def log_probabilities(
+    model: Any, windows: Sequence[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Log-probabilities [rows, vocabulary] and the tokens [rows] that came, in order."""
-    for window in ids.split(CONTEXT):
-        if len(window) > 1:
-            logits = model(window[None], use_cache=False).logits[0, :-1]
-            for part, targets in zip(logits.split(ROWS), window[1:].split(ROWS), strict=True):
-                yield part.log_softmax(-1), targets
+    for window in windows:
+        logits = model(window[None], use_cache=False).logits[0, :-1]
+        for part, targets in zip(logits.split(ROWS), window[1:].split(ROWS), strict=True):
+            yield part.log_softmax(-1), targets
 
 
-def original(folder: Path, ids: torch.Tensor, cache: Path) -> Original:
-    """The original's figures, from ``cache`` if they are of these weights and ids."""
-    place = cache / identity(folder, ids)
+def original(folder: Path, windows: Sequence[torch.Tensor], cache: Path) -> Original:
+    """The original's figures, from ``cache`` if they are of these weights and windows."""
+    place = cache / identity(folder, windows)
     small, large = place / "exact.pt", place / "log_probabilities.f16"
     if not small.is_file():
         place.mkdir(parents=True, exist_ok=True)
         loss, top = [], []
         part = large.with_suffix(f".{os.getpid()}")
         with part.open("wb") as file:
-            for logs, targets in log_probabilities(load(folder), ids):
+            for logs, targets in log_probabilities(load(folder), windows):
                 loss.append(-logs.gather(1, targets[:, None])[:, 0])
                 top.append(logs.argmax(1))
                 file.write(logs.half().numpy().tobytes())
@@ -88,9 +87,9 @@ def original(folder: Path, ids: torch.Tensor, cache: Path) -> Original:
     return Original(**torch.load(small), log_probabilities=large)
 
 
-def identity(folder: Path, ids: torch.Tensor) -> str:
-    """Hash of the model's weights and config and of the token ids."""
-    digest = hashlib.sha256(ids.to(torch.int64).numpy().tobytes())
+def identity(folder: Path, windows: Sequence[torch.Tensor]) -> str:
+    """Hash of the model's weights and config and of the windows' token ids."""
+    digest = hashlib.sha256(str([window.tolist() for window in windows]).encode())
     for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
         with file.open("rb") as content:
             while chunk := content.read(1 << 24):
@@ -98,17 +97,17 @@ def identity(folder: Path, ids: torch.Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def compare(model: Any, ids: torch.Tensor, to: Original) -> Comparison:
-    """The figures of a model against the original on the same ids."""
+def compare(model: Any, windows: Sequence[torch.Tensor], to: Original) -> Comparison:
+    """The figures of a model against the original on the same windows."""
     stored = np.memmap(to.log_probabilities, np.float16, "r").reshape(len(to.loss), -1)
     loss, kl, same, done = [], [], [], 0
-    for logs, targets in log_probabilities(model, ids):
+    for logs, targets in log_probabilities(model, windows):
         rows = slice(done, done + len(logs))
         loss.append(-logs.gather(1, targets[:, None])[:, 0])
         kl.append(divergence(torch.from_numpy(stored[rows].astype(np.float32)), logs))
         same.append(logs.argmax(1) == to.top[rows])
         done += len(logs)
-    lengths = [len(window) - 1 for window in ids.split(CONTEXT) if len(window) > 1]
+    lengths = [len(window) - 1 for window in windows]
     losses = torch.cat(loss).double()
     mean, error = clustered(losses - to.loss, lengths)
     ratio = math.exp(mean)

@@ -31,22 +31,30 @@ CODE_SHA256 = "c2a7347155fcd05d8c492ba6b705577bc49d414aefa64339e0cceb8e92e11864"
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids [tokens] of a text, cut into windows of `CONTEXT` for evaluation."""
+    """Token ids [tokens] of a text, evaluated in windows of ``context`` tokens; ``sha256`` is that
+    of the whole text in UTF-8."""
 
     name: str
     ids: torch.Tensor
     sha256: str
+    context: int = CONTEXT
+
+    @property
+    def windows(self) -> list[torch.Tensor]:
+        """Windows of two tokens or more: a single one has nothing to predict."""
+        return [window for window in self.ids.split(self.context) if len(window) > 1]
 
 
 def read(name: str, work: Path, tokenizer: Any, tokens: int | None = None) -> Text:
-    """The text ``en``, ``code`` or ``zh``, its first ``tokens`` tokens or fewer.
-
-    ``sha256`` is that of the whole text in UTF-8.
-    """
+    """The text ``en``, ``code`` or ``zh``, its first ``tokens`` tokens or fewer."""
     text = code(work) if name == "code" else erniequant_data.heldout_text(name)
-    limit = min(TOKENS[name], tokens or TOKENS[name])
-    ids = torch.tensor(tokenizer(text)["input_ids"][:limit])
-    return Text(name, ids, hashlib.sha256(text.encode()).hexdigest())
+    return tokenized(name, text, tokenizer, min(TOKENS[name], tokens or TOKENS[name]), CONTEXT)
+
+
+def tokenized(name: str, text: str, tokenizer: Any, tokens: int, context: int) -> Text:
+    """The first tokens of a text."""
+    ids = torch.tensor(tokenizer(text)["input_ids"][:tokens])
+    return Text(name, ids, hashlib.sha256(text.encode()).hexdigest(), context)
 
 
 def code(work: Path) -> str:

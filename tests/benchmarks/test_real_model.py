@@ -1,6 +1,7 @@
 """The pure parts of the benchmark on a real model, against closed forms and brute force."""
 
 import argparse
+import json
 import math
 import sys
 import zipfile
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.real_model import evaluation, routers, smollm2, source, texts
+from benchmarks.real_model import evaluation, routers, runs, source, texts
+from benchmarks.tiny_models import ablation
 
 
 def on_a_grid(rows: int, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,22 +99,23 @@ class Table:
 def test_a_comparison_is_that_of_whole_probabilities(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Two windows, then one of two tokens and, cut shorter, one of a single token, which has no
-    # loss; 1023 losses are no multiple of 256.
+    # Two windows, whose 599 losses are no multiple of 256, then one of two tokens and, cut shorter,
+    # one of a single token, which has no loss.
     (tmp_path / "config.json").write_text("{}")
     one, two = Table(1), Table(2)
     loads = []
     monkeypatch.setattr(evaluation, "load", lambda folder: loads.append(folder) or one)
-    ids = torch.randint(0, 7, (2050,), generator=torch.Generator().manual_seed(3))
-    for given in (ids, ids[:2049]):
-        original = evaluation.original(tmp_path, given, tmp_path / "cache")
-        again = evaluation.original(tmp_path, given, tmp_path / "cache")
+    ids = torch.randint(0, 7, (1202,), generator=torch.Generator().manual_seed(3))
+    for given, count in ((ids, 3), (ids[:1201], 2)):
+        windows = texts.Text("en", given, "", context=600).windows
+        assert len(windows) == count
+        original = evaluation.original(tmp_path, windows, tmp_path / "cache")
+        again = evaluation.original(tmp_path, windows, tmp_path / "cache")
         assert torch.equal(again.loss, original.loss)
-        windows = [window for window in given.split(1024) if len(window) > 1]
         last, next_ = (torch.cat([w[s] for w in windows]) for s in (slice(-1), slice(1, None)))
         p, q = (table.rows[last].double().log_softmax(1) for table in (one, two))
         losses = [-logs.gather(1, next_[:, None]).mean() for logs in (p, q)]
-        figures = evaluation.compare(two, given, original)
+        figures = evaluation.compare(two, windows, original)
         assert figures.tokens == len(last)
         assert original.perplexity == pytest.approx(losses[0].exp().item(), rel=1e-5)
         assert figures.perplexity == pytest.approx(losses[1].exp().item(), rel=1e-5)
@@ -120,7 +123,7 @@ def test_a_comparison_is_that_of_whole_probabilities(
         assert figures.kl == pytest.approx((p.exp() * (p - q)).sum(1).mean().item(), abs=1e-4)
         agreement = (p.argmax(1) == q.argmax(1)).double().mean()
         assert figures.top == pytest.approx(agreement.item())
-        same = evaluation.compare(one, given, original)
+        same = evaluation.compare(one, windows, original)
         assert (same.ratio, same.top) == (1, 1) and abs(same.kl) < 1e-5
     assert len(loads) == 2
 
@@ -200,15 +203,64 @@ def test_windows_spread_over_a_text() -> None:
     assert windows[:, 0].tolist() == [0, 45, 90] and windows[:, -1].tolist() == [9, 54, 99]
 
 
-def test_settings_given_through(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_settings_given_through() -> None:
+    found = runs.settings("device=cpu,max_tp=1,no_calib=True,work_dir=x=y,max_memory=")
+    assert found == {
+        "device": "cpu", "max_tp": 1, "no_calib": True, "work_dir": "x=y", "max_memory": ""
+    }  # fmt: skip
+    assert runs.settings("") == {}
+    assert runs.merged([{"a": 1, "b": 2}, {"a": 3}]) == {"a": 3, "b": 2}
+    wrong = {"max_tp": "not KEY=VALUE", "bits=2": "its own option", "colour=red": "no such option"}
+    for text, message in wrong.items():
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            runs.settings(text)
+
+
+def test_rows_and_their_mean() -> None:
+    def entry(seed: int, ratio: float, kl: float) -> dict[str, Any]:
+        figures = {"ratio": ratio, "ratio_error": 0.01, "kl": kl, "kl_error": 0.02, "top": 0.5}
+        return {"model": "tiny", "bits": 2, "seed": seed, "settings": {"max_tp": 1},
+                "texts": {"zh": figures}, "quantize_seconds": 10.0 * seed}  # fmt: skip
+
+    entries = [entry(1, 2.0, 0.25), entry(2, 8.0, 0.75)]
+    assert runs.row(entries[0]) == (
+        "| tiny | 2 | 1 | max_tp=1 | 2.0000 ± 0.0100 | 0.2500 ± 0.0200 | 50.0% | 10 |"
+    )
+    # Geometric mean 4; the standard deviations of log 2, log 8 and of 1/4, 3/4: log 2 and 1/2
+    # times the root of 2.
+    spread, root = 4 * math.log(2) * math.sqrt(2), 0.5 / math.sqrt(2)
+    assert runs.mean_row(entries) == (
+        f"| tiny | 2 | mean of 2 | max_tp=1 | 4.0000 ± {spread:.4f} | 0.5000 ± {root:.4f} "
+        "| 50.0% | 15 |"
+    )
+    columns = {
+        line.count("|") for line in [*runs.heading(["zh"]).split("\n"), runs.row(entries[0])]
+    }
+    assert columns == {9}
+
+
+def test_the_tiny_model_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pairs = [smollm2.setting(text) for text in ("a=none", "b=0.5", "c=True", "d=x=y", "e=")]
-    assert dict(pairs) == {"a": "none", "b": 0.5, "c": True, "d": "x=y", "e": ""}
-    with pytest.raises(argparse.ArgumentTypeError, match="KEY=VALUE"):
-        smollm2.setting("none")
-    for wrong, message in (("bits=2", "its own option"), ("colour=red", "no such option")):
-        monkeypatch.setattr(sys, "argv", ["smollm2", "--work", "unused", "--set", wrong])
-        with pytest.raises(SystemExit) as end:
-            smollm2.main()
-        assert end.value.code == 2 and message in capsys.readouterr().err
+    command = [
+        "ablation", "--work", str(tmp_path), "--bits", "2", "--effort", "fast", "--texts", "zh",
+        "--samples", "2", "--tokens", "1200", "--variants", "max_tp=1",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    ablation.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("zh: 1,200 tokens") and "0.00%" in lines[0]
+    assert lines[-1].startswith("| tiny_model | 2 | 0 | max_tp=1 | 1.")
+    result = json.loads((tmp_path / "results.jsonl").read_text())
+    figures = result["texts"]["zh"]
+    # Three windows of 512, the last one cut: each has a token without a loss.
+    assert figures["tokens"] == 1200 - 3 and 0 < figures["kl"] < 1
+    assert figures["ratio"] == pytest.approx(figures["perplexity"] / figures["original_perplexity"])
+    assert not list((tmp_path / "plain").iterdir())
+
+
+def test_an_overlap_stops_the_program(tmp_path: Path) -> None:
+    ids = torch.arange(40)
+    text = texts.Text("en", ids, "")
+    with pytest.raises(SystemExit, match="en overlaps"):
+        runs.measured(tmp_path, tmp_path, [text], torch.cat([ids[7:], ids]))
