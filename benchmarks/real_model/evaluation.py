@@ -83,7 +83,8 @@ def original(folder: Path, windows: Sequence[torch.Tensor], cache: Path) -> Orig
                 top.append(logs.argmax(1))
                 file.write(logs.half().numpy().tobytes())
         part.rename(large)
-        torch.save({"loss": torch.cat(loss).double(), "top": torch.cat(top)}, small)
+        torch.save({"loss": torch.cat(loss).double(), "top": torch.cat(top)}, part)
+        part.rename(small)
     return Original(**torch.load(small), log_probabilities=large)
 
 
