@@ -29,6 +29,14 @@ class KOrder(str, Enum):
     plain, mma64 = "plain", "mma64"
 
 
+class Tune(str, Enum):
+    none, layer, model = "none", "layer", "model"
+
+
+class Sensitivity(str, Enum):
+    activation, gradient = "activation", "gradient"
+
+
 class ChatTemplate(str, Enum):
     apply, none = "apply", "none"
 
@@ -88,6 +96,21 @@ def quantize(
             help="Search effort: more gives better weights of the same size and takes longer."
         ),
     ] = Effort.standard,
+    tune: Annotated[
+        Tune,
+        typer.Option(
+            help="layer: train what is not packed, layer by layer, until the original's outputs "
+            "are met best; model: then norms, routers and scales end to end as well, with the "
+            "packed model in memory; none: leave all of it as it is."
+        ),
+    ] = Tune.layer,
+    sensitivity: Annotated[
+        Sensitivity,
+        typer.Option(
+            help="gradient: a backward pass of the original says which errors matter; activation: "
+            "without it."
+        ),
+    ] = Sensitivity.gradient,
     max_tp: Annotated[
         int,
         typer.Option(min=1, help="Largest tensor-parallel degree that the files must split into."),
@@ -127,8 +150,9 @@ def quantize(
     """Make a quantised copy of an ERNIE 4.5 checkpoint.
 
     Only the routed experts are quantised (in a dense model, the MLPs; in a vision-language model,
-    text and vision experts); every other tensor is copied as it is. If the run is interrupted in
-    any way, the same command continues it.
+    text and vision experts). All other tensors keep shape and type; those of layers with experts
+    are trained to make up for the loss, unless --tune none. If the run is interrupted in any way,
+    the same command continues it.
 
     [bold]Examples[/bold]
 
@@ -163,6 +187,8 @@ def quantize(
             chat_template=chat_template.value,
             no_calib=no_calib,
             effort=effort.value,
+            tune=tune.value,
+            sensitivity=sensitivity.value,
             max_tp=max_tp,
             device=device,
             threads=threads,

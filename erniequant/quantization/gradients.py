@@ -83,7 +83,7 @@ def gradient_moments(
                 rows: slice, window: ModelInput, layer: DecoderLayer = layer, inputs: Rows = inputs
             ) -> None:
                 with gradients(device):
-                    hidden = inputs.tensor[rows][None].to(device).requires_grad_()
+                    hidden = inputs.tensor[rows][None].clone().to(device).requires_grad_()
                     output = layer(hidden, window)
                     (found,) = torch.autograd.grad(output, hidden, states[rows][None].to(device))
                 states[rows] = found[0].cpu()
@@ -126,7 +126,8 @@ def _gradient_of_head(head: Head, hidden: torch.Tensor, seed: int) -> torch.Tens
     device, parts = head.norm.device, []
     for part in hidden.split(POSITIONS):
         with gradients(device):
-            x = part.to(device).requires_grad_()
+            # A copy: other threads write into the table that it is a part of.
+            x = part.clone().to(device).requires_grad_()
             logits = head.logits(x)
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
             loss = torch.nn.functional.cross_entropy(

@@ -196,6 +196,7 @@ def _report(
         layer_seconds=tuple(journal.seconds_of("layer")),
         left_behind=job.left_behind,
         max_degraded=max_degraded,
+        tuned=run.tuned(),
     )
 
 

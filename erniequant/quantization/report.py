@@ -2,7 +2,7 @@
 beside the weights."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,29 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True)
+class TunedReport:
+    """What training did in one layer, or, where ``layer`` is the number of layers, in the whole
+    model.
+
+    Attributes:
+        before, after: loss on held-out windows: the relative squared error of a layer's outputs,
+            or the KL divergence of the model in nats.
+        epochs: passes over the other windows that were kept; 0 if none was an improvement.
+        moved: how far each trained tensor moved, relative to its length, by its name.
+    """
+
+    layer: int
+    before: float
+    after: float
+    epochs: int
+    moved: dict[str, float]
+
+
+TUNED_KEYS = tuple(field.name for field in fields(TunedReport))
+"""Names of the values of a `TunedReport`, which are those in the journal."""
+
+
+@dataclass(frozen=True)
 class QuantizationReport:
     """Result of `erniequant.quantize`; ``matrices`` is empty after a dry run.
 
@@ -108,6 +131,7 @@ class QuantizationReport:
     dry_run: bool = False
     left_behind: tuple[str, ...] = ()
     max_degraded: int = 0
+    tuned: tuple[TunedReport, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -154,6 +178,8 @@ class QuantizationReport:
             "bits": plan.options.bits,
             "effort": plan.options.effort,
             "seed": plan.options.seed,
+            "tune": plan.options.tune,
+            "sensitivity": plan.options.sensitivity,
             "dry_run": self.dry_run,
             "format": dict(plan.settings),
             "tensors": {"quantized": len(plan.quantized), "copied": len(plan.copied)},
@@ -175,6 +201,7 @@ class QuantizationReport:
             "layer_errors": self.layer_errors(),
             "tokens_per_expert": self.tokens_per_expert(),
             "fallbacks": [asdict(m) for m in self.matrices if m.fallback is not None],
+            "tuned": [asdict(stage) for stage in self.tuned],
             "matrices": [asdict(m) for m in self.matrices],
             "sha256": self.sha256,
         }

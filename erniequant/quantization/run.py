@@ -5,10 +5,8 @@ an expert's words into their place in a shard, then its line in the journal; aft
 hidden states, then their line; a shard gets its name when everything in it is there.
 """
 
-import hashlib
 import math
 import re
-from typing import Any
 
 import torch
 
@@ -18,28 +16,24 @@ from erniequant.checkpoint.files import sha256_of
 from erniequant.checkpoint.overlay import Overlay
 from erniequant.checkpoint.scan import CheckedShard, changed_shards, check_shards
 from erniequant.checkpoint.shards import ShardFiles
-from erniequant.encoding.matrix import QuantizedMatrix
 from erniequant.errors import ErnieQuantError
-from erniequant.formats.base import stored_parts
 from erniequant.models.architecture import EXPERT_MATRICES, ExpertGroup
-from erniequant.packing.schema import PROJECTIONS
 from erniequant.progress import Progress
 from erniequant.quantization.executors import Executor
 from erniequant.quantization.expert import LayerContext
 from erniequant.quantization.expert_job import (
     ExpertJob,
     ExpertLayer,
-    ExpertOutcome,
-    PackedExpert,
     Routed,
 )
+from erniequant.quantization.expert_store import ExpertStore
 from erniequant.quantization.gradients import gradient_moments
 from erniequant.quantization.hidden_states import HiddenStates
 from erniequant.quantization.job import Job
 from erniequant.quantization.layer import LayerInput, layer_context
-from erniequant.quantization.layer_tuning import PackedLayer, train_layer
+from erniequant.quantization.layer_tuning import train_layer
 from erniequant.quantization.model_tuning import train_model
-from erniequant.quantization.report import MatrixReport
+from erniequant.quantization.report import MatrixReport, TunedReport
 from erniequant.quantization.tuned_tensors import TunedTensors
 from erniequant.resume.workfolder import WorkFolder
 from erniequant.system import available_memory, trim_memory
@@ -84,18 +78,18 @@ class Run:
         self.work, self.journal, self.shards, self.watch = work, work.journal, shards, watch
         self._executor = executor
         self.journal.require(_FACTS)
-        self._tune = job.plan.options.tune
+        # Without calibration there is nothing to train on.
+        self._tune = job.plan.options.tune if job.calibration is not None else "none"
         self._by_gradient = job.plan.options.sensitivity == "gradient"
         self._quantized = job.plan.quantized
         self._tuned = TunedTensors(work, shards, job.output)
         self._pool = RowPool(work.folder if self.memory.tables_on_disk else None)
-        self._events = {(e["layer"], e["expert"]): e for e in self.journal.of("expert")}
-        self.matrices()  # damage to their lines shows now, not at the end
+        self._experts = ExpertStore(work, shards, job.output, job.model.sizes, self._tuned)
 
     @property
     def has_experts(self) -> bool:
         """Whether any expert is finished."""
-        return bool(self._events)
+        return len(self._experts) > 0
 
     def check_source(self) -> None:
         """Read all weights once, or make sure that they are those read before.
@@ -141,7 +135,7 @@ class Run:
         first = self._first_layer(streams)
         if self._by_gradient and streams.tokens:
             self._judge_outputs(streams)
-        self._check_experts(first)
+        self._experts.check(first)
         self._finish_shards(first)
         for index in range(first, sizes.layers):
             if index in sizes.moe_layers:
@@ -187,13 +181,11 @@ class Run:
 
     def matrices(self) -> tuple[MatrixReport, ...]:
         """What the journal says of every matrix, in the order of layers and experts."""
-        events = (self._events[key] for key in sorted(self._events))
-        return tuple(self._report(event, name) for event in events for name in PROJECTIONS)
+        return self._experts.matrices()
 
-    def _report(self, event: dict[str, Any], projection: str) -> MatrixReport:
-        return MatrixReport.from_event(
-            event, projection, self.model.sizes.groups, self.journal.path
-        )
+    def tuned(self) -> tuple[TunedReport, ...]:
+        """What training did, stage after stage."""
+        return self._tuned.reports()
 
     def disk_peak(self) -> int:
         """The most that the result and the work folder took together, in bytes."""
@@ -211,11 +203,11 @@ class Run:
             first = self.work.load_states(streams.tables)
             if not first:
                 streams.embed()
-        done = [e for e in self._events.values() if e["layer"] < first]
-        if self._events:
-            under_way = len(self._events) - len(done)
+        done = self._experts.before(first)
+        if self.has_experts:
+            under_way = len(self._experts) - done
             self.watch.message(f"continuing with layer {first}, {under_way} of its experts done")
-        self.watch.advance(len(done), f"layer {first}")
+        self.watch.advance(done, f"layer {first}")
         return first
 
     def _quantize_layer(self, index: int, streams: HiddenStates) -> None:
@@ -243,16 +235,16 @@ class Run:
         if self._tuned.event(index) is None:
             self.watch.advance(0, f"tuning layer {index}")
             tuned = train_layer(
-                self.checkpoint, self.model, self.output, index, self._packed_layer(index),
+                self.checkpoint, self.model, self.output, index, self._experts.packed_layer(index),
                 streams, entering, self.device, LAYER, self.memory.experts_at_once,
             )  # fmt: skip
             self._tuned.keep(index, tuned)
             self._tuned.write(index)
-        if not self._tuned.event(index)["epochs"]:
+        if not self._tuned.changed(index):
             return
         source = Overlay(self.checkpoint, self._tuned.parameters(index))
         again = streams.into_tuned_experts(source, index, entering, inputs)
-        packed = self._packed_layer(index).experts
+        packed = self._experts.packed_layer(index).experts
         for group in self.model.sizes.groups:
             layer_again = ExpertLayer(self.checkpoint, again, contexts[group.first], self._pool)
             jobs = (
@@ -261,18 +253,6 @@ class Run:
             )
             for outcome in self._executor.run(layer_again, jobs):
                 streams.add(outcome.quantized, outcome.original)
-
-    def _packed_layer(self, index: int) -> PackedLayer:
-        """All experts of a layer, read back."""
-        experts, quantizers = {}, {}
-        for group in self.model.sizes.groups:
-            both = self.output.quantizers(index, group)
-            for number in group.numbers:
-                packed = self._packed(index, number)
-                assert packed is not None
-                experts[number] = packed
-                quantizers[number] = both["gate_up_proj"], both["down_proj"]
-        return PackedLayer(experts, quantizers)
 
     def _tune_model(self, windows: CalibrationWindows, streams: HiddenStates) -> None:
         """Train the whole model; ``streams`` have left its last layer."""
@@ -288,7 +268,7 @@ class Run:
                 math.prod(self.checkpoint.header(name).shape) for name in self._quantized
             )
             outcome = train_model(
-                self.checkpoint, self.model, self.output, self._packed_layer, tuned,
+                self.checkpoint, self.model, self.output, self._experts.packed_layer, tuned,
                 streams.windows, start.quantized, streams.original, self.device, MODEL,
                 self.memory.experts_at_once, decoded < available_memory() / 4,
             )  # fmt: skip
@@ -311,8 +291,8 @@ class Run:
         for outcome in self._executor.run(layer, jobs):
             streams.add(outcome.quantized, outcome.original)
             trim_memory()
-            if (index, outcome.expert) not in self._events:
-                self._record(index, outcome)
+            if (index, outcome.expert) not in self._experts:
+                self._experts.record(index, outcome)
             self.watch.advance(1, f"layer {key} expert {outcome.expert - group.first}")
         return context
 
@@ -322,102 +302,8 @@ class Run:
             {m: self.model.expert_matrix_name(layer, expert, m) for m in EXPERT_MATRICES},
             Routed(*inputs.quantized.routed_to(expert)),
             Routed(*inputs.original.routed_to(expert)),
-            self._packed(layer, expert),
+            self._experts.packed(layer, expert),
         )
-
-    def _record(self, layer: int, outcome: ExpertOutcome) -> None:
-        """Put an expert on the disk, then into the journal."""
-        digests: dict[str, str] = {}
-        facts = {}
-        matrices = (outcome.packed.gate_up, outcome.packed.down)
-        for name, matrix in zip(PROJECTIONS, matrices, strict=True):
-            for suffix, place in self.output.places(layer, outcome.expert, name).items():
-                tensor = matrix.parts[suffix]
-                self.shards.write(place.tensor, tensor, place.row or 0)
-                data = tensor.contiguous().view(torch.uint8).numpy().data
-                digests[place.tensor] = hashlib.sha256(data).hexdigest()
-            facts[name] = {
-                "error": matrix.error, "damping": matrix.damping, "fallback": matrix.fallback
-            }  # fmt: skip
-        self.shards.sync(list(digests))
-        self.journal.append(
-            "expert",
-            layer=layer,
-            expert=outcome.expert,
-            tokens=outcome.tokens,
-            dropped_tokens=outcome.dropped,
-            sha256=digests,
-            **facts,
-        )
-        self._events[layer, outcome.expert] = self.journal.events[-1]
-
-    def _packed(self, layer: int, expert: int) -> PackedExpert | None:
-        """An expert that was finished before a restart, read back; None if it was not.
-
-        Raises:
-            ErnieQuantError: what is on the disk is not what was written.
-        """
-        event = self._events.get((layer, expert))
-        if event is None:
-            return None
-        stored = self._stored(event)
-        matrices = []
-        for name in PROJECTIONS:
-            parts = stored_parts(self.output.places(layer, expert, name), stored)
-            told = self._report(event, name)
-            matrix = QuantizedMatrix(parts, torch.empty(0), told.error, told.damping, told.fallback)
-            matrices.append(matrix)
-        return PackedExpert(*matrices)
-
-    def _stored(self, event: dict[str, Any]) -> dict[str, bytes]:
-        """The bytes of an expert in the shards, by name of the tensor.
-
-        Raises:
-            ErnieQuantError: they are not those that were written.
-        """
-        layer, expert = event["layer"], event["expert"]
-        places = [
-            place
-            for projection in PROJECTIONS
-            for place in self.output.places(layer, expert, projection).values()
-        ]
-        parts = {
-            place.tensor: self.shards.read(place.tensor, 0, place.shape[0])
-            if place.row is None
-            else self.shards.read(place.tensor, place.row, 1)
-            for place in places
-        }
-        for name, data in parts.items():
-            known = event["sha256"].get(name)
-            if name not in self._tuned.names and hashlib.sha256(data).hexdigest() != known:
-                raise ErnieQuantError(
-                    f"layer {layer} expert {expert} in {self.shards.folder} is not what this run "
-                    "wrote; use --restart"
-                )
-        return parts
-
-    def _check_experts(self, first: int) -> None:
-        """Make sure that every expert of the layers before ``first`` is there, and none that the
-        model lacks; read back those in unfinished shards, whose checksums are not known yet.
-
-        Raises:
-            ErnieQuantError: the journal and the shards do not agree.
-        """
-        sizes = self.model.sizes
-        possible = {(layer, e) for layer in sizes.moe_layers for e in range(sizes.experts)}
-        done = {key for key in possible if key[0] < first}
-        known = set(self._events)
-        if not done <= known <= possible:
-            layer, expert = min((done - known) | (known - possible))
-            raise ErnieQuantError(
-                f"the journal in {self.work.folder} is wrong about layer {layer} expert {expert}; "
-                "use --restart"
-            )
-        for layer, expert in sorted(done):
-            places = self.output.places(layer, expert, "down_proj").values()
-            if any(not self.shards.finished(self.shards.shard_of(p.tensor)) for p in places):
-                self._stored(self._events[layer, expert])
-        self._tuned.check(range(first))
 
     def _finish_shards(self, layers: int) -> None:
         """Finish every shard whose tensors are all there, ``layers`` layers being done."""

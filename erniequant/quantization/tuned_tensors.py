@@ -14,6 +14,7 @@ import torch
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.errors import ErnieQuantError
 from erniequant.formats.base import OutputFormat
+from erniequant.quantization.report import TUNED_KEYS, TunedReport
 from erniequant.resume.workfolder import WorkFolder
 
 _PARAMETER, _SCALE = "parameter:", "scale:"
@@ -50,6 +51,18 @@ class TunedTensors:
     def event(self, stage: int) -> dict[str, Any] | None:
         """What the journal says of a stage; None before `keep`."""
         return self._events.get(stage)
+
+    def changed(self, stage: int) -> bool:
+        """Whether a stage changed anything."""
+        event = self._events.get(stage)
+        return event is not None and event["epochs"] > 0
+
+    def reports(self) -> tuple[TunedReport, ...]:
+        """What training did, stage after stage."""
+        return tuple(
+            TunedReport(*(self._events[stage][key] for key in TUNED_KEYS))
+            for stage in sorted(self._events)
+        )
 
     def keep(self, stage: int, tuned: Tuned) -> None:
         """Record the outcome of a stage."""

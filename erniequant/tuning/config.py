@@ -21,4 +21,4 @@ class Training:
 
 
 LAYER = Training(epochs=2, windows_per_step=2, rate=3e-3)
-MODEL = Training(epochs=2, windows_per_step=2, rate=2e-3)
+MODEL = Training(epochs=2, windows_per_step=2, rate=5e-3)

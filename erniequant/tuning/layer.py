@@ -74,13 +74,13 @@ def tune_layer(problem: LayerProblem, config: Training, threads: int) -> TunedLa
     )
 
 
-def trainable(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Replace the parameters of a layer by float32 ones with a gradient; those that have none are
-    left: the bias of a router only selects."""
-    found = {}
+def trainable(module: nn.Module, endings: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
+    """Replace the parameters of a layer whose names have one of ``endings`` by float32 ones with a
+    gradient; those that have none are left: the bias of a router only selects."""
+    found: dict[str, torch.Tensor] = {}
     for name, parameter in list(module.named_parameters()):
         path, _, last = name.rpartition(".")
-        if not name.endswith("e_score_correction_bias"):
+        if name.endswith(endings) and not name.endswith("e_score_correction_bias"):
             found[name] = nn.Parameter(parameter.detach().float().clone())
             setattr(module.get_submodule(path), last, found[name])
     return found
