@@ -10,15 +10,17 @@ class Training:
     Attributes:
         epochs: passes over the windows that are trained on, at most.
         windows_per_step: windows whose gradients make one step.
-        rate: first step of a parameter, relative to its root mean square.
+        rate: first step of norms and output scales, relative to their root mean square.
+        matrix_rate: the same for matrices.
         heldout: one window in so many is not trained on, and says when to stop.
     """
 
     epochs: int
     windows_per_step: int
     rate: float
+    matrix_rate: float
     heldout: int = 8
 
 
-LAYER = Training(epochs=2, windows_per_step=2, rate=3e-3)
-MODEL = Training(epochs=2, windows_per_step=2, rate=5e-3)
+LAYER = Training(epochs=2, windows_per_step=2, rate=3e-3, matrix_rate=3e-3)
+MODEL = Training(epochs=2, windows_per_step=2, rate=5e-3, matrix_rate=2e-3)
