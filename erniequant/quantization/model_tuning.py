@@ -1,5 +1,6 @@
 """Training the whole quantised model, as the last step of a run."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -19,8 +20,11 @@ from erniequant.tuning.model import ModelProblem, tune_model
 from erniequant.tuning.training import Window
 
 SMALL = ("layernorm.weight", "gate.weight")
-"""Endings of the names of norms and routers. Attention and shared experts would take sixteen bytes
-a weight of optimizer state, 17 GB for the 21B, and gained less in as many steps."""
+"""Endings of the names of norms and routers."""
+
+TRAINED_WHOLE = 1 << 28
+"""Models whose layers have no more parameters than this beside the packed ones train all of them.
+The optimizer holds 16 bytes for each: 4 GB here, 17 GB for the 21B."""
 
 
 def train_model(
@@ -37,7 +41,8 @@ def train_model(
     threads: int,
     keep_decoded: bool,
 ) -> Tuned:
-    """Train norms, routers and the output scales of the experts.
+    """Train norms, routers and the output scales of the experts; in smaller models attention and
+    shared experts too.
 
     Args:
         packed: the packed experts of a layer.
@@ -46,6 +51,9 @@ def train_model(
         keep_decoded: keep decoded experts in memory, which saves time and changes nothing.
     """
     source = Overlay(checkpoint, tuned)
+    unpacked = [n for n in model.required() if n.startswith("model.layers.")]
+    size = sum(math.prod(model.required()[name]) for name in unpacked)
+    endings = ("",) if size <= TRAINED_WHOLE else SMALL
     layers, stored, parameters = [], [], []
     leaves: list[torch.Tensor] = []
     for index in range(model.sizes.layers):
@@ -56,7 +64,7 @@ def train_model(
             experts = layer.fixed(device) if keep_decoded else layer.decoding(device)
             stored.append((index, layer))
         factors = scale_factors(experts, model, device)
-        parameters.append(trainable(module, SMALL))
+        parameters.append(trainable(module, endings))
         leaves += parameters[-1].values()
         leaves += [f for both in factors.values() for f in (both.gate_up, both.down)]
         layers.append(DecoderLayer(model, module, experts, factors))

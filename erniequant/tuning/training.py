@@ -67,7 +67,7 @@ def train(
     try:
         before = best = measured()
         kept, epochs = [parameter.detach().clone() for parameter in parameters], 0
-        optimizer, rates = _adam(parameters, config.rate)
+        optimizer, rates = _adam(parameters, config)
         steps = config.epochs * math.ceil(len(training) / config.windows_per_step)
         step = 0
         for epoch in range(1, config.epochs + 1 if training and math.isfinite(before) else 1):
@@ -91,10 +91,13 @@ def train(
     return Outcome(before, best, epochs)
 
 
-def _adam(parameters: Sequence[torch.Tensor], rate: float) -> tuple[torch.optim.Adam, list[float]]:
+def _adam(
+    parameters: Sequence[torch.Tensor], config: Training
+) -> tuple[torch.optim.Adam, list[float]]:
     """The optimizer, and the rate of each parameter."""
     sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
-    rates = [rate * max(size, SMALLEST_SIZE) for size in sizes]
+    relative = [config.matrix_rate if p.dim() > 1 else config.rate for p in parameters]
+    rates = [r * max(size, SMALLEST_SIZE) for r, size in zip(relative, sizes, strict=True)]
     groups = [{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)]
     return torch.optim.Adam(groups, betas=MOMENTUM, foreach=False), rates
 
