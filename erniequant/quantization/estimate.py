@@ -6,6 +6,13 @@ from dataclasses import dataclass
 from erniequant.formats.plan import Plan
 from erniequant.quantization.memory import MemoryPlan
 
+_TUNED = {
+    "none": "nothing is trained",
+    "layer": "those in layers with experts are then trained, and the output scales of experts",
+    "model": "those in layers with experts are then trained, and the output scales of experts, "
+    "layer by layer and end to end with the packed model in memory",
+}
+
 _FLOPS_PER_CORE = 40e9
 _STATES_KEPT = 4
 """Two streams of hidden states, of the last layer and of the one being written."""
@@ -22,12 +29,14 @@ class Estimate:
     disk_bytes: int
 
 
-def estimate(plan: Plan, memory: MemoryPlan, tokens: int, rate: float) -> Estimate:
+def estimate(
+    plan: Plan, memory: MemoryPlan, tokens: int, rate: float, training: float = 0.0
+) -> Estimate:
     """Predict a run over ``tokens`` calibration tokens that goes as ``memory`` says, computing on
-    the CPU; ``rate`` from `Format.encode_rate`."""
+    the CPU; ``rate`` from `Format.encode_rate`, ``training`` from `tuning_seconds`."""
     disk = plan.output_bytes + memory.scratch_bytes
     disk += 4 * tokens * plan.model.hidden * _STATES_KEPT
-    seconds = _work_seconds(plan, tokens, rate) / memory.experts_at_once
+    seconds = (_work_seconds(plan, tokens, rate) + training) / memory.experts_at_once
     return Estimate(seconds, memory.peak_bytes, memory.vram_bytes, disk)
 
 
@@ -62,6 +71,7 @@ def describe(plan: Plan, memory: MemoryPlan, predicted: Estimate, download: int 
     if plan.mtp:
         lines.append(f"  of these, {len(plan.mtp)} of multi-token prediction, which {wording.mtp}")
     lines += [f"  {group.line()}" for group in plan.groups]
+    lines.append(f"  {_TUNED[plan.options.tune]}")
     vram = predicted.peak_vram_bytes
     lines += [
         f"size {_gigabytes(plan.source_bytes)} -> {_gigabytes(plan.output_bytes)}: "

@@ -31,6 +31,7 @@ from erniequant.quantization.memory import (
 )
 from erniequant.quantization.options import RunOptions
 from erniequant.quantization.report import QuantizationReport
+from erniequant.quantization.tuning_cost import TuningBytes, tuning_bytes, tuning_seconds
 from erniequant.system import resolve_device
 
 
@@ -97,11 +98,12 @@ def plan_job(
     if request is not None:
         calibration = prepare(request.data, request.config, model, run.dry_run)
     tokens, length, patches = (0, 2, 0) if calibration is None else amounts(calibration, model)
-    needs = MemoryInputs(
-        tokens, length, patches, largest_layer(checkpoint, model), chosen.encoder_bytes
-    )
+    layer = largest_layer(checkpoint, model)
+    tuning = tuning_bytes(model, plan, length, layer) if tokens else TuningBytes()
+    needs = MemoryInputs(tokens, length, patches, layer, chosen.encoder_bytes, tuning)
     memory = _fit(model, needs, threads, run.max_memory, device)
-    predicted = estimate(plan, memory, tokens, chosen.encode_rate(options))
+    training = tuning_seconds(model, plan, tokens) if tokens else 0.0
+    predicted = estimate(plan, memory, tokens, chosen.encode_rate(options), training)
     left = left_behind(checkpoint.folder, {INDEX_FILE, *checkpoint.shards})
     lines = [
         describe(plan, memory, predicted, checkpoint.absent_bytes),

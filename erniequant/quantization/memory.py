@@ -14,6 +14,7 @@ from erniequant.errors import ErnieQuantError
 from erniequant.models.architecture import Architecture
 from erniequant.quantization.layer import SAMPLE_TOKENS
 from erniequant.quantization.token_batches import CHUNK, PATCHES_AT_ONCE
+from erniequant.quantization.tuning_cost import TuningBytes
 from erniequant.system import available_memory
 
 BASE_BYTES = 700_000_000
@@ -58,6 +59,7 @@ class MemoryInputs:
         length: tokens of its longest window.
         patches: most patches of all images.
         layer: bytes from `largest_layer`.
+        tuning: bytes of training, from `tuning_bytes`.
         encoder_bytes: bytes that coding takes for a number of inputs, from `Format.encoder_bytes`.
     """
 
@@ -66,6 +68,7 @@ class MemoryInputs:
     patches: int
     layer: int
     encoder_bytes: Callable[[int], int] = _nothing
+    tuning: TuningBytes = TuningBytes()
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class _Parts:
     context: int
     expert: int
     expert_tables: int
+    tuning: TuningBytes
 
 
 def plan_memory(
@@ -105,11 +109,13 @@ def _way(parts: _Parts, at_once: int, on_disk: bool, threads: int, on_cpu: bool)
     tables = parts.tables + at_once * parts.expert_tables
     advance = max(parts.layer + threads * parts.window, threads * parts.tower)
     experts = parts.context + at_once * parts.expert
+    training = parts.tuning.shared + at_once * parts.tuning.window
+    experts = max(experts, training)
     return MemoryPlan(
         at_once,
         on_disk,
         BASE_BYTES + parts.patches + max(advance, experts) + (0 if on_disk else tables),
-        0 if on_cpu else max(advance, at_once * parts.expert),
+        0 if on_cpu else max(advance, at_once * parts.expert, training),
         tables if on_disk else 0,
     )
 
@@ -128,7 +134,9 @@ def _parts(model: Architecture, needs: MemoryInputs) -> _Parts:
     # float64 Cholesky in two copies beside three float32 moments; later four float32 matrices.
     solving = 28 * hidden**2 + 2 * matrices
     encoding = 8 * hidden**2 + 5 * matrices
-    down = 24 * inner**2 + 4 * inner * hidden + 2 * matrices
+    # Metrics of the outputs, their factor in float64 and its block-wise inverse.
+    solving += 36 * 4 * inner**2
+    down = 24 * inner**2 + 36 * hidden**2 + 4 * inner * hidden + 2 * matrices
     solving += needs.encoder_bytes(hidden)
     down += needs.encoder_bytes(inner)
     chunk = 4 * min(CHUNK, max(tokens, 1)) * (6 * hidden + 9 * inner)
@@ -139,10 +147,11 @@ def _parts(model: Architecture, needs: MemoryInputs) -> _Parts:
         4 * min(length, max(tokens, 1)) * (3 * widest + 6 * hidden),
         model.image_bytes(min(patches, PATCHES_AT_ONCE)) if patches else 0,
         4 * patches * images.channels * images.patch**2 if images else 0,
-        4 * tokens * 5 * hidden + 24 * tokens * sizes.top_k,
+        4 * tokens * 7 * hidden + 24 * tokens * sizes.top_k,
         8 * hidden**2 + 4 * sample * 3 * hidden,
         max(solving, encoding, down) + chunk,
         int(4 * ((popular + sample) * 2 * inner + popular * 2 * hidden)),
+        needs.tuning,
     )
 
 

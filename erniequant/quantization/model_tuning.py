@@ -1,6 +1,5 @@
 """Training the whole quantised model, as the last step of a run."""
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,7 +12,8 @@ from erniequant.models.architecture import Architecture
 from erniequant.models.head import NORM, load_head
 from erniequant.quantization.layer_tuning import PackedLayer, expert_scales, facts_of, on_disk
 from erniequant.quantization.tuned_tensors import Tuned
-from erniequant.tuning.config import Training
+from erniequant.quantization.tuning_cost import unpacked_parameters
+from erniequant.tuning.config import Training, trains_whole
 from erniequant.tuning.decoder_layer import DecoderLayer
 from erniequant.tuning.layer import scale_factors, trainable
 from erniequant.tuning.model import ModelProblem, tune_model
@@ -21,10 +21,6 @@ from erniequant.tuning.training import Window
 
 SMALL = ("layernorm.weight", "gate.weight")
 """Endings of the names of norms and routers."""
-
-TRAINED_WHOLE = 1 << 28
-"""Models whose layers have no more parameters than this beside the packed ones train all of them.
-The optimizer holds 16 bytes for each: 4 GB here, 17 GB for the 21B."""
 
 
 def train_model(
@@ -51,9 +47,7 @@ def train_model(
         keep_decoded: keep decoded experts in memory, which saves time and changes nothing.
     """
     source = Overlay(checkpoint, tuned)
-    unpacked = [n for n in model.required() if n.startswith("model.layers.")]
-    size = sum(math.prod(model.required()[name]) for name in unpacked)
-    endings = ("",) if size <= TRAINED_WHOLE else SMALL
+    endings = ("",) if trains_whole(unpacked_parameters(model)) else SMALL
     layers, stored, parameters = [], [], []
     leaves: list[torch.Tensor] = []
     for index in range(model.sizes.layers):

@@ -44,7 +44,7 @@ def settings_of(specs: Specs) -> dict[str, Any]:
 def wording_of(sizes: ModelSizes, specs: Specs) -> PlanWording:
     """The plan's wording for our own layout."""
     lines = tuple(line for group in sizes.groups for line in _code_lines(sizes, group, specs))
-    return PlanWording(lines, "copy", "unchanged", "transformers does not run")
+    return PlanWording(lines, "copy", "with their shapes and types", "transformers does not run")
 
 
 def _code_lines(sizes: ModelSizes, group: ExpertGroup, specs: Specs) -> Iterator[str]:
