@@ -1,7 +1,7 @@
 """Every tensor of a source checkpoint on a page: tensors of one kind share a line."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from erniequant.checkpoint.reader import Checkpoint, TensorHeader
@@ -29,12 +29,17 @@ class TensorGroup:
 
 
 def tensor_groups(
-    checkpoint: Checkpoint, quantized: Iterable[str], copied: Iterable[str]
+    checkpoint: Checkpoint,
+    quantized: Iterable[str],
+    copied: Iterable[str],
+    tuned: Collection[str] = (),
 ) -> tuple[TensorGroup, ...]:
-    """Group all tensors, those to be quantised first, in the order of the files otherwise."""
+    """Group all tensors, those to be quantised first, in the order of the files otherwise;
+    ``tuned`` are those of ``copied`` that are trained."""
     kinds: dict[tuple[str, str, tuple[int, ...], str], list[TensorHeader]] = {}
-    for fate, names in (("quantise", quantized), ("copy", copied)):
+    for kind, names in (("quantise", quantized), ("copy", copied)):
         for name in names:
+            fate = "tune" if name in tuned else kind
             header = checkpoint.header(name)
             key = (fate, _NUMBER.sub("#", name), header.shape, header.stored_dtype)
             kinds.setdefault(key, []).append(header)

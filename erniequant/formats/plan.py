@@ -17,6 +17,7 @@ from erniequant.errors import ErnieQuantError
 from erniequant.formats.inventory import TensorGroup, tensor_groups
 from erniequant.models.architecture import EXPERT_MATRICES, Architecture, ModelSizes
 from erniequant.models.config_check import fused_experts, not_part_of, tensor_misfits
+from erniequant.models.head import NORM
 
 # Multi-token prediction: transformers does not run it, but it stays with the model.
 _MTP = re.compile(r"model\.mtp_.+")
@@ -171,7 +172,15 @@ def make_plan(
         source_bytes=checkpoint.total_bytes,
         expert_bytes=sum(tensor.n_bytes for tensor in packed),
         copied_bytes=copied_bytes,
-        groups=tensor_groups(checkpoint, quantized, copied),
+        groups=tensor_groups(checkpoint, quantized, copied, _tuned(model, options.tune, copied)),
         settings=settings,
         wording=wording,
     )
+
+
+def _tuned(model: Architecture, tune: str, names: tuple[str, ...]) -> frozenset[str]:
+    """Those of the tensors that training may change."""
+    layers = {"none": (), "layer": model.sizes.moe_layers, "model": range(model.sizes.layers)}
+    prefixes = tuple(f"model.layers.{index}." for index in layers[tune])
+    found = {n for n in names if n.startswith(prefixes) and not model.optional(n)}
+    return frozenset(found | ({NORM} & set(names) if tune == "model" else set()))

@@ -6,13 +6,6 @@ from dataclasses import dataclass
 from erniequant.formats.plan import Plan
 from erniequant.quantization.memory import MemoryPlan
 
-_TUNED = {
-    "none": "nothing is trained",
-    "layer": "those in layers with experts are then trained, and the output scales of experts",
-    "model": "those in layers with experts are then trained, and the output scales of experts, "
-    "layer by layer and end to end with the packed model in memory",
-}
-
 _FLOPS_PER_CORE = 40e9
 _STATES_KEPT = 4
 """Two streams of hidden states, of the last layer and of the one being written."""
@@ -71,7 +64,8 @@ def describe(plan: Plan, memory: MemoryPlan, predicted: Estimate, download: int 
     if plan.mtp:
         lines.append(f"  of these, {len(plan.mtp)} of multi-token prediction, which {wording.mtp}")
     lines += [f"  {group.line()}" for group in plan.groups]
-    lines.append(f"  {_TUNED[plan.options.tune]}")
+    if plan.options.tune == "model":
+        lines.append("  the whole model is trained at the end, with its packed experts in memory")
     vram = predicted.peak_vram_bytes
     lines += [
         f"size {_gigabytes(plan.source_bytes)} -> {_gigabytes(plan.output_bytes)}: "

@@ -113,7 +113,8 @@ def quantize(
     own = {"code": code, "k_order": k_order, "w4_layers": w4_layers, **(format_options or {})}
     options = QuantizeOptions(
         bits, effort, max_tp, seed, format, {k: v for k, v in own.items() if v is not None},
-        tune, sensitivity,
+        "none" if no_calib else tune,
+        "activation" if no_calib else sensitivity,
     )  # fmt: skip
     config = CalibrationConfig("builtin", calib_samples, calib_length, chat_template, seed)
     request = None if no_calib else CalibrationRequest(calib, config)

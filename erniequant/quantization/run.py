@@ -78,8 +78,7 @@ class Run:
         self.work, self.journal, self.shards, self.watch = work, work.journal, shards, watch
         self._executor = executor
         self.journal.require(_FACTS)
-        # Without calibration there is nothing to train on.
-        self._tune = job.plan.options.tune if job.calibration is not None else "none"
+        self._tune = job.plan.options.tune
         self._by_gradient = job.plan.options.sensitivity == "gradient"
         self._quantized = job.plan.quantized
         self._tuned = TunedTensors(work, shards, job.output)
