@@ -41,7 +41,9 @@ def print_quantization(report: "QuantizationReport", folder: str) -> None:
         by_name = (f"{errors[name]:.5f}" for name in ("gate_up_proj", "down_proj"))
         table.add_row(str(layer), *by_name, spread)
     _print(table)
-    say("error: tr(E H Eᵀ) / tr(W H Wᵀ), mean over experts; tokens: least, median, most")
+    say("error: tr(G E H Eᵀ) / tr(G W H Wᵀ), mean over experts; tokens: least, median, most")
+    for line in _training_lines(report):
+        say(line)
     fallbacks = [matrix for matrix in report.matrices if matrix.fallback is not None]
     for fallback in fallbacks[:FALLBACKS_SHOWN]:
         where = f"layer {fallback.place} expert {fallback.expert} {fallback.projection}"
@@ -55,6 +57,28 @@ def print_quantization(report: "QuantizationReport", folder: str) -> None:
         f"at most {report.peak_memory_bytes / 1e9:.1f} GB of memory"
     )
     say(f"wrote {folder}")
+
+
+def _training_lines(report: "QuantizationReport") -> list[str]:
+    """What training gained on held-out windows."""
+    layers = [stage for stage in report.tuned if stage.layer < report.plan.model.layers]
+    lines = []
+    if layers:
+        before, after = (
+            sum(getattr(stage, name) for stage in layers) / len(layers)
+            for name in ("before", "after")
+        )
+        improved = sum(stage.epochs > 0 for stage in layers)
+        lines.append(
+            f"training improved {improved} of {len(layers)} layers; mean error of a layer's "
+            f"outputs on held-out windows {before:.5f} -> {after:.5f}"
+        )
+    return lines + [
+        f"training of the whole model: KL on held-out windows {stage.before:.4f} -> "
+        f"{stage.after:.4f}"
+        for stage in report.tuned
+        if stage not in layers
+    ]
 
 
 def print_perplexity(result: "PerplexityResult") -> None:
