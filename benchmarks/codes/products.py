@@ -14,8 +14,8 @@ from erniequant_kernels.matrices import PackedMatrices
 OUTPUTS, INPUTS, TILE, ROTATION_BLOCK = 3072, 2560, 256, 128
 """Gate and up of an expert of the 21B."""
 CODES = (("cc2", 12), ("cc2s", 12), ("cc2s", 16), ("cc3", 13), ("cc4", 13))
-TOKENS = (1, 4, 16, 256)
-ROUNDS = 15
+ROUNDS = {1: 200, 4: 100, 16: 50, 256: 9}
+"""By number of tokens."""
 
 
 def random_matrix(code: ConvolutionalCode) -> PackedMatrices:
@@ -33,7 +33,7 @@ def times(tokens: int) -> dict[str, list[float]]:
                 for name, length in CODES}  # fmt: skip
     x = torch.randn(tokens, INPUTS).bfloat16()
     found: dict[str, list[float]] = {name: [] for name in matrices}
-    for turn in range(ROUNDS + 1):
+    for turn in range(ROUNDS[tokens] + 1):
         for name, matrix in matrices.items():
             started = time.thread_time()
             packed_linear_cpu(x, matrix)
@@ -45,7 +45,7 @@ def times(tokens: int) -> dict[str, list[float]]:
 def product_rows() -> Iterator[str]:
     """Rows of milliseconds by number of tokens, and of ratios to cc2, medians over rounds."""
     torch.set_num_threads(1)
-    for i, tokens in enumerate(TOKENS):
+    for i, tokens in enumerate(ROUNDS):
         found = times(tokens)
         base, *others = found.values()
         if i == 0:
