@@ -107,10 +107,10 @@ def quantize(
     sensitivity: Annotated[
         Sensitivity,
         typer.Option(
-            help="gradient: a backward pass of the original says which errors matter; activation: "
-            "without it."
+            help="activation: errors count by what they do to a layer's output; gradient: by what "
+            "they do to the model's, from a backward pass of the original."
         ),
-    ] = Sensitivity.gradient,
+    ] = Sensitivity.activation,
     max_tp: Annotated[
         int,
         typer.Option(min=1, help="Largest tensor-parallel degree that the files must split into."),

@@ -50,7 +50,7 @@ class QuantizeOptions:
     format: str = "native"
     own: Mapping[str, Any] = field(default_factory=dict)
     tune: str = "layer"
-    sensitivity: str = "gradient"
+    sensitivity: str = "activation"
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):

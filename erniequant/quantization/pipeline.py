@@ -51,7 +51,7 @@ def quantize(
     no_calib: bool = False,
     effort: str = "standard",
     tune: str = "layer",
-    sensitivity: str = "gradient",
+    sensitivity: str = "activation",
     max_tp: int = 2,
     device: str = "auto",
     threads: int | None = None,
@@ -91,8 +91,8 @@ def quantize(
             the original's output; ``model`` also trains norms, routers and output scales of the
             whole model end to end, which needs it in memory, packed; ``none`` leaves everything as
             it is. Without calibration nothing is trained.
-        sensitivity: ``gradient`` judges errors by one backward pass of the original over a part of
-            the calibration data; ``activation`` by what they do to the output of a layer.
+        sensitivity: ``activation`` judges errors by what they do to the output of a layer;
+            ``gradient`` by one backward pass of the original over a part of the calibration data.
         max_tp: tensor parallelism that the result must split into.
         device: where layers run (``auto``, ``cpu``, ``cuda``); codes are searched on the CPU.
         threads: CPU threads; all cores by default.
