@@ -37,6 +37,20 @@ def file_states(folder: Path) -> dict[str, str]:
     return states
 
 
+def tuned_names(folder: Path) -> frozenset[str]:
+    """Tensors that were trained, as the report beside the weights lists them; none without it.
+
+    Raises:
+        ErnieQuantError: the report cannot be read.
+    """
+    path = folder / REPORT_FILE
+    stages = read_json(path).get("tuned") if path.is_file() else None
+    if not isinstance(stages, list):
+        return frozenset()
+    moved = [stage.get("moved") for stage in stages if isinstance(stage, dict)]
+    return frozenset(name for names in moved if isinstance(names, dict) for name in names)
+
+
 def report_problems(
     checkpoint: Checkpoint, check: HeaderCheck, states: Mapping[str, str]
 ) -> Iterator[str]:

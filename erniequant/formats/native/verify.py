@@ -1,6 +1,7 @@
 """Verify a quantised checkpoint: completeness, checksums, and that all weights decode.
 
-With the original at hand, also the error of every matrix, and that all other tensors are unchanged.
+With the original at hand, also the error of every matrix, and that all other tensors are unchanged,
+unless the report says that they were trained.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from erniequant.models.config_check import misfits
 from erniequant.models.header_check import check_headers, kept_names
 from erniequant.packing.decoding import expert_matrices
 from erniequant.packing.experts import QuantizedExperts
-from erniequant.packing.file_check import file_states, report_problems
+from erniequant.packing.file_check import file_states, report_problems, tuned_names
 from erniequant.packing.schema import PROJECTIONS
 from erniequant.runtime.decoding import decode_fast
 
@@ -36,8 +37,9 @@ def verify_native(model_dir: str | Path, reference: str | Path | None = None) ->
     problems += folder_problems(checkpoint.folder)
     checksums = file_states(checkpoint.folder)
     problems += report_problems(checkpoint, check, checksums)
+    tuned = tuned_names(checkpoint.folder)
     for name in kept_names(checkpoint, check.layers):
-        problems += _kept_problems(checkpoint, name, original)
+        problems += _kept_problems(checkpoint, name, original, name in tuned)
     if original is not None:
         coded = {
             layer.original_name(expert, matrix)
@@ -77,7 +79,9 @@ def _sign_problems(checkpoint: Checkpoint, layer: QuantizedExperts) -> Iterator[
             yield f"tensor {name} has rows that differ; they must be equal"
 
 
-def _kept_problems(checkpoint: Checkpoint, name: str, original: Checkpoint | None) -> Iterator[str]:
+def _kept_problems(
+    checkpoint: Checkpoint, name: str, original: Checkpoint | None, tuned: bool
+) -> Iterator[str]:
     tensor = checkpoint.tensor(name)
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
         yield f"tensor {name} holds numbers that are not finite"
@@ -88,5 +92,7 @@ def _kept_problems(checkpoint: Checkpoint, name: str, original: Checkpoint | Non
     else:
         exact = original.tensor(name)
         same = tensor.dtype == exact.dtype and tensor.shape == exact.shape
-        if not (same and torch.equal(tensor, exact)):
+        if tuned and not same:
+            yield f"tensor {name} was trained, but has another shape or type than the reference"
+        elif not tuned and not (same and torch.equal(tensor, exact)):
             yield f"tensor {name} differs from the reference, of which it should be a copy"
