@@ -43,7 +43,8 @@ def _work_seconds(plan: Plan, tokens: int, rate: float) -> float:
     # Per routed token: Hessian and cross moments of both inputs, gate and up in both models, down
     # in both models and the moments of the drift.
     moments = 2 * expert_tokens * (2 * hidden**2 + 2 * inner**2 + 7 * inner * hidden)
-    feedback = plan.expert_weights * (2 * hidden + 6 * inner)
+    # Feedback of inputs and targets; then of outputs, and scales refitted together.
+    feedback = plan.expert_weights * (2 * hidden + 6 * inner + 16 * inner)
     others = plan.total_weights - plan.expert_weights
     return encode + (moments + feedback + 4 * tokens * others) / _FLOPS_PER_CORE
 

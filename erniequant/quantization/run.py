@@ -167,7 +167,7 @@ class Run:
                 self.journal.append("gradient", layer=index, sha256=digest)
 
             gradient_moments(
-                self.checkpoint, self.model, streams.windows, streams.quantized, self._pool,
+                self.checkpoint, self.model, streams.windows, streams.quantized, RowPool(self.work.folder),
                 self.device, self.memory.experts_at_once, keep,
             )  # fmt: skip
 

@@ -17,6 +17,7 @@ from erniequant.checkpoint.files import sha256_of
 from erniequant.checkpoint.folder import companion_files
 from erniequant.checkpoint.reader import CONFIG_FILE, Checkpoint
 from erniequant.formats.plan import Plan
+from erniequant.system import fast_bfloat16
 
 _PACKAGES = ("torch", "transformers", "numba", "numpy")
 
@@ -59,7 +60,8 @@ def run_identity(
 
 def processor() -> str:
     """The kind of processor; another one rounds differently."""
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    fast = " with bfloat16" if fast_bfloat16() else ""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{fast}"
 
 
 def _plan_digest(plan: Plan) -> str:
