@@ -167,8 +167,8 @@ class Run:
                 self.journal.append("gradient", layer=index, sha256=digest)
 
             gradient_moments(
-                self.checkpoint, self.model, streams.windows, streams.quantized, RowPool(self.work.folder),
-                self.device, self.memory.experts_at_once, keep,
+                self.checkpoint, self.model, streams.windows, streams.quantized,
+                RowPool(self.work.folder), self.device, self.memory.experts_at_once, keep,
             )  # fmt: skip
 
     def _gradient(self, index: int) -> torch.Tensor | None:
