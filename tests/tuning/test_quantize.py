@@ -1,0 +1,101 @@
+"""Training as a step of `erniequant.quantize`: what it may change, what it reports, and that every
+reader agrees on the result."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import erniequant
+from erniequant.quantization import run as run_module
+from erniequant.tuning.config import Training
+from tests.micro import CALIBRATION
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# A random model has little to learn: small steps improve it surely.
+SMALL_STEPS = Training(epochs=2, windows_per_step=2, rate=1e-3, matrix_rate=1e-3, heldout=4)
+
+
+def quantized(source, folder, text, monkeypatch, **options):
+    monkeypatch.setattr(run_module, "LAYER", SMALL_STEPS)
+    monkeypatch.setattr(run_module, "MODEL", SMALL_STEPS)
+    return erniequant.quantize(
+        source, folder, bits=2, calib=str(text), device="cpu", **{**CALIBRATION, **options}
+    )
+
+
+def tensors(folder):
+    return {n: t for shard in folder.glob("*.safetensors") for n, t in load_file(shard).items()}
+
+
+@pytest.mark.parametrize("tune", ["layer", "model"])
+def test_tuned_models(micro_source, micro_text, tmp_path, monkeypatch, tune):
+    report = quantized(micro_source, tmp_path / "q", micro_text, monkeypatch, tune=tune)
+    before, after = tensors(micro_source), tensors(tmp_path / "q")
+    moved = {name: far for stage in report.tuned for name, far in stage.moved.items()}
+    assert moved
+    assert all(stage.after < stage.before for stage in report.tuned if stage.epochs)
+    for name, tensor in before.items():
+        if name not in after:
+            continue  # experts
+        assert after[name].dtype == tensor.dtype and after[name].shape == tensor.shape
+        far = (after[name].float() - tensor.float()).norm() / tensor.float().norm().clamp_min(1e-30)
+        # The last stage that moved a tensor says how far it is from the source.
+        assert float(far) == pytest.approx(moved.get(name, 0.0), rel=1e-3, abs=1e-7), name
+    assert "model.embed_tokens.weight" not in moved
+    assert not any("e_score_correction_bias" in name for name in moved)
+    layers = {stage.layer for stage in report.tuned}
+    assert layers == ({1, 2, 3} if tune == "model" else {1, 2})
+    assert json.loads((tmp_path / "q/quantization_report.json").read_text())["tuned"]
+    planned = {g.names for g in report.plan.groups if g.fate == "tune"}
+    assert ("model.norm.weight" in planned) == (tune == "model")
+
+    # Stock transformers on the export: the same routing, the same logits.
+    erniequant.export(tmp_path / "q", tmp_path / "plain", to="fp32")
+    ids = torch.arange(40).view(2, 20)
+    packed, _ = erniequant.load(tmp_path / "q", device="cpu", dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+    assert not erniequant.verify(tmp_path / "q", reference=micro_source).problems
+
+
+def test_verify_names_what_was_not_trained(micro_source, micro_text, tmp_path, monkeypatch):
+    quantized(micro_source, tmp_path / "q", micro_text, monkeypatch)
+    path = tmp_path / "q/model.safetensors"
+    content = load_file(path)
+    content["model.embed_tokens.weight"][3, 3] += 1
+    save_file(content, path, metadata={"format": "pt"})
+    problems = erniequant.verify(tmp_path / "q", reference=micro_source).problems
+    assert any("model.embed_tokens.weight differs from the reference" in line for line in problems)
+
+
+@pytest.mark.parametrize("options", [{"tune": "none"}, {"no_calib": True, "tune": "model"}])
+def test_nothing_is_trained(micro_source, micro_text, tmp_path, monkeypatch, options):
+    report = quantized(micro_source, tmp_path / "q", micro_text, monkeypatch, **options)
+    assert not report.tuned
+    before, after = tensors(micro_source), tensors(tmp_path / "q")
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() & after.keys())
+    assert not any(group.fate == "tune" for group in report.plan.groups)
+
+
+def test_gradients_of_the_original_change_the_codes(
+    micro_source, micro_text, tmp_path, monkeypatch
+):
+    for name in ("activation", "gradient"):
+        quantized(
+            micro_source, tmp_path / name, micro_text, monkeypatch, tune="none", sensitivity=name
+        )
+    one, other = (tensors(tmp_path / name) for name in ("activation", "gradient"))
+    name = "model.layers.1.mlp.experts.down_proj_packed"
+    assert one.keys() == other.keys() and not torch.equal(one[name], other[name])
+
+
+def test_unknown_modes_are_refused(micro_source, tmp_path):
+    for options in ({"tune": "all"}, {"sensitivity": "none"}):
+        with pytest.raises(erniequant.ErnieQuantError, match="must be one of"):
+            erniequant.quantize(micro_source, tmp_path / "q", bits=2, **options)
