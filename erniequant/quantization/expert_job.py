@@ -107,7 +107,8 @@ class Contribution:
 
 @dataclass(frozen=True, eq=False)
 class ExpertOutcome:
-    """A quantised expert, the number of tokens routed to it and how many of these were not finite,
+    """A quantised expert, the number of tokens that it was fitted to and how many of these were not
+    finite,
     and what it and its original add to the hidden states of either model."""
 
     expert: int
@@ -135,7 +136,7 @@ def run_job(job: ExpertJob, layer: ExpertLayer) -> ExpertOutcome:
 
 def _run(job: ExpertJob, layer: ExpertLayer) -> ExpertOutcome:
     source = ExpertWeights(lambda matrix: layer.source.tensor(job.matrices[matrix]).float())
-    tokens = job.quantized.rows.numel()
+    tokens = int(layer.inputs.fitted[job.quantized.rows].sum())
     if job.original is None:
         assert job.packed is not None
         again = _run_again(job.quantized, layer, job.packed.decoded(layer.context))
@@ -180,7 +181,7 @@ def _quantized_contribution(
     inner: InnerActivations,
     routed: TableTokens,
 ) -> Contribution:
-    """What the quantised expert adds in the quantised model, to tokens that are not finite too."""
+    """What the quantised expert adds in the quantised model, to all tokens that chose it."""
     row, weight, device = chosen.rows, chosen.weights, layer.context.device
     down = packed.down.effective.to(device)
     own = torch.isin(row, routed.row)
@@ -195,9 +196,14 @@ def _quantized_contribution(
         inner.release()
         values.release()
     if order.numel() > count:
-        x = layer.inputs.quantized.x[order[count:]].to(device)
         gate_up = packed.gate_up.effective.to(device)
-        values.tensor[count:] = linear(activate(linear(x, gate_up)), down).cpu() * weights[count:]
+        for start in range(count, order.numel(), CHUNK):
+            place = slice(start, start + CHUNK)
+            x = layer.inputs.quantized.x[order[place]].to(device)
+            output = linear(activate(linear(x, gate_up)), down).cpu()
+            values.tensor[place] = output * weights[place]
+            layer.inputs.release()
+            values.release()
     return Contribution(order, values)
 
 

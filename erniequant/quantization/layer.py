@@ -25,6 +25,7 @@ class LayerInput:
         drift: original minus quantised hidden states that the outputs are added to, float32
             ``[T, H]``.
         finite: bool ``[T]``: tokens without inf or nan in any of these.
+        fitted: bool ``[T]``: tokens that matrices are fitted to; the others are for training.
         tables: the large ones of these tables.
     """
 
@@ -32,6 +33,7 @@ class LayerInput:
     original: MoeInput
     drift: torch.Tensor
     finite: torch.Tensor
+    fitted: torch.Tensor
     tables: tuple[Rows, ...] = ()
 
     def evidence(self, row: torch.Tensor, weights: torch.Tensor) -> TokenBatch:
@@ -41,8 +43,9 @@ class LayerInput:
         return found
 
     def tokens(self, row: torch.Tensor, weights: torch.Tensor) -> TableTokens:
-        """The same, to be read in chunks; tokens that are not finite are left out."""
-        keep = self.finite[row] & torch.isfinite(weights)
+        """The same, to be read in chunks; tokens that are not finite are left out, and those for
+        training."""
+        keep = self.fitted[row] & self.finite[row] & torch.isfinite(weights)
         return TableTokens(self.evidence, row[keep], weights[keep])
 
     def release(self) -> None:
@@ -69,7 +72,8 @@ def layer_context(
     if not rows.numel():
         rows = torch.arange(counts.numel())
     everything = inputs.tokens(rows, counts[rows])
-    spaced = rows[:: max(rows.numel() // SAMPLE_TOKENS, 1)]
+    fitted = rows[inputs.fitted[rows]]
+    spaced = fitted[:: max(fitted.numel() // SAMPLE_TOKENS, 1)]
     sampled = inputs.tokens(spaced, counts[spaced])
     hidden = inputs.drift.shape[1]
     moments = Moments(hidden, (hidden,), device)

@@ -1,5 +1,6 @@
 """Training a layer as a step of a run: from the tables of the run to tensors of the result."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from erniequant.quantization.tuned_tensors import Tuned
 from erniequant.tuning.config import Training
 from erniequant.tuning.decoder_layer import FixedExpert, ScaleFactors
 from erniequant.tuning.layer import LayerProblem, tune_layer
-from erniequant.tuning.training import Outcome
+from erniequant.tuning.training import SMALLEST_SIZE, Outcome
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,7 @@ def train_layer(
     in the quantised model."""
     module = model.load_layer(checkpoint, index, device)
     problem = LayerProblem(
-        model, module, layer.fixed(device), streams.windows, entering, streams.original, device
+        model, module, layer.fixed(device), streams.fresh, entering, streams.original, device
     )
     tuned = tune_layer(problem, config, threads)
     trained = on_disk(checkpoint, model, index, tuned.parameters)
@@ -126,4 +127,6 @@ def expert_scales(
 
 def _moved(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> float:
     before = checkpoint.tensor(name).float()
-    return float((tensor.float() - before).norm() / before.norm().clamp_min(1e-30))
+    # Relative to nothing, a router of zeros would have moved without end.
+    length = before.norm().clamp_min(SMALLEST_SIZE * math.sqrt(before.numel()))
+    return float((tensor.float() - before).norm() / length)

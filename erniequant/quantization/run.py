@@ -153,8 +153,9 @@ class Run:
 
     def _streams(self, windows: CalibrationWindows | None) -> HiddenStates:
         return HiddenStates(
-            self.checkpoint, self.model, windows, self.device, self.threads, self._pool
-        )
+            self.checkpoint, self.model, windows, self.device, self.threads, self._pool,
+            trains=self._tune != "none",
+        )  # fmt: skip
 
     def _judge_outputs(self, streams: HiddenStates) -> None:
         """Run the original backwards, unless that was done before."""
@@ -268,7 +269,7 @@ class Run:
             )
             outcome = train_model(
                 self.checkpoint, self.model, self.output, self._experts.packed_layer, tuned,
-                streams.windows, start.quantized, streams.original, self.device, MODEL,
+                streams.fresh, start.quantized, streams.original, self.device, MODEL,
                 self.memory.experts_at_once, decoded < available_memory() / 4,
             )  # fmt: skip
             self._tuned.keep(layers, outcome)

@@ -19,11 +19,11 @@ class Training:
     windows_per_step: int
     rate: float
     matrix_rate: float
-    heldout: int = 8
+    heldout: int = 4
 
 
 LAYER = Training(epochs=2, windows_per_step=2, rate=3e-3, matrix_rate=3e-3)
-MODEL = Training(epochs=2, windows_per_step=2, rate=5e-3, matrix_rate=2e-3)
+MODEL = Training(epochs=4, windows_per_step=2, rate=5e-3, matrix_rate=2e-3)
 
 TRAINED_WHOLE = 1 << 28
 """Most parameters beside the packed ones that training of the whole model includes."""

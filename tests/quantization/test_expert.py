@@ -105,7 +105,7 @@ def routed_rows(tokens: TokenBatch) -> Tokens:
     nothing = torch.zeros(len(tokens.x), 1)
     quantized, original = (MoeInput(x, nothing, nothing) for x in (tokens.x, tokens.original))
     finite = torch.isfinite(tokens.x).all(-1)
-    inputs = LayerInput(quantized, original, tokens.drift, finite)
+    inputs = LayerInput(quantized, original, tokens.drift, finite, torch.ones_like(finite))
     return inputs.tokens(torch.arange(len(tokens.x)), tokens.weights)
 
 

@@ -21,7 +21,8 @@ def inputs(vision: torch.Tensor) -> LayerInput:
     expert = torch.arange(count * 2).view(count, 2) % 3 + 3 * vision[:, None]
     weight = (1 + (torch.arange(count) % 3 == 0)).float()[:, None].expand(-1, 2) / 4
     both = MoeInput(x, expert, weight)
-    return LayerInput(both, both, torch.zeros(count, HIDDEN), torch.ones(count, dtype=torch.bool))
+    everything = torch.ones(count, dtype=torch.bool)
+    return LayerInput(both, both, torch.zeros(count, HIDDEN), everything, everything)
 
 
 def pooled(given: LayerInput, group: ExpertGroup) -> torch.Tensor:
