@@ -1,4 +1,4 @@
-"""One expert: importance and corrected targets by definition, and bad or missing tokens."""
+"""One expert: corrected targets by definition, and bad or missing tokens."""
 
 from dataclasses import replace
 
@@ -6,7 +6,6 @@ import torch
 from torch.nn.functional import linear, silu
 
 from erniequant.calibration.rows import RowPool
-from erniequant.encoding.targets import inner_sensitivity
 from erniequant.models.architecture import MoeInput
 from erniequant.quantization import expert as expert_module
 from erniequant.quantization.expert import (
@@ -221,22 +220,6 @@ def test_a_known_expert_gives_the_same_activations_to_the_last_bit(
         assert torch.equal(first.tensor[: len(x)], second.tensor)
 
 
-def test_importance_sums_over_tokens_and_falls_back_to_the_columns_of_down(
-    expert_weights: ExpertWeights, tokens: TokenBatch, layer: LayerContext
-) -> None:
-    gate_up, reach = expert_weights.gate_up(), expert_weights.down().square().sum(0)
-    blank = replace(layer, sample=tokens_of(torch.zeros(0, 96)))
-
-    def importance(routed: TokenBatch) -> torch.Tensor:
-        evidence = expert_module._WithSample(routed, blank.sample, 0.0)
-        before = RowPool().empty(evidence.count, 64)
-        return expert_module._gate_up_moments(gate_up, reach, evidence, before, blank)[1]
-
-    sensitivity = inner_sensitivity(linear(tokens.original, gate_up), reach)
-    torch.testing.assert_close(importance(tokens), tokens.weights @ sensitivity, rtol=1e-4, atol=0)
-    assert torch.equal(importance(blank.sample), reach.repeat(2))
-
-
 def test_tokens_without_any_sensitivity_count_by_their_weights(
     expert_weights: ExpertWeights, tokens: TokenBatch, layer: LayerContext
 ) -> None:
@@ -255,7 +238,7 @@ def test_the_sample_has_no_part_in_the_moments_of_gate_and_up(
     # It counts for outputs and for down; for gate and up the layer's pooled moments stand in.
     evidence = expert_module._WithSample(tokens, tokens_of(100 * torch.ones(9, 96)), 50.0)
     before = RowPool().empty(evidence.count, 64)
-    moments, importance = expert_module._gate_up_moments(
+    moments, slopes = expert_module._gate_up_moments(
         expert_weights.gate_up(), torch.ones(64), evidence, before, layer, emphasise=False
     )
     expected = (tokens.x * tokens.weights[:, None]).T @ tokens.x
@@ -264,4 +247,4 @@ def test_the_sample_has_no_part_in_the_moments_of_gate_and_up(
     _, less = expert_module._gate_up_moments(
         expert_weights.gate_up(), torch.ones(64), own, before, layer, emphasise=False
     )
-    assert importance.sum() > 2 * less.sum()
+    assert slopes.trace() > 2 * less.trace()

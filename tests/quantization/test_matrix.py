@@ -1,18 +1,14 @@
-"""Error feedback, scales and packing of one matrix, against direct computation."""
+"""Errors, scales and packing of one matrix, against direct computation."""
 
-import numpy as np
 import pytest
 import torch
 
 from erniequant.codes import CODE_NAMES, get_code
 from erniequant.codes.reference import decode
-from erniequant.codes.viterbi import encoder
-from erniequant.encoding.hessian import factorise
-from erniequant.encoding.ldlq import BLOCK, encode_matrix
 from erniequant.encoding.matrix import (
     Rotation,
     TrellisQuantizer,
-    bounded_importance,
+    bounded_weight,
     quantize_matrix,
     refit_scale,
     reorder_moments,
@@ -34,31 +30,6 @@ def correlated_hessian(size: int, seed: int = 0) -> torch.Tensor:
     mix = torch.randn(size, size, generator=generator) * 0.3 + torch.eye(size)
     x = torch.randn(4 * size, size, generator=generator) @ mix
     return x.T @ x / (4 * size)
-
-
-def test_feedback_equals_the_plain_recursion() -> None:
-    # Two whole blocks and two rows: within a block and across blocks.
-    rows, outputs, tile = 2 * BLOCK + 2, 64, 32
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(rows, outputs, generator=generator)
-    feedback = factorise(correlated_hessian(rows)).feedback
-    scale = torch.rand(outputs, generator=generator) + 0.5
-    importance = torch.rand(outputs, generator=generator) + 0.5
-    search = encoder(get_code("cc3", 8))
-    found = encode_matrix(weight, feedback, scale, importance, search, tile)
-
-    position_weight = (importance * scale**2).view(-1, tile)
-    position_weight = (position_weight / position_weight.mean(1, keepdim=True)).numpy()
-    error = torch.zeros_like(weight)
-    for k in reversed(range(rows)):
-        target = weight[k] + sum(feedback[j, k] * error[j] for j in range(k + 1, rows))
-        words, labels = search.encode((target / scale).view(-1, tile).numpy(), position_weight)
-        error[k] = weight[k] - torch.from_numpy(labels).view(-1) * scale
-        # Rounding of the sums may move a target across a decision now and then, not often.
-        if k >= rows - 5:
-            np.testing.assert_array_equal(found.words[k], words)
-    loss = error.square().sum()
-    assert abs((weight - found.labels * scale).square().sum() - loss) < 0.02 * loss
 
 
 @pytest.mark.parametrize("name", CODE_NAMES)
@@ -123,12 +94,11 @@ def test_important_outputs_get_less_error() -> None:
 
 
 def test_importance_is_bounded_and_never_degenerate() -> None:
-    scale = torch.ones(8)
     wild = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1e30])
-    bounded = bounded_importance(wild, scale)
+    bounded = bounded_weight(wild)
     assert float(bounded.max() / bounded.min()) <= 1e6 * 1.001
     for useless in (torch.zeros(8), torch.full((8,), float("nan"))):
-        assert torch.equal(bounded_importance(useless, scale), torch.ones(8))
+        assert torch.equal(bounded_weight(useless), torch.ones(8))
 
 
 @pytest.mark.parametrize("case", ["zero matrix", "zero output", "huge output", "zero Hessian"])
