@@ -89,16 +89,18 @@ def test_a_dense_model(micro_dense: Path, micro_text: Path, tmp_path: Path) -> N
 
 
 def check_round_trip(source: Path, text: Path, folder: Path) -> QuantizationReport:
-    """Quantise; every other tensor is there, verbatim; logits are those of the stock export, and
-    near the source's."""
+    """Quantise; every other tensor is there, verbatim where the report does not list it as trained;
+    logits are those of the stock export, and near the source's."""
     report = erniequant.quantize(
         source, folder / "q", bits=4, calib=str(text), device="cpu", threads=1, **CALIBRATION
     )
     assert verify(folder / "q", reference=source).ok
     before, after = open_checkpoint(source), open_checkpoint(folder / "q")
     quantized = set(report.plan.quantized)
+    trained = {name for stage in report.tuned for name in stage.moved}
+    assert trained <= set(before.names()) - quantized
     for name in before.names():
-        if name not in quantized:
+        if name not in quantized | trained:
             assert torch.equal(before.tensor(name), after.tensor(name)), name
     assert after.total_bytes == report.plan.output_bytes
     erniequant.export(folder / "q", folder / "plain", to="fp32")
@@ -115,7 +117,7 @@ def check_round_trip(source: Path, text: Path, folder: Path) -> QuantizationRepo
             m(ids).logits for m in (stock(source), stock(folder / "plain"), packed)
         )
     assert (found - exported).norm() <= 1e-4 * exported.norm()
-    assert (found - original).norm() <= 0.15 * original.norm()
+    assert (found - original).norm() <= 0.17 * original.norm()
     return report
 
 
