@@ -114,6 +114,17 @@ def test_a_vision_language_model(micro_vl, micro_records, tmp_path, monkeypatch)
     torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tune", ["layer", "model"])
+def test_too_few_windows(micro_source, micro_text, tmp_path, monkeypatch, tune):
+    """Five windows leave one for training, and none to say when to stop."""
+    report = quantized(
+        micro_source, tmp_path / "q", micro_text, monkeypatch, tune=tune, calib_samples=5
+    )
+    assert not report.tuned
+    assert {m.tokens for m in report.matrices} != {0}
+    assert not erniequant.verify(tmp_path / "q", reference=micro_source).problems
+
+
 def test_unknown_modes_are_refused(micro_source, tmp_path):
     for options in ({"tune": "all"}, {"sensitivity": "none"}):
         with pytest.raises(erniequant.ErnieQuantError, match="must be one of"):
