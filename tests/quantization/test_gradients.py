@@ -110,6 +110,7 @@ def stock_moments(model: Any, inputs: Sequence[ModelInput]) -> list[torch.Tensor
             loss = loss - part.log_softmax(-1).gather(1, drawn).sum()
         loss.backward()
         for index, states in enumerate(left):
+            assert states.grad is not None
             gradient = states.grad.reshape(len(window), -1).double()
             unit = gradient / gradient.square().mean(1, keepdim=True).sqrt()
             total[index] = total[index] + unit.T @ unit
