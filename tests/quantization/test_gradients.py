@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import erniequant
@@ -36,7 +37,12 @@ def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """The checkpoint of one of `MODELS`."""
     if request.param == "untied":
-        return write_micro_ernie(tmp_path / "untied", tie_word_embeddings=False, use_bias=True)
+        folder = write_micro_ernie(tmp_path / "untied", tie_word_embeddings=False, use_bias=True)
+        tensors = load_file(folder / "model.safetensors")
+        # New models have zeros there.
+        tensors["lm_head.bias"].normal_(0, 0.5, generator=torch.Generator().manual_seed(2))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
     fixtures = {"mixture": "micro_ernie", "dense": "micro_dense", "vision-language": "micro_vl"}
     return request.getfixturevalue(fixtures[request.param])
 
@@ -104,6 +110,7 @@ def stock_moments(model: Any, inputs: Sequence[ModelInput]) -> list[torch.Tensor
             loss = loss - part.log_softmax(-1).gather(1, drawn).sum()
         loss.backward()
         for index, states in enumerate(left):
+            assert states.grad is not None
             gradient = states.grad.reshape(len(window), -1).double()
             unit = gradient / gradient.square().mean(1, keepdim=True).sqrt()
             total[index] = total[index] + unit.T @ unit
