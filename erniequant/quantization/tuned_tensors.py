@@ -84,12 +84,13 @@ class TunedTensors:
         return self._load(stage, _PARAMETER)
 
     def write(self, stage: int) -> None:
-        """Put what a stage made into the shards; doing it again changes nothing."""
+        """Put what a stage made into the shards; doing it again changes nothing, nor do shards that
+        were finished since."""
         stored = self._output.stored(self.parameters(stage)) | self._load(stage, _SCALE)
-        for name, tensor in stored.items():
-            self._shards.write(name, tensor)
-        if stored:
-            self._shards.sync(list(stored))
+        names = [n for n in stored if not self._shards.finished(self._shards.shard_of(n))]
+        for name in names:
+            self._shards.write(name, stored[name])
+        self._shards.sync(names)
 
     def _load(self, stage: int, kind: str) -> dict[str, torch.Tensor]:
         kept = self._work.load_tensors("tuned", stage, self._events[stage]["file"])
