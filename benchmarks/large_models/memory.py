@@ -109,7 +109,8 @@ def measure(source: Path, out: Path, case: Case) -> dict[str, Any]:
     """Quantise in a child; peaks, bounds, predictions and samples of (seconds, bytes)."""
     options: dict[str, Any] = {
         "src": str(source), "dst": str(out), "bits": case.bits, "effort": case.effort,
-        "device": "cpu", "calib_samples": case.tokens // case.window, "calib_length": case.window,
+        "device": "cpu", "tune": "none", "calib_samples": case.tokens // case.window,
+        "calib_length": case.window,
     }  # fmt: skip
     if case.budget == "least":
         options |= {"threads": 1, "max_memory": least_budget(source, case)}

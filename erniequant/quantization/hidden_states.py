@@ -28,6 +28,9 @@ SPACING = 3
 its matrices were fitted to was half of that on fresh text (2 bits, 24 windows): training on them
 has nothing left to learn, and their loss does not say when to stop."""
 
+FEWEST_WINDOWS = 2 * SPACING
+"""With fewer, none is left to say when to stop training."""
+
 EMBEDDING_ROWS = 4096
 """Rows of the embedding read at once."""
 
@@ -52,6 +55,7 @@ class HiddenStates:
         self._checkpoint, self._architecture = checkpoint, architecture
         self._device, self._threads, self._pool = device, threads, pool
         self._windows = windows.windows if windows else ()
+        trains = trains and len(self._windows) >= FEWEST_WINDOWS
         self._fresh = range(SPACING - 1, len(self._windows), SPACING) if trains else range(0)
         self.tokens = sum(map(len, self._windows))
         hidden = architecture.sizes.hidden

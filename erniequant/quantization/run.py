@@ -28,7 +28,7 @@ from erniequant.quantization.expert_job import (
 )
 from erniequant.quantization.expert_store import ExpertStore
 from erniequant.quantization.gradients import gradient_moments
-from erniequant.quantization.hidden_states import HiddenStates
+from erniequant.quantization.hidden_states import FEWEST_WINDOWS, HiddenStates
 from erniequant.quantization.job import Job
 from erniequant.quantization.layer import LayerInput, layer_context
 from erniequant.quantization.layer_tuning import train_layer
@@ -132,6 +132,10 @@ class Run:
         sizes = self.model.sizes
         streams = self._streams(windows)
         first = self._first_layer(streams)
+        if self._tune != "none" and not streams.fresh:
+            self.watch.message(
+                f"nothing is trained: that takes {FEWEST_WINDOWS} windows of calibration data"
+            )
         if self._by_gradient and streams.tokens:
             self._judge_outputs(streams)
         self._experts.check(first)
@@ -148,8 +152,10 @@ class Run:
             if self._tune != "model":
                 self._tuned.drop(index)
             self._finish_shards(index + 1)
-        if self._tune == "model" and windows is not None:
-            self._tune_model(windows, streams)
+        if self._tune == "model":
+            if windows is not None and streams.fresh:
+                self._tune_model(windows, streams)
+            self._finish_shards(sizes.layers + 1)
 
     def _streams(self, windows: CalibrationWindows | None) -> HiddenStates:
         return HiddenStates(
@@ -211,7 +217,7 @@ class Run:
         return first
 
     def _quantize_layer(self, index: int, streams: HiddenStates) -> None:
-        tunes = self._tune != "none" and streams.tokens > 0
+        tunes = self._tune != "none" and bool(streams.fresh)
         if self._tuned.event(index) is not None:
             self._tuned.write(index)
         entering = streams.copy_quantized() if tunes else None
@@ -274,7 +280,6 @@ class Run:
             )  # fmt: skip
             self._tuned.keep(layers, outcome)
         self._tuned.write(layers)
-        self._finish_shards(layers + 1)
 
     def _quantize_group(
         self, index: int, group: ExpertGroup, inputs: LayerInput, streams: HiddenStates

@@ -64,7 +64,7 @@ def test_a_run_under_the_least_budget(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ErnieQuantError, match="max-memory"):
         erniequant.quantize(
             source, tmp_path / "less", bits=2, effort="fast", device="cpu", calib_samples=4,
-            calib_length=64, threads=1, max_memory=least - 1, dry_run=True,
+            calib_length=64, threads=1, max_memory=least - 1, dry_run=True, tune="none",
         )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def test_quantise_prints_in_an_encoding_without_its_characters(micro_ernie, tmp_
     done = start("quantize", micro_ernie, folder, *FAST, "--json", out, PYTHONIOENCODING="gbk")
     assert (done.returncode, done.stderr) == (0, b"")
     text = done.stdout.decode("gbk")
-    assert "error: tr(E H E') / tr(W H W')" in text
+    assert "error: tr(G E H E') / tr(G W H W')" in text
     assert text.endswith("\\udcff2bit\n")
     report = (folder / "quantization_report.json").read_text()
     assert json.loads(out.read_text()) == json.loads(report)

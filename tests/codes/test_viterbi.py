@@ -142,6 +142,29 @@ def test_four_predecessors_are_searched_as_any_number_of_them(length: int) -> No
     np.testing.assert_array_equal(special, general)
 
 
+def test_rows_are_encoded_one_after_another() -> None:
+    # Seven rows of three tiles of 32. All numbers are small multiples of powers of two, so that
+    # sums are exact in any order.
+    rows, tile, outputs = 7, 32, 96
+    search, rng = encoder(get_code("cc2", 8)), np.random.default_rng(10)
+    weight, lead = (rng.integers(-400, 401, (rows, outputs)) / np.float32(256) for _ in range(2))
+    weight, aims = weight.astype(np.float32), (weight + lead / 2).astype(np.float32)
+    feedback = rng.integers(-2, 3, (rows, rows)).astype(np.float32) / 8
+    scale = np.float32(2) ** rng.integers(-1, 2, outputs).astype(np.float32)
+    weights = np.exp(rng.standard_normal((3, tile))).astype(np.float32)
+    found_aims, error = aims.copy(), weight.copy()
+    words, labels = search.encode_rows(found_aims, feedback, scale, weights, error)
+    for k in reversed(range(rows)):
+        aim = aims[k].copy()
+        for j in range(k + 1, rows):
+            aim += feedback[j, k] * (weight[j] - labels[j] * scale)
+        np.testing.assert_array_equal(found_aims[k], aim)
+        expected = search.encode((aim / scale).reshape(3, tile), weights)
+        np.testing.assert_array_equal(words[k], expected[0])
+        np.testing.assert_array_equal(labels[k].reshape(3, tile), expected[1])
+    np.testing.assert_array_equal(error, weight - labels * scale)
+
+
 def test_weights_move_error_to_where_it_costs_less() -> None:
     # With weights of log-normal spread 1 a scheme that ignores them reaches the plain error, the
     # ideal one exp(-1/2) of it; the search must get most of the way.

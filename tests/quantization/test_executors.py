@@ -133,7 +133,7 @@ def test_jobs_and_outcomes_hold_no_tables_and_no_source_matrices(
                 yield outcome
 
     use(Weighed(2))
-    quantized(small_runs["2 bits"], tmp_path / "q")
+    quantized(small_runs["2 bits"], tmp_path / "q", tune="none")
     # What pickle says beside the numbers of a dozen tensors; the smallest matrix has 24 KB.
     assert len(sizes) == 32 and all(0 <= size - needed < 5000 for size, needed in sizes), sizes
     # Three tables, and as many of the sample, which is all tokens here: none is there twice.

@@ -138,13 +138,16 @@ def test_the_prediction_is_what_its_parts_add_up_to() -> None:
     # 900 tokens in windows of 64, three threads; hidden 96, inner 64, six experts of which two.
     # A window in it, of 4 * 96 channels at the widest (2 * 160 is less).
     window = 4 * 64 * (3 * 384 + 6 * 96)
-    # Both streams of hidden states, both inputs and their drift; ids and weights of two experts.
-    tables = 900 * (4 * 5 * 96 + 2 * 2 * (8 + 4))
+    # Both streams of hidden states, both inputs and their drift, the quantised stream before the
+    # layer and its inputs once more; ids and weights of two experts.
+    tables = 900 * (4 * 7 * 96 + 2 * 2 * (8 + 4))
     # Moments and cross moments; a sample of all 900 tokens.
     shared = 2 * 4 * 96 * 96 + 900 * 4 * 3 * 96
     # One expert: factorising its larger Hessian (two float64, three float32) beside gate and up
-    # twice; a chunk of all tokens.
-    expert = (16 + 12) * 96 * 96 + 2 * (4 * 2 * 64 * 96) + 900 * 4 * (6 * 96 + 9 * 64)
+    # twice; metrics and factors of 128 outputs; a chunk of all tokens.
+    expert = (
+        (16 + 12) * 96 * 96 + 36 * 128 * 128 + 2 * (4 * 2 * 64 * 96) + 900 * 4 * (6 * 96 + 9 * 64)
+    )
     # Its tables: it may have twice the mean of 900 * 2 / 6 tokens, and has the sample.
     own = 4 * ((600 + 900) * 2 * 64 + 600 * 2 * 96)
     found = plan(10**12, threads=3)

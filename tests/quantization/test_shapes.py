@@ -81,24 +81,26 @@ def test_a_dense_model(micro_dense: Path, micro_text: Path, tmp_path: Path) -> N
     for path in micro_dense.iterdir():
         (source / path.name).write_bytes(path.read_bytes())
     report = check_round_trip(add_tokenizer(source), micro_text, tmp_path)
-    # Every token of the text passes the only expert.
-    assert report.tokens_per_expert() == {layer: [12 * 64] for layer in range(3)}
+    # Every token of the text passes the only expert; four of twelve windows are for training.
+    assert report.tokens_per_expert() == {layer: [8 * 64] for layer in range(3)}
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     assert config["quantization_config"]["format_version"] == 2
     assert list(config["quantization_config"]["layers"]) == ["0.mlp", "1.mlp", "2.mlp"]
 
 
 def check_round_trip(source: Path, text: Path, folder: Path) -> QuantizationReport:
-    """Quantise; every other tensor is there, verbatim; logits are those of the stock export, and
-    near the source's."""
+    """Quantise; every other tensor is there, verbatim where the report does not list it as trained;
+    logits are those of the stock export, and near the source's."""
     report = erniequant.quantize(
         source, folder / "q", bits=4, calib=str(text), device="cpu", threads=1, **CALIBRATION
     )
     assert verify(folder / "q", reference=source).ok
     before, after = open_checkpoint(source), open_checkpoint(folder / "q")
     quantized = set(report.plan.quantized)
+    trained = {name for stage in report.tuned for name in stage.moved}
+    assert trained <= set(before.names()) - quantized
     for name in before.names():
-        if name not in quantized:
+        if name not in quantized | trained:
             assert torch.equal(before.tensor(name), after.tensor(name)), name
     assert after.total_bytes == report.plan.output_bytes
     erniequant.export(folder / "q", folder / "plain", to="fp32")
@@ -115,7 +117,7 @@ def check_round_trip(source: Path, text: Path, folder: Path) -> QuantizationRepo
             m(ids).logits for m in (stock(source), stock(folder / "plain"), packed)
         )
     assert (found - exported).norm() <= 1e-4 * exported.norm()
-    assert (found - original).norm() <= 0.15 * original.norm()
+    assert (found - original).norm() <= 0.17 * original.norm()
     return report
 
 

@@ -31,24 +31,28 @@ def last_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return states.reshape(len(ids), -1)
 
 
+# Of nine windows, three are for training; of three windows none would change anything.
+@pytest.mark.parametrize(("tune", "samples"), [("none", 3), ("layer", 9)])
 def test_streams_end_where_the_models_end(
-    micro_source: Path, micro_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    micro_source: Path, micro_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    tune: str, samples: int,
+) -> None:  # fmt: skip
     kept: list[HiddenStates] = []
 
     class Kept(HiddenStates):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
             kept.append(self)
 
     monkeypatch.setattr(run, "HiddenStates", Kept)
     # Windows of 50: three of them on two threads, and 50 fills no block of anything.
-    erniequant.quantize(
-        micro_source, tmp_path / "q", bits=2, calib=str(micro_text), calib_samples=3,
-        calib_length=50, max_tp=1, effort="fast", device="cpu", threads=2,
+    report = erniequant.quantize(
+        micro_source, tmp_path / "q", bits=2, calib=str(micro_text), calib_samples=samples,
+        calib_length=50, max_tp=1, effort="fast", device="cpu", threads=2, tune=tune,
     )  # fmt: skip
+    assert any(stage.epochs for stage in report.tuned) == (tune == "layer")
     packed, tokenizer = erniequant.load(tmp_path / "q", device="cpu", dtype="float32")
-    config = CalibrationConfig(str(micro_text), samples=3, length=50)
+    config = CalibrationConfig(str(micro_text), samples=samples, length=50)
     windows = calibration_windows(tokenizer, config).windows
     stock = AutoModelForCausalLM.from_pretrained(
         micro_source, dtype=torch.float32, experts_implementation="eager"

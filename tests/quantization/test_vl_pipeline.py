@@ -22,7 +22,7 @@ from tests.micro import StopAfter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OPTIONS = {"calib_samples": 24, "calib_length": 64, "max_tp": 1, "effort": "fast"}
+OPTIONS = {"calib_samples": 24, "calib_length": 64, "max_tp": 1, "effort": "fast", "tune": "none"}
 GROUPS = ("text_moe", "vision_moe")
 
 

@@ -95,6 +95,36 @@ def test_gradients_of_the_original_change_the_codes(
     assert one.keys() == other.keys() and not torch.equal(one[name], other[name])
 
 
+def test_a_vision_language_model(micro_vl, micro_records, tmp_path, monkeypatch):
+    """Routers are stored transposed, both biases in one tensor, and image tokens have experts of
+    their own."""
+    report = quantized(micro_vl, tmp_path / "q", micro_records, monkeypatch, calib_samples=24)
+    moved = {name for stage in report.tuned for name in stage.moved}
+    assert {"model.layers.1.mlp.gate.weight", "model.layers.1.mlp.gate.weight_1"} <= moved
+    assert not any("vision_model" in name or "resampler" in name for name in moved)
+    assert not erniequant.verify(tmp_path / "q", reference=micro_vl).problems
+    erniequant.export(tmp_path / "q", tmp_path / "plain", to="fp32")
+    ids = torch.arange(40).view(2, 20)
+    models = [
+        erniequant.load(tmp_path / name, device="cpu", dtype=torch.float32)[0]
+        for name in ("q", "plain")
+    ]
+    with torch.no_grad():
+        packed, plain = (model(ids).logits for model in models)
+    torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tune", ["layer", "model"])
+def test_too_few_windows(micro_source, micro_text, tmp_path, monkeypatch, tune):
+    """Five windows leave one for training, and none to say when to stop."""
+    report = quantized(
+        micro_source, tmp_path / "q", micro_text, monkeypatch, tune=tune, calib_samples=5
+    )
+    assert not report.tuned
+    assert {m.tokens for m in report.matrices} != {0}
+    assert not erniequant.verify(tmp_path / "q", reference=micro_source).problems
+
+
 def test_unknown_modes_are_refused(micro_source, tmp_path):
     for options in ({"tune": "all"}, {"sensitivity": "none"}):
         with pytest.raises(erniequant.ErnieQuantError, match="must be one of"):
