@@ -5,7 +5,7 @@ over what is there. A kill in between loses nothing: they are written again.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,11 +52,6 @@ class TunedTensors:
         """What the journal says of a stage; None before `keep`."""
         return self._events.get(stage)
 
-    def changed(self, stage: int) -> bool:
-        """Whether a stage changed anything."""
-        event = self._events.get(stage)
-        return event is not None and event["epochs"] > 0
-
     def reports(self) -> tuple[TunedReport, ...]:
         """What training did, stage after stage."""
         return tuple(
@@ -80,7 +75,8 @@ class TunedTensors:
         self._events[stage] = self._work.journal.events[-1]
 
     def parameters(self, stage: int) -> dict[str, torch.Tensor]:
-        """Trained parameters of a stage by their names in the source."""
+        """Trained parameters of a stage by their names in the source; none if it changed
+        nothing."""
         return self._load(stage, _PARAMETER)
 
     def write(self, stage: int) -> None:
@@ -99,6 +95,19 @@ class TunedTensors:
     def drop(self, stage: int) -> None:
         """Forget the file of a stage whose tensors are in the shards for good."""
         self._work.drop_tensors("tuned", stage)
+
+    def require(self, layers: Iterable[int]) -> None:
+        """Make sure that the journal tells of all these layers.
+
+        Raises:
+            ErnieQuantError: it does not.
+        """
+        for layer in layers:
+            if layer not in self._events:
+                raise ErnieQuantError(
+                    f"the journal in {self._work.folder} does not say how layer {layer} was "
+                    "trained; use --restart"
+                )
 
     def check(self, stages: range) -> None:
         """Make sure that the shards hold what stages made, the last of them where several trained

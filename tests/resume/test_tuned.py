@@ -190,6 +190,24 @@ def test_damage_to_a_trained_tensor_in_an_unfinished_shard_is_found(
     assert error == f"{name} in {dst} is not what this run wrote; use --restart"
 
 
+@pytest.mark.parametrize("tune", ["layer", "model"])
+def test_a_layer_that_the_journal_does_not_tell_of(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, tune: str
+) -> None:
+    dst = tmp_path / "q"
+    on = ("fsync .tuned-00002.safetensors", 0)
+    assert run(dst, "native", tune, kill_on=on) == {"signal": 9}
+    journal = dst / WORK / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    told = [line for line in lines if '"event":"tuned"' in line]
+    assert len(told) == 1
+    journal.write_text("".join(line for line in lines if line not in told))
+    error = run(dst, "native", tune)["error"]
+    assert error == (
+        f"the journal in {dst / WORK} does not say how layer 1 was trained; use --restart"
+    )
+
+
 def test_what_was_compared_is_trained(
     run: Callable[..., dict[str, Any]], whole: Whole, tmp_path: Path
 ) -> None:
