@@ -138,6 +138,8 @@ class Run:
             )
         if self._by_gradient and streams.tokens:
             self._judge_outputs(streams)
+        if self._tune != "none" and streams.fresh:
+            self._tuned.require(index for index in sizes.moe_layers if index < first)
         self._experts.check(first)
         self._finish_shards(first)
         for index in range(first, sizes.layers):
@@ -246,9 +248,10 @@ class Run:
             )  # fmt: skip
             self._tuned.keep(index, tuned)
             self._tuned.write(index)
-        if not self._tuned.changed(index):
+        parameters = self._tuned.parameters(index)
+        if not parameters:
             return
-        source = Overlay(self.checkpoint, self._tuned.parameters(index))
+        source = Overlay(self.checkpoint, parameters)
         again = streams.into_tuned_experts(source, index, entering, inputs)
         packed = self._experts.packed_layer(index).experts
         for group in self.model.sizes.groups:

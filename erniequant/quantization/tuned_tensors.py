@@ -5,7 +5,7 @@ over what is there. A kill in between loses nothing: they are written again.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,11 +52,6 @@ class TunedTensors:
         """What the journal says of a stage; None before `keep`."""
         return self._events.get(stage)
 
-    def changed(self, stage: int) -> bool:
-        """Whether a stage changed anything."""
-        event = self._events.get(stage)
-        return event is not None and event["epochs"] > 0
-
     def reports(self) -> tuple[TunedReport, ...]:
         """What training did, stage after stage."""
         return tuple(
@@ -80,16 +75,18 @@ class TunedTensors:
         self._events[stage] = self._work.journal.events[-1]
 
     def parameters(self, stage: int) -> dict[str, torch.Tensor]:
-        """Trained parameters of a stage by their names in the source."""
+        """Trained parameters of a stage by their names in the source; none if it changed
+        nothing."""
         return self._load(stage, _PARAMETER)
 
     def write(self, stage: int) -> None:
-        """Put what a stage made into the shards; doing it again changes nothing."""
+        """Put what a stage made into the shards; doing it again changes nothing, nor do shards that
+        were finished since."""
         stored = self._output.stored(self.parameters(stage)) | self._load(stage, _SCALE)
-        for name, tensor in stored.items():
-            self._shards.write(name, tensor)
-        if stored:
-            self._shards.sync(list(stored))
+        names = [n for n in stored if not self._shards.finished(self._shards.shard_of(n))]
+        for name in names:
+            self._shards.write(name, stored[name])
+        self._shards.sync(names)
 
     def _load(self, stage: int, kind: str) -> dict[str, torch.Tensor]:
         kept = self._work.load_tensors("tuned", stage, self._events[stage]["file"])
@@ -98,6 +95,19 @@ class TunedTensors:
     def drop(self, stage: int) -> None:
         """Forget the file of a stage whose tensors are in the shards for good."""
         self._work.drop_tensors("tuned", stage)
+
+    def require(self, layers: Iterable[int]) -> None:
+        """Make sure that the journal tells of all these layers.
+
+        Raises:
+            ErnieQuantError: it does not.
+        """
+        for layer in layers:
+            if layer not in self._events:
+                raise ErnieQuantError(
+                    f"the journal in {self._work.folder} does not say how layer {layer} was "
+                    "trained; use --restart"
+                )
 
     def check(self, stages: range) -> None:
         """Make sure that the shards hold what stages made, the last of them where several trained

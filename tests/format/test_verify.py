@@ -105,3 +105,31 @@ def test_checksums(packed_ernie: Path, tmp_path: Path) -> None:
 def test_not_quantised(micro_ernie: Path) -> None:
     with pytest.raises(ErnieQuantError, match="is not quantised"):
         verify(micro_ernie)
+
+
+def test_trained_tensors_are_those_that_the_report_lists(
+    damaged: Damaged, micro_ernie: Path
+) -> None:
+    trained, listed = "model.layers.1.mlp.gate.weight", "model.layers.2.input_layernorm.weight"
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[trained] += 1
+        # Training changes no type and no shape.
+        tensors[listed] = tensors[listed].float()
+        tensors["model.norm.weight"] += 1
+
+    folder = damaged(edit)
+    digests = {shard.name: sha256_of(shard) for shard in folder.glob("*.safetensors")}
+    report = {"sha256": digests, "tuned": [{"moved": {trained: 0.1}}, {"moved": {listed: 0.0}}]}
+    write_json(folder / "quantization_report.json", report)
+    first, second = verify(folder, micro_ernie).problems
+    assert listed in first + second and "has another shape or type" in first + second
+    assert "model.norm.weight differs from the reference" in first + second
+    # Without the report nothing was trained.
+    (folder / "quantization_report.json").unlink()
+    problems = " ".join(verify(folder, micro_ernie).problems)
+    assert f"{trained} differs from the reference" in problems
+    # A report without such a list, and lists that are none.
+    for odd in ({}, {"tuned": None}, {"tuned": [7, {"moved": [trained]}]}):
+        write_json(folder / "quantization_report.json", {"sha256": digests, **odd})
+        assert f"{trained} differs" in " ".join(verify(folder, micro_ernie).problems)

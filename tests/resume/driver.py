@@ -1,9 +1,10 @@
 """Runs `erniequant.quantize` in children forked after the imports, and kills them on request.
 
 Reads one JSON request a line on stdin, answers with one JSON object a line on stdout. A child
-counts what it does to the disk (writes, flushes, renames, deletions) and kills itself at a given
-count (a write is cut in half first), or has a full disk from a count on. This process has no
-threads of its own at the time of the fork, or the children could hang.
+counts what it does to the disk (writes, flushes, renames) and kills itself at a given count (a
+write is cut in half first), or so many counts after it first does something by name, or has a full
+disk from a count on. This process has no threads of its own at the time of the fork, or the
+children could hang.
 """
 
 import errno
@@ -19,13 +20,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast  # noqa: F401  (imported once, here)
 
-from erniequant.checkpoint.reader import open_checkpoint
 from erniequant.codes import get_code
 from erniequant.codes.viterbi import encoder
 from erniequant.errors import ErnieQuantError
-from erniequant.models.registry import architecture_of
-from erniequant.quantization.memory import MemoryInputs, largest_layer, plan_memory
-from erniequant.quantization.pipeline import quantize
+from erniequant.formats.fastdeploy.ccq.encode import encode_matrix
+from erniequant.quantization import job, pipeline, run
+from erniequant.tuning.config import Training
 
 NEEDED = (
     "transformers.models.auto.tokenization_auto",
@@ -36,6 +36,9 @@ NEEDED = (
 )
 """What the library imports when it first needs it, which would be in every child."""
 
+SMALL_STEPS = Training(epochs=2, windows_per_step=2, rate=3e-4, matrix_rate=3e-4)
+"""A random model has little to learn; a large step may well choose worse experts."""
+
 COUNTED = ("pwrite", "fsync", "fdatasync", "replace", "posix_fallocate")
 
 
@@ -43,12 +46,18 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in NEEDED:
         importlib.import_module(name)
+    run.LAYER = run.MODEL = SMALL_STEPS
     # Compiled once here, not in every child.
     tile = np.zeros((1, 32), np.float32)
     encoder(get_code("cc2", 10)).encode(tile, tile + 1)
     print(json.dumps({"ready": True}), flush=True)
+    warm = False
     for line in sys.stdin:
-        print(json.dumps(_run(json.loads(line))), flush=True)
+        request = json.loads(line)
+        if not warm and request["options"].get("format") == "fastdeploy-wint2":
+            encode_matrix(torch.randn(128, 128), torch.eye(128), k_order="mma64")
+            warm = True
+        print(json.dumps(_run(request)), flush=True)
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
@@ -67,16 +76,18 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _child(request: dict[str, Any], writing: int) -> None:
-    events = _count_events(request.get("kill_at"), request.get("full_at"))
+    events = _count_events(request)
     if request.get("file_limit"):
         limit = request["file_limit"]
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    options = dict(request["options"])
     if request.get("tight"):
-        options["max_memory"] = _least_memory(request["src"], options)
+        # The least that a run can do with: one expert at a time, tables on disk.
+        planned = job.plan_memory
+        job.plan_memory = lambda model, needs, *_: planned(model, needs, 1, 0, True)
+    pipeline.MAX_SHARD_BYTES = request.get("shard_bytes", pipeline.MAX_SHARD_BYTES)
     answer: dict[str, Any] = {}
     try:
-        report = quantize(request["src"], request["dst"], **options)
+        report = pipeline.quantize(request["src"], request["dst"], **request["options"])
         answer = {"ok": True, "sessions": report.sessions}
     except ErnieQuantError as error:
         answer = {"error": str(error)}
@@ -87,21 +98,18 @@ def _child(request: dict[str, Any], writing: int) -> None:
     os._exit(0)
 
 
-def _least_memory(src: str, options: dict[str, Any]) -> int:
-    """The least that a run can do with: one expert at a time, tables on disk."""
-    checkpoint = open_checkpoint(src)
-    model = architecture_of(checkpoint.config)
-    layer = largest_layer(checkpoint, model)
-    tokens, length = options["calib_samples"] * options["calib_length"], options["calib_length"]
-    return plan_memory(model, MemoryInputs(tokens, length, 0, layer), 1, 0, True).peak_bytes
-
-
-def _count_events(kill_at: int | None, full_at: int | None) -> list[int]:
+def _count_events(request: dict[str, Any]) -> list[int]:
+    """Count from now on; ``kill_on`` is what is done to which file, and a number of events."""
     events = [0]
+    kill_at, full_at = request.get("kill_at"), request.get("full_at")
+    named, later = request.get("kill_on", (None, 0))
 
     def counted(name: str, original: Any) -> Any:
         def call(*args: Any) -> Any:
+            nonlocal kill_at
             events[0] += 1
+            if named and kill_at is None and f"{name} {_file(args)}".startswith(named):
+                kill_at = events[0] + later
             if events[0] == kill_at:
                 if name == "pwrite":
                     original(args[0], bytes(args[1])[: len(args[1]) // 2], args[2])
@@ -115,6 +123,12 @@ def _count_events(kill_at: int | None, full_at: int | None) -> list[int]:
     for name in COUNTED:
         setattr(os, name, counted(name, getattr(os, name)))
     return events
+
+
+def _file(args: tuple[Any, ...]) -> str:
+    """The name of the file that a call changes: its last path, or that of its descriptor."""
+    path = os.readlink(f"/proc/self/fd/{args[0]}") if isinstance(args[0], int) else args[1]
+    return os.path.basename(path)
 
 
 if __name__ == "__main__":

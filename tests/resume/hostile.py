@@ -10,7 +10,10 @@ from typing import Any
 from tests.resume.kills import Driver, contents
 
 KILL = 135
-"""Of the 175 times that a run touches the disk, one in the second MoE layer."""
+"""Of the 175 times that a run without training touches the disk, one in the second MoE layer."""
+
+KILL_TRAINED = ("replace tuned-00002.safetensors", 2)
+"""In a run that trains: the second MoE layer is trained, and the journal says so."""
 
 ODD_VALUES = [
     None,
@@ -40,11 +43,12 @@ def survive_damage(
     expected: dict[str, bytes],
     cases: int,
     seed: int,
+    **kill: Any,
 ) -> tuple[int, int, list[str]]:
     """Damage what a killed run left, and go on: how often that was refused in one line, how often
     it gave the right bytes, and everything else, one line each."""
     base, dst = folder / "base", folder / "q"
-    assert driver.run(source, base, options, kill_at=KILL) == {"signal": 9}
+    assert driver.run(source, base, options, **kill) == {"signal": 9}
     refused, right, problems = 0, 0, []
     for case in range(cases):
         rng = random.Random(f"{seed} {case}")
@@ -73,7 +77,7 @@ def damage(work: Path, partial: Path, rng: random.Random) -> str:
         journal.write_bytes(journal.read_bytes()[:size])
         return f"journal cut at {size}"
     if kind == "other":
-        files = [partial, *work.glob("states-*"), work / "lock"]
+        files = [partial, *work.glob("states-*"), *work.glob("tuned-*"), work / "lock"]
         return _flip(rng.choice(files), rng)
     lines = journal.read_bytes().splitlines()
     number = rng.randrange(len(lines))

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from testing.micro_model import add_tokenizer, write_micro_ernie  # noqa: E402
 from tests.micro import CALIBRATION, write_text  # noqa: E402
-from tests.resume.hostile import survive_damage  # noqa: E402
+from tests.resume.hostile import KILL, survive_damage  # noqa: E402
 from tests.resume.kills import Driver, contents, survive_kills  # noqa: E402
 
 
@@ -29,11 +29,11 @@ def main() -> None:
         folder = Path(name)
         source = add_tokenizer(write_micro_ernie(folder / "source"))
         text = write_text(folder / "text.txt")
-        options = {"bits": 2, "calib": str(text), "threads": 1, **CALIBRATION}
+        options = {"bits": 2, "calib": str(text), "threads": 1, "tune": "none", **CALIBRATION}
         problems = survive_kills(driver, source, options, folder, arguments.kills, seed)
         expected = contents(folder / "whole")
         refused, right, wrong = survive_damage(
-            driver, source, options, folder, expected, arguments.damage, seed
+            driver, source, options, folder, expected, arguments.damage, seed, kill_at=KILL
         )
     driver.close()
     for line in problems + wrong:
