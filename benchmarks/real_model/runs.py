@@ -149,6 +149,17 @@ def quantised(bench: Bench, recipes: Iterable[Recipe]) -> list[dict[str, Any]]:
     return entries
 
 
+def print_seeds(bench: Bench, bits: int, options: argparse.Namespace, more: Settings) -> None:
+    """Quantise with every seed, print a row for each, and one of their mean if there are several.
+
+    options: from a parser with `add_options`.
+    """
+    recipes = [Recipe(bits, seed, options.effort, more) for seed in options.seeds]
+    entries = quantised(bench, recipes)
+    if len(entries) > 1:
+        print(mean_row(entries), flush=True)
+
+
 def record(bench: Bench, entry: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Evaluate a folder, as a bf16 export if it is packed; print its row and keep its figures."""
     plain = folder

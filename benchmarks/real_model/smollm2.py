@@ -45,10 +45,7 @@ def main() -> None:
         return
     more = runs.merged(options.set)
     for bits in options.bits:
-        recipes = [runs.Recipe(bits, seed, options.effort, more) for seed in options.seeds]
-        entries = runs.quantised(bench, recipes)
-        if len(entries) > 1:
-            print(runs.mean_row(entries), flush=True)
+        runs.print_seeds(bench, bits, options, more)
 
 
 def prepare(options: argparse.Namespace) -> runs.Bench:

@@ -37,11 +37,7 @@ def main() -> None:
     print(runs.heading(options.texts), flush=True)
     for bits in options.bits:
         for variant in options.variants:
-            more = runs.merged([*options.set, variant])
-            recipes = [runs.Recipe(bits, seed, options.effort, more) for seed in options.seeds]
-            entries = runs.quantised(bench, recipes)
-            if len(entries) > 1:
-                print(runs.mean_row(entries), flush=True)
+            runs.print_seeds(bench, bits, options, runs.merged([*options.set, variant]))
 
 
 def prepare(options: argparse.Namespace) -> runs.Bench:

@@ -19,15 +19,11 @@ from erniequant.data.inputs import ModelInput
 from erniequant.models.architecture import EXPERT_MATRICES, Architecture
 from erniequant.models.head import Head, load_head
 from erniequant.tuning.decoder_layer import DecoderLayer, FixedExpert, gradients
+from erniequant.tuning.model import POSITIONS
+from erniequant.tuning.training import Window
 
 TOKENS = 16_384
 """Tokens of the backward pass: six for every dimension of the 21B's hidden states."""
-
-POSITIONS = 256
-"""Positions whose logits are in memory at once."""
-
-Window = tuple[slice, ModelInput]
-"""Rows of a calibration window in the tables, and the window."""
 
 
 def gradient_moments(

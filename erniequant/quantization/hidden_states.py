@@ -186,10 +186,7 @@ class HiddenStates:
     def copy_quantized(self) -> Rows:
         """A copy of the hidden states in the quantised model."""
         copy = self._pool.empty(*self._quantized.tensor.shape)
-        for rows in self._window_rows:
-            copy.tensor[rows] = self._quantized.tensor[rows]
-            copy.release()
-            self._quantized.release()
+        self._copy(self._quantized, copy)
         return copy
 
     def into_tuned_experts(
@@ -197,14 +194,18 @@ class HiddenStates:
     ) -> LayerInput:
         """Advance the quantised stream once more, from ``entering``, through a layer read from
         another source up to its experts; `into_experts` gave ``before``."""
-        for rows in self._window_rows:
-            self._quantized.tensor[rows] = entering.tensor[rows]
-            entering.release()
-            self._quantized.release()
+        self._copy(entering, self._quantized)
         layer = self._architecture.load_layer(source, index, self._device)
         tables = self._input_tables()
         self._advance(self._quantized, self._step_into(layer, tables))
         return replace(before, quantized=tables.input, tables=(*before.tables, tables.x))
+
+    def _copy(self, source: Rows, to: Rows) -> None:
+        """Copy hidden states, of one window at a time in memory."""
+        for rows in self._window_rows:
+            to.tensor[rows] = source.tensor[rows]
+            to.release()
+            source.release()
 
     def _step_into(self, layer: Any, inputs: "_InputTables") -> Step:
         model = self._architecture

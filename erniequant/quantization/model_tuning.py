@@ -15,7 +15,7 @@ from erniequant.quantization.tuned_tensors import Tuned
 from erniequant.quantization.tuning_cost import unpacked_parameters
 from erniequant.tuning.config import Training, trains_whole
 from erniequant.tuning.decoder_layer import DecoderLayer
-from erniequant.tuning.layer import scale_factors, trainable
+from erniequant.tuning.layer import leaves_of, scale_factors, trainable
 from erniequant.tuning.model import ModelProblem, tune_model
 from erniequant.tuning.training import Window
 
@@ -59,8 +59,7 @@ def train_model(
             stored.append((index, layer))
         factors = scale_factors(experts, model, device)
         parameters.append(trainable(module, endings))
-        leaves += parameters[-1].values()
-        leaves += [f for both in factors.values() for f in (both.gate_up, both.down)]
+        leaves += [*parameters[-1].values(), *leaves_of(factors)]
         layers.append(DecoderLayer(model, module, experts, factors))
     head = load_head(source, model, device)
     norm = head.norm.clone().requires_grad_()

@@ -60,10 +60,7 @@ def tune_layer(problem: LayerProblem, config: Training, threads: int) -> TunedLa
         error = (layer(hidden, window)[0].float() - target).square().mean(-1)
         return (error / target.square().mean(-1).clamp_min(1e-30)).mean()
 
-    leaves = [
-        *trained.values(),
-        *(f for both in factors.values() for f in (both.gate_up, both.down)),
-    ]
+    leaves = [*trained.values(), *leaves_of(factors)]
     outcome = train(leaves, problem.windows, loss, config, problem.device, threads)
     if not outcome.epochs:
         return TunedLayer({}, {}, outcome)
@@ -84,6 +81,11 @@ def trainable(module: nn.Module, endings: tuple[str, ...] = ("",)) -> dict[str, 
             found[name] = nn.Parameter(parameter.detach().float().clone())
             setattr(module.get_submodule(path), last, found[name])
     return found
+
+
+def leaves_of(factors: Mapping[int, ScaleFactors]) -> list[torch.Tensor]:
+    """The tensors of all experts' factors, in the order of experts."""
+    return [leaf for both in factors.values() for leaf in (both.gate_up, both.down)]
 
 
 def scale_factors(
