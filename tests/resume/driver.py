@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,9 @@ NEEDED = (
 )
 """What the library imports when it first needs it, which would be in every child."""
 
-SMALL_STEPS = Training(epochs=2, windows_per_step=2, rate=3e-4, matrix_rate=3e-4)
-"""A random model has little to learn; a large step may well choose worse experts."""
+STEPS = Training(epochs=2, windows_per_step=2, rate=6e-3, matrix_rate=3e-4)
+"""A random model has little to learn, and a large step of a router may well choose worse experts;
+but scales have to move by more than the spacing of bfloat16, or nothing shows that they did."""
 
 COUNTED = ("pwrite", "fsync", "fdatasync", "replace", "posix_fallocate")
 
@@ -46,7 +48,6 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in NEEDED:
         importlib.import_module(name)
-    run.LAYER = run.MODEL = SMALL_STEPS
     # Compiled once here, not in every child.
     tile = np.zeros((1, 32), np.float32)
     encoder(get_code("cc2", 10)).encode(tile, tile + 1)
@@ -84,6 +85,7 @@ def _child(request: dict[str, Any], writing: int) -> None:
         # The least that a run can do with: one expert at a time, tables on disk.
         planned = job.plan_memory
         job.plan_memory = lambda model, needs, *_: planned(model, needs, 1, 0, True)
+    run.LAYER = run.MODEL = replace(STEPS, **request.get("steps", {}))
     pipeline.MAX_SHARD_BYTES = request.get("shard_bytes", pipeline.MAX_SHARD_BYTES)
     answer: dict[str, Any] = {}
     try:

@@ -55,6 +55,8 @@ def run(
         native = format == "native"
         own = {} if native else {key: FASTDEPLOY[key] for key in ("format", "w4_layers")}
         options = tuned_options | own | {"tune": tune}
+        if not native:
+            request["steps"] = {"rate": 3e-4}  # larger ones do not improve this model
         return driver.run(micro_source if native else fastdeploy_source, dst, options, **request)
 
     return session
@@ -211,15 +213,17 @@ def test_a_layer_that_the_journal_does_not_tell_of(
 def test_what_was_compared_is_trained(
     run: Callable[..., dict[str, Any]], whole: Whole, tmp_path: Path
 ) -> None:
-    assert run(tmp_path / "q", "native", "none")["ok"]
-    none = load_file(tmp_path / "q/model.safetensors")
+    # Without epochs, windows are set aside for training, which then changes nothing.
+    assert run(tmp_path / "q", "native", "layer", steps={"epochs": 0})["ok"]
+    still = load_file(tmp_path / "q/model.safetensors")
     layer, model = (
         load(whole("native", tune, 10**9)["model.safetensors"]) for tune in ("layer", "model")
     )
+    # Fitted to the same windows: the words of the first layer are those of a run without training.
+    words = "model.layers.1.mlp.experts.down_proj_packed"
+    assert still[words].equal(layer[words]) and still[words].equal(model[words])
     for index in (1, 2):
         for name in ("self_attn.o_proj.weight", "mlp.gate.weight", "mlp.experts.down_proj_scale"):
             full = f"model.layers.{index}.{name}"
-            assert not none[full].equal(layer[full]), full
-        # The end is too short for a scale to move by a step of bfloat16.
-        full = f"model.layers.{index}.mlp.gate.weight"
-        assert not layer[full].equal(model[full]), full
+            assert not still[full].equal(layer[full]), full
+            assert not layer[full].equal(model[full]), full
