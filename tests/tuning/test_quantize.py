@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import erniequant
 from erniequant.quantization import run as run_module
+from erniequant.quantization.model_tuning import train_model
 from erniequant.tuning.config import Training
 from tests.micro import CALIBRATION
 
@@ -62,6 +63,25 @@ def test_tuned_models(micro_source, micro_text, tmp_path, monkeypatch, tune):
         torch.testing.assert_close(packed(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
 
     assert not erniequant.verify(tmp_path / "q", reference=micro_source).problems
+
+
+def test_training_of_the_model_goes_on_from_its_tuned_layers(
+    micro_source, micro_text, tmp_path, monkeypatch
+):
+    """It begins with what training of layers alone writes."""
+    begun_with = {}
+
+    def seen(*arguments):
+        begun_with.update(arguments[4])
+        return train_model(*arguments)
+
+    monkeypatch.setattr(run_module, "train_model", seen)
+    quantized(micro_source, tmp_path / "model", micro_text, monkeypatch, tune="model")
+    layers = quantized(micro_source, tmp_path / "layer", micro_text, monkeypatch, tune="layer")
+    moved = {name for stage in layers.tuned for name in stage.moved}
+    written = tensors(tmp_path / "layer")
+    assert moved and moved == begun_with.keys()
+    assert all(torch.equal(begun_with[name], written[name]) for name in moved)
 
 
 def test_verify_names_what_was_not_trained(micro_source, micro_text, tmp_path, monkeypatch):
