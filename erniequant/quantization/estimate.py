@@ -23,11 +23,17 @@ class Estimate:
 
 
 def estimate(
-    plan: Plan, memory: MemoryPlan, tokens: int, rate: float, training: float = 0.0
+    plan: Plan,
+    memory: MemoryPlan,
+    tokens: int,
+    rate: float,
+    training: float = 0.0,
+    kept: int = 0,
 ) -> Estimate:
     """Predict a run over ``tokens`` calibration tokens that goes as ``memory`` says, computing on
-    the CPU; ``rate`` from `Format.encode_rate`, ``training`` from `tuning_seconds`."""
-    disk = plan.output_bytes + memory.scratch_bytes
+    the CPU; ``rate`` from `Format.encode_rate`, ``training`` from `tuning_seconds`, ``kept`` from
+    `tuning_disk`."""
+    disk = plan.output_bytes + memory.scratch_bytes + kept
     disk += 4 * tokens * plan.model.hidden * _STATES_KEPT
     seconds = (_work_seconds(plan, tokens, rate) + training) / memory.experts_at_once
     return Estimate(seconds, memory.peak_bytes, memory.vram_bytes, disk)

@@ -31,7 +31,12 @@ from erniequant.quantization.memory import (
 )
 from erniequant.quantization.options import RunOptions
 from erniequant.quantization.report import QuantizationReport
-from erniequant.quantization.tuning_cost import TuningBytes, tuning_bytes, tuning_seconds
+from erniequant.quantization.tuning_cost import (
+    TuningBytes,
+    tuning_bytes,
+    tuning_disk,
+    tuning_seconds,
+)
 from erniequant.system import resolve_device
 
 
@@ -103,7 +108,8 @@ def plan_job(
     needs = MemoryInputs(tokens, length, patches, layer, chosen.encoder_bytes, tuning)
     memory = _fit(model, needs, threads, run.max_memory, device)
     training = tuning_seconds(model, plan, tokens) if tokens else 0.0
-    predicted = estimate(plan, memory, tokens, chosen.encode_rate(options), training)
+    kept = tuning_disk(model, plan, tokens, layer) if tokens else 0
+    predicted = estimate(plan, memory, tokens, chosen.encode_rate(options), training, kept)
     left = left_behind(checkpoint.folder, {INDEX_FILE, *checkpoint.shards})
     lines = [
         describe(plan, memory, predicted, checkpoint.absent_bytes),

@@ -1,4 +1,5 @@
-"""Memory and time of training, and of running the original backwards, as predicted before a run."""
+"""Memory, disk and time of training, and of running the original backwards, as predicted before a
+run."""
 
 import math
 from dataclasses import dataclass
@@ -54,6 +55,30 @@ def tuning_bytes(model: Architecture, plan: Plan, length: int, layer: int) -> Tu
     logits = 4 * 4 * POSITIONS * sizes.vocabulary + 4 * length * hidden * sizes.layers
     gradients = 4 * unpacked if trains_whole(unpacked) else 0
     return TuningBytes(max(shared, whole), max(window, graph + logits + gradients))
+
+
+def tuning_disk(model: Architecture, plan: Plan, tokens: int, layer: int) -> int:
+    """Bytes in the work folder: trained tensors until they are in the result for good, and the
+    original's hidden states and gradient moments.
+
+    Args:
+        layer: bytes of the largest layer without its experts, as it is stored.
+    """
+    options, sizes = plan.options, model.sizes
+    rows = sum(group.experts * (2 * group.inner + sizes.hidden) for group in sizes.groups)
+    scales = 2 * rows
+    n_bytes = 0
+    if options.tune == "layer":
+        n_bytes = layer + scales
+    elif options.tune == "model":
+        # Those of every layer, and those of the whole model.
+        unpacked = 2 * unpacked_parameters(model)
+        whole = unpacked if trains_whole(unpacked // 2) else unpacked // sizes.hidden
+        n_bytes = unpacked + whole + 2 * len(sizes.moe_layers) * scales
+    if options.sensitivity == "gradient":
+        states = 4 * min(TOKENS, tokens) * sizes.hidden * sizes.layers
+        n_bytes += states + 4 * sizes.hidden**2 * len(sizes.moe_layers)
+    return n_bytes
 
 
 def tuning_seconds(model: Architecture, plan: Plan, tokens: int) -> float:

@@ -51,6 +51,12 @@ def test_tuned_models(micro_source, micro_text, tmp_path, monkeypatch, tune):
     layers = {stage.layer for stage in report.tuned}
     assert layers == ({1, 2, 3} if tune == "model" else {1, 2})
     assert json.loads((tmp_path / "q/quantization_report.json").read_text())["tuned"]
+    # What is kept beside the result was predicted: every layer until the model was trained.
+    untuned = quantized(micro_source, tmp_path / "n", micro_text, monkeypatch, tune="none")
+    more = report.predicted.disk_bytes - untuned.predicted.disk_bytes
+    assert report.measured.disk_bytes - untuned.measured.disk_bytes <= more + 50_000
+    bytes_moved = 2 * sum(before[name].numel() for name in moved)
+    assert more > (bytes_moved if tune == "model" else bytes_moved / 3)
     planned = {g.names for g in report.plan.groups if g.fate == "tune"}
     assert ("model.norm.weight" in planned) == (tune == "model")
 
