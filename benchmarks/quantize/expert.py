@@ -54,7 +54,7 @@ PHASES = {
 }
 """Phases by function; products with tokens that are not moments are forward passes."""
 
-CODES = {2: ("cc2", 12), 3: ("cc3", 12), 4: ("cc4", 12)}
+CODES = {2: ("cc2", 12), 3: ("cc3", 13), 4: ("cc4", 13)}
 """Code and register length of ``--effort standard``."""
 
 TILE = 256
