@@ -32,11 +32,12 @@ class Encoder:
 
     ``tables`` is float32 ``[V, B, R]``: label ``v`` of register ``j * R + r``, where ``B`` is the
     number of branches per step and registers that share their low bits ``r`` have the same
-    successors.
+    successors. ``arranged`` are the same labels as the forward step reads them.
     """
 
     code: ConvolutionalCode
     tables: Float32
+    arranged: Float32
     search: Callable[..., None]
     search_rows: Callable[..., None]
 
@@ -54,7 +55,7 @@ class Encoder:
         sequences, tile = targets.shape
         words = np.zeros((sequences, self.code.words_per_sequence(tile)), np.uint32)
         labels = np.empty((sequences, tile), np.float32)
-        self.search(targets, weights, self.tables, words, labels)
+        self.search(targets, weights, self.tables, self.arranged, words, labels)
         return words, labels
 
     def encode_rows(
@@ -76,7 +77,9 @@ class Encoder:
         sequences, tile = weights.shape
         words = np.zeros((len(aims), sequences, self.code.words_per_sequence(tile)), np.uint32)
         labels = np.empty_like(aims)
-        self.search_rows(aims, feedback, scale, weights, self.tables, error, words, labels)
+        self.search_rows(
+            aims, feedback, scale, weights, self.tables, self.arranged, error, words, labels
+        )
         return words, labels
 
 
@@ -86,7 +89,9 @@ def encoder(code: ConvolutionalCode) -> Encoder:
     branches = 1 << code.step_bits
     table = np.ascontiguousarray(code.table().T)
     tables = table.reshape(code.weights_per_step, branches, code.states // branches)
-    return Encoder(code, tables, *compile_search(code.step_bits, code.weights_per_step))
+    _, arrange = forward_step(branches, code.weights_per_step)
+    search = compile_search(code.step_bits, code.weights_per_step)
+    return Encoder(code, tables, arrange(tables), *search)
 
 
 @lru_cache(maxsize=8)
@@ -96,7 +101,7 @@ def compile_search(
     """The searches of `Encoder.encode` and `Encoder.encode_rows` for one step size; both release
     the GIL."""
     branches = 1 << step_bits
-    forward, arrange = forward_step(branches, per_step)
+    forward, _ = forward_step(branches, per_step)
     njit: Any = numba.njit(nogil=True, boundscheck=False)
 
     @njit
@@ -137,6 +142,7 @@ def compile_search(
         targets: Float32,
         weights: Float32,
         tables: Float32,
+        arranged: Float32,
         words: NDArray[np.uint32],
         labels: Float32,
     ) -> None:
@@ -147,7 +153,6 @@ def compile_search(
         first = steps - around % steps
         longest = max(steps, 2 * around)
         best = np.empty((longest + 1, classes), np.float32)
-        arranged = arrange(tables)
         states = np.empty(longest, np.int64)
         for q in range(targets.shape[0]):
             # w (label - x)^2 = (label root(w) - x root(w))^2, which is one operation less.
@@ -182,6 +187,7 @@ def compile_search(
         scale: Float32,
         weights: Float32,
         tables: Float32,
+        arranged: Float32,
         error: Float32,
         words: NDArray[np.uint32],
         labels: Float32,
@@ -197,7 +203,7 @@ def compile_search(
                     aim[n] += factor * error[j, n]
             for n in range(outputs):
                 flat[n] = aim[n] / scale[n]
-            search(target, weights, tables, words[k], labels[k].reshape(weights.shape))
+            search(target, weights, tables, arranged, words[k], labels[k].reshape(weights.shape))
             for n in range(outputs):
                 error[k, n] -= labels[k, n] * scale[n]
 

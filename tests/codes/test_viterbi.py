@@ -42,7 +42,7 @@ def test_finds_the_best_of_all_streams_with_its_seam(name: str) -> None:
     words = np.zeros((12, 1), np.uint32)
     labels = np.empty_like(targets)
     search = encoder(code)
-    search.search(targets, weights, search.tables, words, labels)
+    search.search(targets, weights, search.tables, search.arranged, words, labels)
     for x, w, label, word in zip(targets, weights, labels, words[:, 0], strict=True):
         chosen = int(word) >> (32 - n_bits)
         np.testing.assert_array_equal(codewords[chosen], label)
