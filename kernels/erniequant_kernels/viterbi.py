@@ -21,12 +21,16 @@ from erniequant_kernels.launch import kept_on_device, launch
 
 UNREACHABLE = tl.constexpr(1e30)
 LANE_LABELS = 64
-"""Labels that a lane keeps in registers: as many registers are left for the search where four
-programs of four warps share a multiprocessor."""
-KEPT_LABELS = 1 << 15
-"""Labels that a program keeps: half of a multiprocessor's registers. Those of longer registers are
-read again in every step."""
+"""Labels that a lane keeps in registers."""
+SEARCH_REGISTERS = 64
+"""Registers of a lane beside its labels: four programs of four warps fit a multiprocessor. Left
+alone, the compiler takes fewer and spills."""
+KEPT_LABELS = 1 << 14
+"""Labels that a program keeps, in a quarter of a multiprocessor's registers. More of them are read
+in every step."""
 MOST_WARPS = 32
+REGISTERS = 1 << 16
+"""Of a multiprocessor."""
 SCRATCH_BYTES = 1 << 31
 """Costs that may lie in memory at a time; further matrices are searched in later launches."""
 
@@ -57,6 +61,21 @@ def _labels(table_ptr, lane, first: tl.constexpr, last: tl.constexpr, CLASSES: t
 
 
 @triton.jit
+def _store_neighbours(at, values, COUNT: tl.constexpr):
+    """Store what lies side by side, four numbers at a time."""
+    if COUNT == 1:
+        tl.store(at, values[0])
+    elif COUNT == 2:
+        tl.store(at[:, None] + tl.arange(0, 2)[None, :], tl.join(values[0], values[1]))
+    else:
+        for i in tl.static_range(0, COUNT, 4):
+            even = tl.join(values[i], values[i + 2])
+            odd = tl.join(values[i + 1], values[i + 3])
+            four = tl.reshape(tl.join(even, odd), (at.shape[0], 4))
+            tl.store(at[:, None] + i + tl.arange(0, 4)[None, :], four)
+
+
+@triton.jit
 def _forward(
     before_ptr, after_ptr, table_ptr, kept, values, lane, CLASSES: tl.constexpr,
     BRANCHES: tl.constexpr, PER_STEP: tl.constexpr, SHARING: tl.constexpr, KEPT: tl.constexpr,
@@ -67,6 +86,7 @@ def _forward(
     for j in tl.static_range(BRANCHES):
         place = j * (CLASSES // BRANCHES) + lane * SHARING // BRANCHES
         before = before + (tl.load(before_ptr + place),)
+    found = ()
     for p in tl.static_range(SHARING):
         labels = kept
         if not KEPT:
@@ -79,7 +99,8 @@ def _forward(
                 d = tl.fma(labels[(p * KEPT * BRANCHES + j) * PER_STEP + 1], w1, x1)
                 cost = tl.fma(d, d, cost)
             least = tl.minimum(least, cost)
-        tl.store(after_ptr + lane * SHARING + p, least)
+        found = found + (least,)
+    _store_neighbours(after_ptr + lane * SHARING, found, SHARING)
 
 
 @triton.jit
@@ -155,7 +176,7 @@ def viterbi_kernel(
     target_ptr += program * TILE
     cost_ptr += program * ((LONGEST + 1) * CLASSES)
     state_ptr += program * LONGEST
-    scale = tl.load(scale_ptr + program * TILE + n, mask=inside, other=1)
+    scale_ptr += program * TILE
     lane = tl.arange(0, CLASSES // SHARING)
     kept = ()
     if KEPT:
@@ -167,6 +188,7 @@ def viterbi_kernel(
             error = tl.load(error_ptr + later * tiles * TILE + n, mask=inside, other=0)
             aim += tl.load(feedback_ptr + later * rows + k) * error
         tl.store(aims_ptr + k * tiles * TILE + n, aim, mask=inside)
+        scale = tl.load(scale_ptr + n, mask=inside, other=1)
         root = tl.load(root_ptr + n, mask=inside, other=0)
         tl.store(target_ptr + n, tl.div_rn(aim, scale) * root, mask=inside)
         seam = tl.full((), 0, tl.int32)
@@ -201,6 +223,7 @@ def viterbi_kernel(
         place = k * tiles * TILE + n
         tl.store(labels_ptr + place, label, mask=inside)
         error = tl.load(error_ptr + place, mask=inside, other=0)
+        scale = tl.load(scale_ptr + n, mask=inside, other=1)
         tl.store(error_ptr + place, error - label * scale, mask=inside)
         word = tl.arange(0, WORD_ROWS)
         bit = tl.arange(0, 32)
@@ -213,10 +236,12 @@ def viterbi_kernel(
 
 
 def search_constants(code: ConvolutionalCode, tile: int) -> dict[str, Any]:
-    """Constexpr arguments of the kernel, and ``num_warps``."""
+    """Constexpr arguments of the kernel, ``num_warps`` and ``maxnreg``."""
     branches, per_step = 1 << code.step_bits, code.weights_per_step
     classes = code.states // branches
     sharing = max(1, min(branches, LANE_LABELS // (branches * per_step)))
+    warps = min(MOST_WARPS, max(1, classes // sharing // 32))
+    registers = SEARCH_REGISTERS + sharing * branches * per_step
     words = code.words_per_sequence(tile)
     return {
         "TILE": tile,
@@ -229,8 +254,14 @@ def search_constants(code: ConvolutionalCode, tile: int) -> dict[str, Any]:
         "OUTPUTS": triton.next_power_of_2(tile),
         "WORDS": words,
         "WORD_ROWS": triton.next_power_of_2(words),
-        "num_warps": min(MOST_WARPS, max(1, classes // sharing // 32)),
+        "num_warps": warps,
+        "maxnreg": min(registers, REGISTERS // (32 * warps)),
     }
+
+
+def forward_turns(code: ConvolutionalCode, tile: int) -> int:
+    """Forward steps that the search of one row of a tile takes."""
+    return (tile + 2 * SEAM_WEIGHTS) // code.weights_per_step
 
 
 def scratch_elements(code: ConvolutionalCode, tile: int) -> tuple[int, int]:
