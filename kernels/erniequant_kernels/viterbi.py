@@ -22,15 +22,16 @@ from erniequant_kernels.launch import kept_on_device, launch
 UNREACHABLE = tl.constexpr(1e30)
 LANE_LABELS = 64
 """Labels that a lane keeps in registers."""
-SEARCH_REGISTERS = 64
-"""Registers of a lane beside its labels: four programs of four warps fit a multiprocessor. Left
-alone, the compiler takes fewer and spills."""
+MOST_SHARING = 4
+"""Classes that a lane stores together."""
+SEARCH_REGISTERS, OUTPUT_REGISTERS = 64, 4
+"""Registers of a lane beside its labels, and for each output beyond two that it looks after between
+searches. With 64 labels, four programs of four warps fit a multiprocessor. Left alone, the compiler
+takes fewer registers and spills."""
 KEPT_LABELS = 1 << 14
 """Labels that a program keeps, in a quarter of a multiprocessor's registers. More of them are read
 in every step."""
-MOST_WARPS = 32
-REGISTERS = 1 << 16
-"""Of a multiprocessor."""
+MOST_WARPS = 16
 SCRATCH_BYTES = 1 << 31
 """Costs that may lie in memory at a time; further matrices are searched in later launches."""
 
@@ -48,31 +49,26 @@ def _step_values(target_ptr, root_ptr, t, PER_STEP: tl.constexpr):
 
 
 @triton.jit
-def _labels(table_ptr, lane, first: tl.constexpr, last: tl.constexpr, CLASSES: tl.constexpr,
-            BRANCHES: tl.constexpr, PER_STEP: tl.constexpr, SHARING: tl.constexpr):  # fmt: skip
-    """Labels of a lane's classes ``first`` to ``last``: by class, branch and weight."""
+def _labels(table_ptr, lane, p, j, CLASSES: tl.constexpr, BRANCHES: tl.constexpr,
+            PER_STEP: tl.constexpr, SHARING: tl.constexpr):  # fmt: skip
+    """Labels of branch ``j`` to class ``p`` of each lane, by weight."""
     found = ()
-    for p in tl.static_range(first, last):
-        for j in tl.static_range(BRANCHES):
-            for v in tl.static_range(PER_STEP):
-                row = table_ptr + (v * BRANCHES + j) * CLASSES
-                found = found + (tl.load(row + lane * SHARING + p),)
+    for v in tl.static_range(PER_STEP):
+        row = table_ptr + (v * BRANCHES + j) * CLASSES
+        found += (tl.load(row + lane * SHARING + p),)
     return found
 
 
 @triton.jit
 def _store_neighbours(at, values, COUNT: tl.constexpr):
-    """Store what lies side by side, four numbers at a time."""
+    """Store one, two or four numbers side by side."""
     if COUNT == 1:
         tl.store(at, values[0])
-    elif COUNT == 2:
-        tl.store(at[:, None] + tl.arange(0, 2)[None, :], tl.join(values[0], values[1]))
     else:
-        for i in tl.static_range(0, COUNT, 4):
-            even = tl.join(values[i], values[i + 2])
-            odd = tl.join(values[i + 1], values[i + 3])
-            four = tl.reshape(tl.join(even, odd), (at.shape[0], 4))
-            tl.store(at[:, None] + i + tl.arange(0, 4)[None, :], four)
+        both = tl.join(values[0], values[COUNT // 2])
+        if COUNT == 4:
+            both = tl.reshape(tl.join(both, tl.join(values[1], values[3])), (at.shape[0], 4))
+        tl.store(at[:, None] + tl.arange(0, COUNT)[None, :], both)
 
 
 @triton.jit
@@ -85,21 +81,21 @@ def _forward(
     before = ()
     for j in tl.static_range(BRANCHES):
         place = j * (CLASSES // BRANCHES) + lane * SHARING // BRANCHES
-        before = before + (tl.load(before_ptr + place),)
+        before += (tl.load(before_ptr + place),)
     found = ()
     for p in tl.static_range(SHARING):
-        labels = kept
-        if not KEPT:
-            labels = _labels(table_ptr, lane, p, p + 1, CLASSES, BRANCHES, PER_STEP, SHARING)
         least = tl.full(lane.shape, UNREACHABLE, tl.float32)
         for j in tl.static_range(BRANCHES):
-            d = tl.fma(labels[(p * KEPT * BRANCHES + j) * PER_STEP], w0, x0)
+            labels = kept
+            if not KEPT:
+                labels = _labels(table_ptr, lane, p, j, CLASSES, BRANCHES, PER_STEP, SHARING)
+            d = tl.fma(labels[(p * BRANCHES + j) * KEPT * PER_STEP], w0, x0)
             cost = tl.fma(d, d, before[j])
             if PER_STEP == 2:
-                d = tl.fma(labels[(p * KEPT * BRANCHES + j) * PER_STEP + 1], w1, x1)
+                d = tl.fma(labels[(p * BRANCHES + j) * KEPT * PER_STEP + 1], w1, x1)
                 cost = tl.fma(d, d, cost)
             least = tl.minimum(least, cost)
-        found = found + (least,)
+        found += (least,)
     _store_neighbours(after_ptr + lane * SHARING, found, SHARING)
 
 
@@ -131,29 +127,12 @@ def _trace_back(
 
 @triton.jit(do_not_specialize=["rows"])
 def viterbi_kernel(
-    aims_ptr,
-    feedback_ptr,
-    scale_ptr,
-    root_ptr,
-    table_ptr,
-    error_ptr,
-    labels_ptr,
-    words_ptr,
-    target_ptr,
-    cost_ptr,
-    state_ptr,
-    rows,
-    TILE: tl.constexpr,
-    CLASSES: tl.constexpr,
-    STEP_BITS: tl.constexpr,
-    PER_STEP: tl.constexpr,
-    AROUND: tl.constexpr,
-    SHARING: tl.constexpr,
-    KEPT: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    WORDS: tl.constexpr,
-    WORD_ROWS: tl.constexpr,
-):
+    aims_ptr, feedback_ptr, scale_ptr, root_ptr, table_ptr, error_ptr, labels_ptr, words_ptr,
+    target_ptr, cost_ptr, state_ptr, rows,
+    TILE: tl.constexpr, CLASSES: tl.constexpr, STEP_BITS: tl.constexpr, PER_STEP: tl.constexpr,
+    AROUND: tl.constexpr, SHARING: tl.constexpr, KEPT: tl.constexpr, OUTPUTS: tl.constexpr,
+    WORDS: tl.constexpr, WORD_ROWS: tl.constexpr,
+):  # fmt: skip
     """Program (tile, matrix) encodes a tile of all rows, the last one first.
 
     A lane computes SHARING neighbouring classes, which have their predecessors in common.
@@ -180,7 +159,9 @@ def viterbi_kernel(
     lane = tl.arange(0, CLASSES // SHARING)
     kept = ()
     if KEPT:
-        kept = _labels(table_ptr, lane, 0, SHARING, CLASSES, BRANCHES, PER_STEP, SHARING)
+        for p in tl.static_range(SHARING):
+            for j in tl.static_range(BRANCHES):
+                kept += _labels(table_ptr, lane, p, j, CLASSES, BRANCHES, PER_STEP, SHARING)
     for done in range(rows):
         k = rows - 1 - done
         aim = tl.load(aims_ptr + k * tiles * TILE + n, mask=inside, other=0)
@@ -218,19 +199,19 @@ def viterbi_kernel(
                 STEPS, CLASSES, STEP_BITS, PER_STEP,
             )  # fmt: skip
             tl.debug_barrier()
-        state = tl.load(state_ptr + n // PER_STEP, mask=inside, other=0)
-        label = tl.load(table_ptr + n % PER_STEP * (BRANCHES * CLASSES) + state)
+        register = tl.load(state_ptr + n // PER_STEP, mask=inside, other=0)
+        label = tl.load(table_ptr + n % PER_STEP * (BRANCHES * CLASSES) + register)
         place = k * tiles * TILE + n
         tl.store(labels_ptr + place, label, mask=inside)
         error = tl.load(error_ptr + place, mask=inside, other=0)
         scale = tl.load(scale_ptr + n, mask=inside, other=1)
         tl.store(error_ptr + place, error - label * scale, mask=inside)
         word = tl.arange(0, WORD_ROWS)
-        bit = tl.arange(0, 32)
-        at = word[:, None] * 32 + bit[None, :]
-        step = tl.load(state_ptr + at // STEP_BITS, mask=word[:, None] < WORDS, other=0)
-        symbol = step >> (STEP_BITS - 1 - at % STEP_BITS) & 1
-        bits = tl.sum(symbol << (31 - bit)[None, :], axis=1)
+        bits = tl.zeros((WORD_ROWS,), tl.int32)
+        for bit in range(32):
+            at = word * 32 + bit
+            state = tl.load(state_ptr + at // STEP_BITS, mask=word < WORDS, other=0)
+            bits = bits << 1 | (state >> (STEP_BITS - 1 - at % STEP_BITS) & 1)
         tl.store(words_ptr + k * tiles * WORDS + word, bits, mask=word < WORDS)
         tl.debug_barrier()
 
@@ -239,9 +220,12 @@ def search_constants(code: ConvolutionalCode, tile: int) -> dict[str, Any]:
     """Constexpr arguments of the kernel, ``num_warps`` and ``maxnreg``."""
     branches, per_step = 1 << code.step_bits, code.weights_per_step
     classes = code.states // branches
-    sharing = max(1, min(branches, LANE_LABELS // (branches * per_step)))
+    sharing = max(1, min(branches, MOST_SHARING, LANE_LABELS // (branches * per_step)))
     warps = min(MOST_WARPS, max(1, classes // sharing // 32))
-    registers = SEARCH_REGISTERS + sharing * branches * per_step
+    outputs = triton.next_power_of_2(tile)
+    labels = max(sharing * branches, code.states // (32 * warps)) * per_step
+    registers = SEARCH_REGISTERS + min(labels, LANE_LABELS)
+    registers += OUTPUT_REGISTERS * max(0, outputs // (32 * warps) - 2)
     words = code.words_per_sequence(tile)
     return {
         "TILE": tile,
@@ -251,11 +235,11 @@ def search_constants(code: ConvolutionalCode, tile: int) -> dict[str, Any]:
         "AROUND": SEAM_WEIGHTS // per_step,
         "SHARING": sharing,
         "KEPT": code.states * per_step <= KEPT_LABELS,
-        "OUTPUTS": triton.next_power_of_2(tile),
+        "OUTPUTS": outputs,
         "WORDS": words,
         "WORD_ROWS": triton.next_power_of_2(words),
         "num_warps": warps,
-        "maxnreg": min(registers, REGISTERS // (32 * warps)),
+        "maxnreg": registers,
     }
 
 
