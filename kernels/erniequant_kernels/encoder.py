@@ -41,14 +41,13 @@ def _search_rows(
 ) -> None:
     """Arguments after the device are those of the CPU's search; labels need no tables here."""
     with _stream(device):
-        given = [
+        aim, own, size, importance, missed = (
             torch.from_numpy(array)[None].to(device, copy=True)
             for array in (aims, feedback, scale, weights, error)
-        ]
-        found = search_rows(*given, code)
-        for tensor, array in zip(
-            (given[0], given[-1], *found), (aims, error, words.view(np.int32), labels), strict=True
-        ):
+        )
+        packed, found = search_rows(aim, own, size, importance, missed, code)
+        words.view(np.int32)[...] = packed[0].cpu().numpy()
+        for array, tensor in ((aims, aim), (error, missed), (labels, found)):
             array[...] = tensor[0].cpu().numpy()
 
 
