@@ -106,6 +106,12 @@ def test_matrices_of_several_tiles(monkeypatch):
     assert_equal(problem.searched(code), problem.on_cpu(code))
 
 
+@pytest.mark.usefixtures("few_operations")
+def test_every_matrix_has_its_own_feedback():
+    problem, code = Problem(2, 2, 1, 32), get_code("cc2s", 8)
+    assert_equal(problem.searched(code), problem.on_cpu(code))
+
+
 @pytest.mark.parametrize("name", ["cc2", "cc3"])
 @pytest.mark.usefixtures("few_operations")
 def test_labels_that_do_not_stay_in_registers(name, monkeypatch):
@@ -133,6 +139,6 @@ def test_what_is_not_finite_spoils_its_tile_alone(bad):
 @pytest.mark.parametrize("name, length", SHORT)
 def test_rows_with_feedback(name, length):
     # The last of three rows aims at errors of two others, which shows their order.
-    rows = 3 if name == "cc2" else 2
+    rows = 3 if name == "cc2s" else 1
     problem, code = Problem(1, rows, 1, 32), get_code(name, length)
     assert_equal(problem.searched(code), problem.on_cpu(code))
