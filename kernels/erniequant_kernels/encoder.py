@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from erniequant.codes.spec import ConvolutionalCode
-from erniequant.codes.viterbi import Encoder, Float32, encoder
+from erniequant.codes.steps import Float32
+from erniequant.codes.viterbi import Encoder, encoder
 from erniequant_kernels.viterbi import search_rows
 
 _own = threading.local()
@@ -35,6 +36,7 @@ def _search_rows(
     scale: Float32,
     weights: Float32,
     tables: Float32,
+    arranged: Float32,
     error: Float32,
     words: NDArray[np.uint32],
     labels: Float32,

@@ -84,7 +84,7 @@ def _forward(
         before += (tl.load(before_ptr + place),)
     found = ()
     for p in tl.static_range(SHARING):
-        least = tl.full(lane.shape, UNREACHABLE, tl.float32)
+        least = tl.full(lane.shape, float("inf"), tl.float32)
         for j in tl.static_range(BRANCHES):
             labels = kept
             if not KEPT:
@@ -360,8 +360,7 @@ def _forward_reference(
             # Products of float32 are exact in float64, so each of these is a fused multiply-add.
             d = (table[:, v].double() * root[:, t, v, None] - x[:, t, v, None]).float().double()
             reached = (d * d + reached).float().double()
-        least = reached.float().view(len(x), 1 << code.step_bits, -1).amin(1)
-        costs.append(least.clamp_max(UNREACHABLE.value))
+        costs.append(reached.float().view(len(x), 1 << code.step_bits, -1).amin(1))
     return costs
 
 
