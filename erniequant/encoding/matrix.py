@@ -1,7 +1,7 @@
 """Quantise one matrix for given input moments: rotate, order, scale, encode with feedback, refit
 the scale."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -83,6 +83,7 @@ class TrellisQuantizer:
 
     spec: MatrixSpec
     rotation: Rotation
+    encoder: Callable[[ConvolutionalCode], Encoder] = encoder
 
     @property
     def inputs(self) -> int:
@@ -94,8 +95,9 @@ class TrellisQuantizer:
     ) -> QuantizedMatrix:
         """See `quantize_matrix`."""
         return quantize_matrix(
-            weight, hessian, importance, self.rotation, self.spec.conv(), self.spec.tile
-        )
+            weight, hessian, importance, self.rotation, self.spec.conv(), self.spec.tile,
+            self.encoder,
+        )  # fmt: skip
 
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """See `decode_weight`."""
@@ -116,6 +118,7 @@ def quantize_matrix(
     rotation: Rotation,
     code: ConvolutionalCode,
     tile: int,
+    encoder: Callable[[ConvolutionalCode], Encoder] = encoder,
 ) -> QuantizedMatrix:
     """Quantise ``weight`` float32 ``[N, K]`` for inputs with second moments ``hessian`` float32
     ``[K, K]``, which is overwritten: a copy is 268 MB at the largest model's size.
