@@ -1,6 +1,6 @@
 """Time one expert and one layer's forward at the shapes of a large model, split by phase.
 
-    taskset -c 0 python -m benchmarks.quantize.expert [--bits 2 4] [--tokens 12288] [--write]
+    taskset -c 0 python -m benchmarks.quantize.expert [--bits 2 4] [--tokens 12288]
 
 The rate of the bare encoder is measured before and after in the same run. Times are those of the
 thread's processor, so other programs on the machine matter little; one core does everything.
@@ -29,13 +29,13 @@ from erniequant.quantization.expert_job import ExpertJob, ExpertLayer, Routed, r
 from erniequant.quantization.layer import LayerInput, layer_context
 
 PHASES = {
-    "Encoder.encode_rows": "search",
+    "encode_rows": "search",
     "_encode_tiles": "feedback",
     "encode_matrix": "feedback",
-    "Moments.add": "moments",
+    "add_moments": "moments",
+    "add": "moments",
     "corrected_target": "target",
     "_gate_up_target": "target",
-    "_down_target.<locals>.<lambda>": "target",
     "_gate_up_metric": "metric of outputs",
     "output_factor": "metric of outputs",
     "factorise": "factorisation",
@@ -49,8 +49,8 @@ PHASES = {
     "_original_contribution": "forward",
     "_gate_up_moments": "forward",
     "_down_target": "forward",
-    "LayerInput.evidence": "read",
-    "Source.tensor": "read",
+    "evidence": "read",
+    "tensor": "read",
 }
 """Phases by function; products with tokens that are not moments are forward passes."""
 
@@ -72,13 +72,17 @@ class Source:
             for name, shape in shapes.items()
         }
 
+    def names(self) -> list[str]:
+        """Names of the matrices."""
+        return list(self._tensors)
+
     def tensor(self, name: str) -> torch.Tensor:
         """A matrix by its name."""
         return self._tensors[name]
 
 
 def main() -> None:
-    """Print a table, or write it into docs/quantization.md."""
+    """Print a table for each width."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="21b")
     parser.add_argument("--bits", type=int, nargs="+", choices=CODES, default=[2, 4])
@@ -117,11 +121,10 @@ def _job(hidden: int, inner: int, bits: int, tokens: int) -> tuple[ExpertLayer, 
     generator = torch.Generator().manual_seed(2)
     name, register = CODES[bits]
     quantizers = []
-    for inputs, outputs in ((hidden, 2 * inner), (inner, hidden)):
-        tile = min(TILE, outputs & -outputs)
-        block = block_size(inputs)
-        spec = MatrixSpec(name, register, block, tile)
-        quantizers.append(TrellisQuantizer(spec, Rotation(random_signs(inputs, generator), block)))
+    for width, outputs in ((hidden, 2 * inner), (inner, hidden)):
+        block = block_size(width)
+        spec = MatrixSpec(name, register, block, min(TILE, outputs & -outputs))
+        quantizers.append(TrellisQuantizer(spec, Rotation(random_signs(width, generator), block)))
     channels = torch.rand(hidden, generator=generator) + 0.5
     original = torch.randn(tokens, hidden, generator=generator) * channels
     given = original + 0.1 * torch.randn(tokens, hidden, generator=generator)
@@ -132,8 +135,9 @@ def _job(hidden: int, inner: int, bits: int, tokens: int) -> tuple[ExpertLayer, 
         MoeInput(given, chosen, weight), MoeInput(original, chosen, weight),
         original - given, everywhere, everywhere,
     )  # fmt: skip
-    group = ExpertGroup(0, 1, inner)
-    context = layer_context(inputs, group, *quantizers, torch.device("cpu"))
+    group = ExpertGroup("", 1, inner)
+    gate_up, down = quantizers
+    context = layer_context(inputs, group, gate_up, down, torch.device("cpu"))
     layer = ExpertLayer(Source(hidden, inner), inputs, context, RowPool(None))
     routed = Routed(torch.arange(tokens), weight[:, 0])
     return layer, ExpertJob(0, {m: m for m in EXPERT_MATRICES}, routed, routed)

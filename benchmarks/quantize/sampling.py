@@ -14,8 +14,8 @@ INTERVAL = 0.004
 def sampled(work: Callable[[], object], phases: Mapping[str, str], rest: str) -> dict[str, float]:
     """Run ``work`` on this thread; seconds of processor time that it took, by phase.
 
-    The innermost function named in ``phases``, by its qualified name, tells the phase; a sample
-    without any counts as ``rest``. Work outside of Python counts for the function that began it.
+    The innermost function named in ``phases`` tells the phase; a sample without any counts as
+    ``rest``. Work outside of Python counts for the function that began it.
     """
     counts: Counter[str] = Counter()
     mine, done = threading.get_ident(), threading.Event()
@@ -40,7 +40,7 @@ def sampled(work: Callable[[], object], phases: Mapping[str, str], rest: str) ->
 
 def _phase(frame: FrameType | None, phases: Mapping[str, str], rest: str) -> str:
     while frame is not None:
-        if frame.f_code.co_qualname in phases:
-            return phases[frame.f_code.co_qualname]
+        if frame.f_code.co_name in phases:
+            return phases[frame.f_code.co_name]
         frame = frame.f_back
     return rest
