@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from erniequant.formats.plan import Plan
 from erniequant.models.architecture import Architecture
 from erniequant.quantization.gradients import TOKENS
+from erniequant.quantization.hidden_states import SPACING
 from erniequant.tuning.config import LAYER, MODEL, Training
 from erniequant.tuning.model import POSITIONS
 
@@ -99,5 +100,8 @@ def tuning_seconds(model: Architecture, plan: Plan, tokens: int) -> float:
 
 
 def _passes(training: Training, of_step: int) -> float:
-    """Forward passes that training is worth, over all windows."""
-    return training.epochs * of_step + (training.epochs + 1) / training.heldout + 1
+    """Forward passes over all windows that training is worth: of those that are left to it, which
+    are trained on or held out, and one of the quantised model as it is then."""
+    steps = training.epochs * of_step * (1 - 1 / training.heldout)
+    judged = (training.epochs + 1) / training.heldout
+    return (steps + judged) / SPACING + 1
