@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import ray
@@ -12,12 +14,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from erniequant.errors import ErnieQuantError, wrap_errors
 from erniequant.quantization.ray_engine.matrices import SeenFile
-from erniequant.quantization.ray_engine.nodes import Node
+from erniequant.quantization.ray_engine.nodes import Node, answers
 from erniequant.quantization.ray_engine.worker import Answer, describe
 
 ANSWER_SECONDS = 60.0
 """A node that has not answered by then is taken as it is when it does jobs: importing torch from a
 slow disk takes half of that."""
+
+_HOST_PORT = re.compile(r"[^/]+:\d+")
 
 
 @contextmanager
@@ -45,12 +49,32 @@ def connected(address: str | None, cores: int) -> Iterator[None]:
         options |= {"num_cpus": cores, "include_dashboard": False}
         failure = "cannot start Ray here"
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with wrap_errors(failure):
-        ray.init(logging_level=logging.ERROR, **options)
+    elif _HOST_PORT.fullmatch(address) and not answers(address):
+        # Ray itself would try for minutes.
+        raise ErnieQuantError(
+            f"{failure}: nothing answers there; start one by 'ray start --head --port PORT', and "
+            "give its HOST:PORT"
+        )
+    with _quiet():
+        with wrap_errors(failure):
+            ray.init(logging_level=logging.ERROR, **options)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray from printing a lost node's log onto stdout, where results go; it has no option for
+    that, and `Nodes` tells what a user needs."""
+    module: Any = import_module("ray._private.worker")
+    before = getattr(module, "print_to_stdstream", None)
+    module.print_to_stdstream = lambda *_, **__: None
     try:
         yield
     finally:
-        ray.shutdown()
+        module.print_to_stdstream = before
 
 
 def ask(nodes: list[Node], file: SeenFile | None) -> dict[Node, Answer]:

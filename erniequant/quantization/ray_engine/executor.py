@@ -132,11 +132,12 @@ class RayExecutor:
             self.cancel(way)
 
     def cancel(self, way: Iterable[_Sent] | None = None) -> None:
-        """Stop the jobs under way, without waiting for them."""
+        """Stop the jobs under way, without waiting for them: those that run stop at the next line
+        of Python, and their workers stay."""
         for sent in self._way if way is None else way:
             if not sent.ended and ray.is_initialized():
                 with suppress(RayError, ValueError):
-                    ray.cancel(sent.reference, force=True)
+                    ray.cancel(sent.reference)
             sent.ended = True
 
     def _shared(self, layer: ExpertLayer) -> tuple[Any, Any]:

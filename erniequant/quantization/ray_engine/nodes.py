@@ -1,11 +1,13 @@
 """The nodes of a Ray cluster that take jobs, some of which come and go during a run."""
 
+import socket
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
-from erniequant.errors import ErnieQuantError, wrap_errors
+from erniequant.errors import ErnieQuantError
 from erniequant.progress import Progress
 
 TICK = 2.0
@@ -13,6 +15,12 @@ TICK = 2.0
 
 PATIENCE = 120.0
 """Seconds without any node after which the run ends; an autoscaler needs one or two minutes."""
+
+SILENCE = 30.0
+"""Seconds without the cluster's head after which the run ends: after 60 Ray ends the process."""
+
+CONNECT_SECONDS = 2.0
+"""Seconds for a connection to be made."""
 
 _GO_ON = "repeat the command to continue where it stopped"
 
@@ -34,13 +42,17 @@ class Nodes:
     """Those that are there.
 
     Raises:
-        ErnieQuantError: there are none, or the cluster does not answer.
+        ErnieQuantError: there are none.
     """
 
     def __init__(self, on_gpu: bool, watch: Progress):
         self._on_gpu, self._watch = on_gpu, watch
-        self._known = _nodes(on_gpu)
-        self._looked = self._seen = time.monotonic()
+        self._known = _able(ray.nodes(), on_gpu)
+        self._looked = time.monotonic()
+        self._silent_since: float | None = None
+        self._alone_since: float | None = None
+        context = ray.get_runtime_context()
+        self._head, self._own = context.gcs_address, context.get_node_id()
         if not self._known:
             lacking = "has a GPU; use --device cpu" if on_gpu else "has a core for jobs"
             raise ErnieQuantError(f"no node of the Ray cluster {lacking}")
@@ -83,27 +95,49 @@ class Nodes:
         """Tell the observer which have come and gone, every few seconds.
 
         Raises:
-            ErnieQuantError: there have been none for `PATIENCE`, or the cluster does not answer.
+            ErnieQuantError: there have been none for `PATIENCE`, the cluster's head has been silent
+                for `SILENCE`, or the node of this process is lost.
         """
         now = time.monotonic()
         if now - self._looked < TICK:
             return
-        before, self._known, self._looked = self._known, _nodes(self._on_gpu), now
+        self._looked = now
+        if not answers(self._head):
+            # Ray itself would wait.
+            self._silent_since = self._silent_since or now
+            if now - self._silent_since > SILENCE:
+                raise ErnieQuantError(
+                    f"the head of the Ray cluster, {self._head}, is lost; {_GO_ON}"
+                )
+            return
+        self._silent_since = None
+        listed = ray.nodes()
+        if not any(entry["NodeID"] == self._own and entry["Alive"] for entry in listed):
+            raise ErnieQuantError(f"the Ray node of this process is lost; {_GO_ON}")
+        before, self._known = self._known, _able(listed, self._on_gpu)
         for id in before.keys() - self._known:
             self._watch.message(f"the node {before[id]} is lost; its jobs are done again")
         for id in self._known.keys() - before:
             self._watch.message(f"the node {self._known[id]} has joined")
-        if self._known:
-            self._seen = now
-        elif now - self._seen > PATIENCE:
+        self._alone_since = None if self._known else self._alone_since or now
+        if self._alone_since is not None and now - self._alone_since > PATIENCE:
             raise ErnieQuantError(
                 f"no node of the Ray cluster has been there for {PATIENCE:.0f} seconds; {_GO_ON}"
             )
 
 
-def _nodes(on_gpu: bool) -> dict[str, Node]:
-    with wrap_errors(f"the Ray cluster is lost; {_GO_ON}"):
-        listed = ray.nodes()
+def answers(address: str) -> bool:
+    """Whether something listens at "host:port"."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _able(listed: list[dict[str, Any]], on_gpu: bool) -> dict[str, Node]:
+    """The nodes that can take jobs."""
     found = {}
     for entry in listed:
         resources = entry["Resources"]
