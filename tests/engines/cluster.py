@@ -9,8 +9,6 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-from erniequant.errors import ErnieQuantError
-
 STORE_BYTES = 80_000_000
 PATIENCE = 60
 """Seconds after which something that should have happened has not."""
@@ -104,11 +102,12 @@ class AlwaysDying(Wrapped):
 
 
 class Stuck(Wrapped):
-    """Matrices take a minute on one node, unless someone stops them; a file says if it was so."""
+    """Matrices take a minute on one node, unless someone stops them; a file says if it was so.
+    Those of the other nodes wait meanwhile for a file ``noticed``, if ``wait``."""
 
-    def __init__(self, quantizer: Any, folder: Path, node: str):
+    def __init__(self, quantizer: Any, folder: Path, node: str, wait: bool = False):
         super().__init__(quantizer, folder)
-        self.node = node
+        self.node, self.wait = node, wait
 
     def event(self) -> None:
         import ray
@@ -121,11 +120,5 @@ class Stuck(Wrapped):
             except KeyboardInterrupt:
                 self.first("stopped")
                 raise
-
-
-class Failing(Wrapped):
-    """The third matrix cannot be quantised."""
-
-    def event(self) -> None:
-        if not any(self.first(name) for name in ("one", "two")):
-            raise ErnieQuantError("no more")
+        elif self.wait:
+            eventually((self.folder / "noticed").is_file)

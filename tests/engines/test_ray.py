@@ -168,6 +168,7 @@ def test_matrices_are_sent_to_nodes_that_do_not_see_the_source(
 def test_an_error_comes_in_its_place_and_the_run_can_go_on(
     quantized: Any, expected: dict[str, str], tmp_path: Path
 ) -> None:
+    """An error of ours that a worker found is in the test of versions."""
     journal = tmp_path / "q/.erniequant-work/journal.jsonl"
     # Found missing by this process; of the wrong shape by a worker, which is no error of ours.
     for name, kind in (("nothing", ErnieQuantError), ("model.norm.weight", IndexError)):
@@ -183,11 +184,6 @@ def test_an_error_comes_in_its_place_and_the_run_can_go_on(
                 quantized()
         assert not isinstance(caught.value, ray.exceptions.RayError)
         assert journal.read_text().count('"event":"expert"') == 2
-    # By a worker, and in words of ours.
-    with pytest.MonkeyPatch.context() as patch:
-        alter(patch, lambda quantizer: two.Failing(quantizer, tmp_path))
-        with pytest.raises(ErnieQuantError, match="^no more$"):
-            quantized()
     assert quantized() == expected
 
 
@@ -300,6 +296,11 @@ def test_an_address_where_nothing_answers_is_refused_at_once(
     ):
         pass
     assert time.monotonic() - begun < two.PATIENCE / 2
+    with (
+        pytest.raises(ErnieQuantError, match="ray://a:1 is an address for clients; run this on"),
+        connected("ray://a:1", 1),
+    ):
+        pass
 
 
 def test_a_process_is_in_one_cluster(quantized: Any) -> None:
@@ -326,14 +327,21 @@ def test_a_lost_node_costs_only_its_jobs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(nodes, "TICK", 0.2)
+    monkeypatch.setattr(executor, "TICK", 0.2)
     victim = cluster.list_all_nodes()[-1]
-    alter(monkeypatch, lambda quantizer: two.Stuck(quantizer, tmp_path, victim.node_id))
+    alter(monkeypatch, lambda quantizer: two.Stuck(quantizer, tmp_path, victim.node_id, True))
 
     def remove() -> None:
         two.eventually((tmp_path / "stuck").is_file)
         cluster.remove_node(victim, allow_graceful=False)
 
-    thread, heard = threading.Thread(target=remove), Heard()
+    class Noticing(Heard):
+        def message(self, text: str) -> None:
+            super().message(text)
+            if "is lost" in text:
+                (tmp_path / "noticed").touch()
+
+    thread, heard = threading.Thread(target=remove), Noticing()
     thread.start()
     try:
         assert quantized(progress=heard) == expected
@@ -341,7 +349,7 @@ def test_a_lost_node_costs_only_its_jobs(
         thread.join()
     lost = [m for m in heard.messages if "is lost; its jobs are done again" in m]
     assert len(lost) == 1 and "(1 core)" in lost[0]
-    assert "layer 2 expert 6, 1 node, 1 of 1 core at work" in heard.labels
+    assert any(label.endswith(", 1 node, 1 of 1 core at work") for label in heard.labels)
 
 
 def test_a_job_that_kills_every_worker_ends_the_run(

@@ -43,6 +43,11 @@ def connected(address: str | None, cores: int) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if "://" in address:
+        raise ErnieQuantError(
+            f"{address} is an address for clients; run this on a machine of the cluster and give "
+            "HOST:PORT"
+        )
     options: dict[str, Any] = {"address": address, "log_to_driver": False}
     failure = f"cannot reach the Ray cluster at {address}"
     if address == "local":
