@@ -36,18 +36,20 @@ class Outcome:
 
 
 class _Watch(NullProgress):
-    """Notes when experts were done, and kills a worker when ``kill_at`` of them were."""
+    """Notes when experts were done, and kills one worker after ``kill_at`` of them."""
 
     def __init__(self, kill_at: int | None):
         self.times: list[float] = []
-        self._kill_at = kill_at
+        self.kills_at = kill_at
 
     def advance(self, units: int, label: str) -> None:
         if not units:
             return
         self.times.append(time.perf_counter())
-        if len(self.times) == self._kill_at:
-            os.kill(_workers()[0], signal.SIGKILL)
+        if self.kills_at is not None and len(self.times) >= self.kills_at:
+            for worker in _workers()[:1]:
+                os.kill(worker, signal.SIGKILL)
+                self.kills_at = None
 
 
 def main() -> None:
@@ -60,10 +62,10 @@ def main() -> None:
     for nodes in options.nodes:
         with _cluster(nodes, options.memory):
             found = _quantize(options, f"nodes-{nodes}", {"engine": "ray"})
-        _print(f"Ray, {nodes} nodes of one core", found, local)
+        _print(f"Ray, one-core nodes: {nodes}", found, local)
     with _cluster(options.nodes[0], options.memory):
         found = _quantize(options, "killed", {"engine": "ray"}, kill_at=options.kill_at)
-    _print(f"Ray, {options.nodes[0]} nodes, a worker killed", found, local)
+    _print(f"Ray, one-core nodes: {options.nodes[0]}, a worker killed", found, local)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +93,8 @@ def _quantize(
         progress=watch, **engine,
     )  # fmt: skip
     seconds = time.perf_counter() - start
+    if watch.kills_at is not None:
+        raise SystemExit("no worker was killed: the run was over too soon; try a lower --kill-at")
     shards = sorted(folder.glob("*.safetensors"))
     digests = tuple(hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards)
     return Outcome(seconds, watch.times[-1] - watch.times[0], digests)
@@ -128,11 +132,13 @@ def _workers() -> list[int]:
     """Processes below this one that do a job."""
     parents, jobs = {}, []
     for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
         try:
             status = (entry / "stat").read_text().rpartition(")")[2].split()
             command = (entry / "cmdline").read_bytes()
         except OSError:
-            continue  # not a process, or no longer
+            continue  # it has ended
         parents[int(entry.name)] = int(status[1])
         if command.startswith(b"ray::do_job"):
             jobs.append(int(entry.name))
