@@ -60,11 +60,13 @@ def main() -> None:
     local = _quantize(options, "threads", {"engine": "local"})
     _print("threads, one core", local, local)
     for nodes in options.nodes:
-        with _cluster(nodes, options.memory):
-            found = _quantize(options, f"nodes-{nodes}", {"engine": "ray"})
+        with _cluster(nodes, options.memory) as address:
+            on_ray = {"engine": "ray", "ray_address": address}
+            found = _quantize(options, f"nodes-{nodes}", on_ray)
         _print(f"Ray, one-core nodes: {nodes}", found, local)
-    with _cluster(options.nodes[0], options.memory):
-        found = _quantize(options, "killed", {"engine": "ray"}, kill_at=options.kill_at)
+    with _cluster(options.nodes[0], options.memory) as address:
+        on_ray = {"engine": "ray", "ray_address": address}
+        found = _quantize(options, "killed", on_ray, kill_at=options.kill_at)
     _print(f"Ray, one-core nodes: {options.nodes[0]}, a worker killed", found, local)
 
 
@@ -109,9 +111,8 @@ def _print(name: str, found: Outcome, local: Outcome) -> None:
 
 
 @contextmanager
-def _cluster(nodes: int, memory: int) -> Iterator[None]:
-    """This process connected to a cluster of one-core nodes, and its head, which does no jobs."""
-    import ray
+def _cluster(nodes: int, memory: int) -> Iterator[str]:
+    """The address of a cluster of one-core nodes, and a head that does no jobs."""
     from ray.cluster_utils import Cluster
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -121,10 +122,8 @@ def _cluster(nodes: int, memory: int) -> Iterator[None]:
     try:
         for _ in range(nodes):
             cluster.add_node(num_cpus=1, object_store_memory=store)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        yield
+        yield cluster.address
     finally:
-        ray.shutdown()
         cluster.shutdown()
 
 
