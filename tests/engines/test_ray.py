@@ -168,7 +168,7 @@ def test_matrices_are_sent_to_nodes_that_do_not_see_the_source(
 def test_an_error_comes_in_its_place_and_the_run_can_go_on(
     quantized: Any, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    """In the last job of a layer. An error of ours that a worker found is in the test of versions."""
+    """In the last job of a layer. Errors of ours that workers found are in the test of versions."""
     journal = tmp_path / "q/.erniequant-work/journal.jsonl"
     # Found missing by this process; of the wrong shape by a worker, which is no error of ours.
     for name, kind in (("nothing", ErnieQuantError), ("model.norm.weight", IndexError)):
