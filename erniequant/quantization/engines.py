@@ -61,10 +61,7 @@ def ray_engine(
 
     with connected(address, at_once):
         executor = RayExecutor(source, device, watch)
-        try:
-            yield executor, _Located(watch, executor.at_work)
-        finally:
-            executor.cancel()
+        yield executor, _Located(watch, executor.at_work)
 
 
 class _Located:

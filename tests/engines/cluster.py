@@ -14,10 +14,10 @@ PATIENCE = 60
 """Seconds after which something that should have happened has not."""
 
 
-def start(folder: Path) -> Cluster:
-    """A cluster with its files in ``folder``, whose name must be short: it holds sockets."""
+def start() -> Cluster:
+    """The cluster, with its files in ``RAY_TMPDIR``."""
     head = dict(num_cpus=0, object_store_memory=STORE_BYTES, include_dashboard=False)
-    cluster = Cluster(initialize_head=True, head_node_args={**head, "temp_dir": str(folder)})
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         add_node(cluster)
     return cluster
@@ -102,8 +102,7 @@ class AlwaysDying(Wrapped):
 
 
 class Stuck(Wrapped):
-    """Matrices take a minute on one node, unless someone stops them; a file says if it was so.
-    Those of the other nodes wait meanwhile for a file ``noticed``, if ``wait``."""
+    """Matrices take a minute on one node; the file ``stuck`` has the process. Those of the other nodes wait meanwhile for a file ``noticed``, if ``wait``."""
 
     def __init__(self, quantizer: Any, folder: Path, node: str, wait: bool = False):
         super().__init__(quantizer, folder)
@@ -114,11 +113,6 @@ class Stuck(Wrapped):
 
         if ray.get_runtime_context().get_node_id() == self.node:
             self.first("stuck")
-            try:
-                # Ray stops a job between lines of Python.
-                eventually(lambda: False)
-            except KeyboardInterrupt:
-                self.first("stopped")
-                raise
+            eventually(lambda: False)
         elif self.wait:
             eventually((self.folder / "noticed").is_file)

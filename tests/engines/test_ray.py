@@ -42,10 +42,12 @@ Edit = Callable[[Any], Any]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Connected to, so that workers stay from test to test."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    # A short name, because it goes before those of sockets.
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        found = two.start(folder)
+        patch.setenv("RAY_TMPDIR", str(folder))
+        found = two.start()
         try:
             ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
             yield found
@@ -197,29 +199,6 @@ def test_an_engine_goes_on_where_the_other_stopped(
     assert quantized(engine=other, resume=True) == expected
 
 
-def test_ctrl_c_ends_jobs_under_way(
-    quantized: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of one node never end by themselves."""
-    node = next(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU"))
-    alter(monkeypatch, lambda quantizer: two.Stuck(quantizer, tmp_path, node))
-
-    def interrupt() -> None:
-        if two.eventually((tmp_path / "stuck").is_file):
-            # A signal on the way into a wait would not end it.
-            time.sleep(0.5)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    begun = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        quantized()
-    assert time.monotonic() - begun < two.PATIENCE
-    thread.join()
-    assert two.eventually((tmp_path / "stopped").is_file)
-
-
 def test_another_processor_is_named_and_other_versions_are_refused(
     quantized: Any, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,6 +329,36 @@ def test_a_lost_node_costs_only_its_jobs(
     lost = [m for m in heard.messages if "is lost; its jobs are done again" in m]
     assert len(lost) == 1 and "(1 core)" in lost[0]
     assert any(label.endswith(", 1 node, 1 of 1 core at work") for label in heard.labels)
+
+
+def test_ctrl_c_ends_the_connection_and_jobs_under_way(
+    quantized: Any, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a process that was not connected before; the only node's jobs take a minute."""
+    node = cluster.list_all_nodes()[-1].node_id
+    alter(monkeypatch, lambda quantizer: two.Stuck(quantizer, tmp_path, node))
+    ray.shutdown()
+    began: list[float] = []
+
+    def interrupt() -> None:
+        if two.eventually((tmp_path / "stuck").is_file):
+            # A signal on the way into a wait would not end it.
+            time.sleep(0.5)
+            began.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            quantized(ray_address=cluster.address)
+        assert time.monotonic() - began[0] < two.PATIENCE / 2
+        assert not ray.is_initialized()
+        worker = int((tmp_path / "stuck").read_text())
+        assert two.eventually(lambda: not two.alive(worker))
+    finally:
+        thread.join()
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 
 
 def test_a_job_that_kills_every_worker_ends_the_run(

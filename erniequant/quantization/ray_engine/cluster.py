@@ -28,7 +28,8 @@ _HOST_PORT = re.compile(r"[^/]+:\d+")
 def connected(address: str | None, cores: int) -> Iterator[None]:
     """Ray, connected to a cluster for as long as the context lasts.
 
-    That is the one which this process is connected to already, and stays so; else the one at
+    That is the one which this process is connected to already, and stays so, with jobs under way
+    running to their end; else the one at
     ``address`` or in ``RAY_ADDRESS``; else one of ``cores`` cores that is started here.
 
     Raises:

@@ -7,7 +7,6 @@ for another.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -129,16 +128,9 @@ class RayExecutor:
                 else:
                     yield outcome
         finally:
-            self.cancel(way)
-
-    def cancel(self, way: Iterable[_Sent] | None = None) -> None:
-        """Stop the jobs under way, without waiting for them: those that run stop at the next line
-        of Python, and their workers stay."""
-        for sent in self._way if way is None else way:
-            if not sent.ended and ray.is_initialized():
-                with suppress(RayError, ValueError):
-                    ray.cancel(sent.reference)
-            sent.ended = True
+            # Jobs under way end with the connection. Ray 2.60 has a cancellation, but one that met
+            # the end of its task ended this process: "Tried to complete task that was not pending".
+            way.clear()
 
     def _shared(self, layer: ExpertLayer) -> tuple[Any, Any]:
         """References to the layer's tables, and to everything else that its jobs share."""
