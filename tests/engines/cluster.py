@@ -102,7 +102,8 @@ class AlwaysDying(Wrapped):
 
 
 class Stuck(Wrapped):
-    """Matrices take a minute on one node; the file ``stuck`` has the process. Those of the other nodes wait meanwhile for a file ``noticed``, if ``wait``."""
+    """Matrices take a minute on one node; the file ``stuck`` has the process. Those of the other
+    nodes wait meanwhile for a file ``noticed``, if ``wait``."""
 
     def __init__(self, quantizer: Any, folder: Path, node: str, wait: bool = False):
         super().__init__(quantizer, folder)
