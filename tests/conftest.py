@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from erniequant import system
 from testing.micro_model import add_tokenizer, write_micro_ernie
 from tests.interpreter import patch_once_a_launch
 from tests.micro import write_text
@@ -49,6 +50,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product in float32, also where bfloat16 is faster: for comparisons of more digits."""
+    monkeypatch.setattr(system, "fast_bfloat16", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,7 @@ def _first() -> Iterator[Part]:
     yield _program("graphs, 21b", 60, "graphs", tokens="1,16,64,2048", bits="2,4,3")
     yield _program("a model, end to end", 100, "model", bits="2,4")
     yield _program("encoder", 40, "encoder", bits="2,3,4")
+    yield _program("search of codes", 60, "search")
 
 
 def _rest() -> Iterator[Part]:

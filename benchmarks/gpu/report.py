@@ -1,5 +1,5 @@
 """Measure on a GPU, into one JSON: exact decoding, products against bf16, CUDA graphs, a model from
-end to end, the encoder, then all kernel tests and the search for tile sizes.
+end to end, the encoder, the search of codes, then all kernel tests and the search for tile sizes.
 
 ``make gpu`` runs this from the repository root and writes ``gpu-report.json``, in ten minutes or
 less, the most telling parts first. Another run of the same sources on the same card continues with

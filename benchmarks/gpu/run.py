@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.codes.study import measure as measure_code
 from benchmarks.gpu.records import record
+from benchmarks.gpu.search import search
 from erniequant.codes import code_for_bits, register_length
 from erniequant.codes.spec import ConvolutionalCode
 from erniequant_kernels.bench.compiling import compiled_by, compiling_only
@@ -245,7 +246,7 @@ def encoder(options: argparse.Namespace) -> bool:
 
 PROGRAMS = {
     "compile": compile_all, "products": products, "graphs": graphs, "model": model,
-    "encoder": encoder,
+    "encoder": encoder, "search": search,
 }  # fmt: skip
 
 

@@ -17,11 +17,13 @@ import triton
 
 from benchmarks.kernels.cards import CARDS
 from benchmarks.kernels.counts import prepare_counts
+from benchmarks.kernels.encoder import rate_rows
 from benchmarks.kernels.prediction import bf16, predict, wanted
 from benchmarks.pages import DOCS, fill
 from erniequant.codes import code_for_bits, get_code, register_length
 from erniequant_kernels import machine_code_budget as static
 from erniequant_kernels.bench.problem import SHAPES
+from erniequant_kernels.machine_code_cases import TILE
 
 PAGE = DOCS / "performance.md"
 BUDGET = Path(static.__file__).with_name("budget.json")
@@ -44,7 +46,7 @@ def static_rows(records: list[dict[str, Any]]) -> Iterator[str]:
     yield f"| kernel | arch | {' | '.join(names)} |"
     yield f"|---|---{'|---' * len(names)}|"
     for record in records:
-        if record["per_weight"]:
+        if record["per_weight"] and not searches(record):
             counts = [f"{record['figures'][name]:.2f}" for name in list(figures)[:4]]
             counts += [f"{record['figures'][name]:g}" for name in list(figures)[4:]]
             counts += [f"{record['per_weight'][name]:.2f}" for name in pipes]
@@ -52,6 +54,25 @@ def static_rows(records: list[dict[str, Any]]) -> Iterator[str]:
                 f"| {record['kernel']} | sm_{record['arch']} | {' | '.join(counts)} "
                 f"| {record['registers']} | {record['shared_bytes']} |"
             )
+
+
+def searches(record: dict[str, Any]) -> bool:
+    """Whether it is of the Viterbi search, whose costs are those of a branch."""
+    return str(record["kernel"]).startswith("viterbi ")
+
+
+def search_rows(records: list[dict[str, Any]]) -> Iterator[str]:
+    """Rows of the Viterbi search."""
+    yield "| kernel | arch | issue slots | level 1 | branches | registers | shared |"
+    yield "|---|---|---|---|---|---|---|"
+    for record in filter(searches, records):
+        figures, (_, name, length, _) = record["figures"], record["kernel"].split()
+        branches = get_code(name, int(length[1:])).states * record["turns"] // TILE
+        yield (
+            f"| {record['kernel']} | sm_{record['arch']} | {figures['slots']:.2f} "
+            f"| {figures['l1_slots']:.2f} | {branches} | {record['registers']} "
+            f"| {record['shared_bytes']} |"
+        )
 
 
 def other_rows(records: list[dict[str, Any]]) -> Iterator[str]:
@@ -124,6 +145,8 @@ def sections(records: list[dict[str, Any]]) -> dict[str, Iterator[str]]:
     """Lines of every table by its name."""
     return {
         "static": static_rows(records),
+        "search": search_rows(records),
+        "search_rate": rate_rows(),
         "other": other_rows(records),
         "prediction": prediction_rows("21b"),
         "version": iter([f"Triton {triton.__version__}, 21B shapes, tiles of 256 weights."]),

@@ -41,6 +41,10 @@ class Engine(str, Enum):
     local, ray = "local", "ray"
 
 
+class Search(str, Enum):
+    cpu, cuda = "cpu", "cuda"
+
+
 class ChatTemplate(str, Enum):
     apply, none = "apply", "none"
 
@@ -115,6 +119,13 @@ def quantize(
             "they do to the model's, from a backward pass of the original."
         ),
     ] = Sensitivity.activation,
+    search: Annotated[
+        Search,
+        typer.Option(
+            help="Where codes are searched. A GPU finds the same codes; --dry-run predicts the "
+            "time of the CPU."
+        ),
+    ] = Search.cpu,
     max_tp: Annotated[
         int,
         typer.Option(min=1, help="Largest tensor-parallel degree that the files must split into."),
@@ -209,6 +220,7 @@ def quantize(
             effort=effort.value,
             tune=tune.value,
             sensitivity=sensitivity.value,
+            search=search.value,
             max_tp=max_tp,
             device=device,
             threads=threads,

@@ -52,7 +52,7 @@ CODES = {
             16: 0x93E6BC43,
         },
         target_std=0.96,
-        encode_rate=1.7e6,
+        encode_rate=3.9e6,
     ),
     "cc2s": CodeRow(
         bits=2,
@@ -86,7 +86,7 @@ CODES = {
             16: 0xDA8CDBFF,
         },
         target_std=0.92,
-        encode_rate=0.9e6,
+        encode_rate=2.0e6,
     ),
     "cc4": CodeRow(
         bits=4,
@@ -103,7 +103,7 @@ CODES = {
             16: 0x59B4E6DB,
         },
         target_std=0.88,
-        encode_rate=1.2e6,
+        encode_rate=3.6e6,
     ),
 }
 """Every code, by name."""

@@ -18,17 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erniequant.codes.spec import WORD_BITS, ConvolutionalCode
+from erniequant.codes.steps import UNREACHABLE, Float32, forward_step
 
 SEAM_WEIGHTS = 64
 """Weights on either side of the seam that the first search sees, going round more than once where
 the sequence is shorter than both sides. Going round once costs 1.5 % of error at a tile of 64;
 more than 64 weights gain less than 0.1 %."""
-
-_FAST = {"contract", "nnan", "ninf", "nsz"}
-_UNREACHABLE = np.float32(1e30)
-
-Float = np.float32
-Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +32,12 @@ class Encoder:
 
     ``tables`` is float32 ``[V, B, R]``: label ``v`` of register ``j * R + r``, where ``B`` is the
     number of branches per step and registers that share their low bits ``r`` have the same
-    successors.
+    successors. ``arranged`` are the same labels as the forward step reads them.
     """
 
     code: ConvolutionalCode
     tables: Float32
+    arranged: Float32
     search: Callable[..., None]
     search_rows: Callable[..., None]
 
@@ -59,7 +55,7 @@ class Encoder:
         sequences, tile = targets.shape
         words = np.zeros((sequences, self.code.words_per_sequence(tile)), np.uint32)
         labels = np.empty((sequences, tile), np.float32)
-        self.search(targets, weights, self.tables, words, labels)
+        self.search(targets, weights, self.tables, self.arranged, words, labels)
         return words, labels
 
     def encode_rows(
@@ -81,7 +77,9 @@ class Encoder:
         sequences, tile = weights.shape
         words = np.zeros((len(aims), sequences, self.code.words_per_sequence(tile)), np.uint32)
         labels = np.empty_like(aims)
-        self.search_rows(aims, feedback, scale, weights, self.tables, error, words, labels)
+        self.search_rows(
+            aims, feedback, scale, weights, self.tables, self.arranged, error, words, labels
+        )
         return words, labels
 
 
@@ -91,7 +89,9 @@ def encoder(code: ConvolutionalCode) -> Encoder:
     branches = 1 << code.step_bits
     table = np.ascontiguousarray(code.table().T)
     tables = table.reshape(code.weights_per_step, branches, code.states // branches)
-    return Encoder(code, tables, *compile_search(code.step_bits, code.weights_per_step))
+    _, arrange = forward_step(branches, code.weights_per_step)
+    search = compile_search(code.step_bits, code.weights_per_step)
+    return Encoder(code, tables, arrange(tables), *search)
 
 
 @lru_cache(maxsize=8)
@@ -101,9 +101,7 @@ def compile_search(
     """The searches of `Encoder.encode` and `Encoder.encode_rows` for one step size; both release
     the GIL."""
     branches = 1 << step_bits
-    forward, arrange = _forward_pair if per_step == 2 else _forward_single, _as_it_is
-    if (branches, per_step) == (4, 1):
-        forward, arrange = _forward_four, _by_successor
+    forward, _ = forward_step(branches, per_step)
     njit: Any = numba.njit(nogil=True, boundscheck=False)
 
     @njit
@@ -144,6 +142,7 @@ def compile_search(
         targets: Float32,
         weights: Float32,
         tables: Float32,
+        arranged: Float32,
         words: NDArray[np.uint32],
         labels: Float32,
     ) -> None:
@@ -154,8 +153,6 @@ def compile_search(
         first = steps - around % steps
         longest = max(steps, 2 * around)
         best = np.empty((longest + 1, classes), np.float32)
-        spread = np.empty((branches, classes), np.float32)
-        arranged = arrange(tables)
         states = np.empty(longest, np.int64)
         for q in range(targets.shape[0]):
             # w (label - x)^2 = (label root(w) - x root(w))^2, which is one operation less.
@@ -163,13 +160,13 @@ def compile_search(
             x = targets[q] * root
             best[0, :] = 0
             for i in range(2 * around):
-                forward(x, root, (first + i) % steps, arranged, best[i], best[i + 1], spread)
+                forward(x, root, (first + i) % steps, arranged, best[i], best[i + 1])
             free = np.argmin(best[2 * around])
             seam = trace_back(x, root, tables, best, first, 2 * around, around, free, states)
-            best[0, :] = _UNREACHABLE
+            best[0, :] = UNREACHABLE
             best[0, seam] = 0
             for t in range(steps):
-                forward(x, root, t, arranged, best[t], best[t + 1], spread)
+                forward(x, root, t, arranged, best[t], best[t + 1])
             trace_back(x, root, tables, best, 0, steps, 0, seam, states)
             for t in range(steps):
                 state = states[t]
@@ -190,6 +187,7 @@ def compile_search(
         scale: Float32,
         weights: Float32,
         tables: Float32,
+        arranged: Float32,
         error: Float32,
         words: NDArray[np.uint32],
         labels: Float32,
@@ -205,115 +203,8 @@ def compile_search(
                     aim[n] += factor * error[j, n]
             for n in range(outputs):
                 flat[n] = aim[n] / scale[n]
-            search(target, weights, tables, words[k], labels[k].reshape(weights.shape))
+            search(target, weights, tables, arranged, words[k], labels[k].reshape(weights.shape))
             for n in range(outputs):
                 error[k, n] -= labels[k, n] * scale[n]
 
     return search, search_rows
-
-
-# The two general forward steps take four predecessors at a time: eight or twelve streams fit the
-# vector registers.
-
-
-@numba.njit(nogil=True, boundscheck=False)
-def _as_it_is(tables: Float32) -> Float32:
-    """The labels in the order that the general forward steps read."""
-    return tables
-
-
-@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)
-def _spread(old: Float32, spread: Float32) -> None:
-    """Repeat the cost of every class for its branches, so that the search reads contiguous
-    memory."""
-    branches, classes = spread.shape
-    flat = spread.reshape(classes, branches)
-    for r in range(classes):
-        for b in range(branches):
-            flat[r, b] = old[r]
-
-
-@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)
-def _forward_single(
-    x: Float32, root: Float32, t: int, tables: Float32, old: Float32, new: Float32, spread: Float32
-) -> None:
-    """One step of one weight: ``new[r] = min_j old[class of j, r] + (label[j, r] root - x)^2``."""
-    _spread(old, spread)
-    target, weight = x[t], root[t]
-    new[:] = _UNREACHABLE
-    for j in range(0, spread.shape[0], 4):
-        a, b, c, d = tables[0, j], tables[0, j + 1], tables[0, j + 2], tables[0, j + 3]
-        ea, eb, ec, ed = spread[j], spread[j + 1], spread[j + 2], spread[j + 3]
-        for r in range(new.shape[0]):
-            da, db = a[r] * weight - target, b[r] * weight - target
-            dc, dd = c[r] * weight - target, d[r] * weight - target
-            ab = min(ea[r] + da * da, eb[r] + db * db)
-            cd = min(ec[r] + dc * dc, ed[r] + dd * dd)
-            new[r] = min(new[r], min(ab, cd))
-
-
-@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)
-def _forward_pair(
-    x: Float32, root: Float32, t: int, tables: Float32, old: Float32, new: Float32, spread: Float32
-) -> None:
-    """One step of two weights, as `_forward_single`."""
-    _spread(old, spread)
-    x0, x1, w0, w1 = x[2 * t], x[2 * t + 1], root[2 * t], root[2 * t + 1]
-    new[:] = _UNREACHABLE
-    for j in range(0, spread.shape[0], 4):
-        a, b, c, d = tables[0, j], tables[0, j + 1], tables[0, j + 2], tables[0, j + 3]
-        f, g, h, k = tables[1, j], tables[1, j + 1], tables[1, j + 2], tables[1, j + 3]
-        ea, eb, ec, ed = spread[j], spread[j + 1], spread[j + 2], spread[j + 3]
-        for r in range(new.shape[0]):
-            da, db = a[r] * w0 - x0, b[r] * w0 - x0
-            dc, dd = c[r] * w0 - x0, d[r] * w0 - x0
-            df, dg = f[r] * w1 - x1, g[r] * w1 - x1
-            dh, dk = h[r] * w1 - x1, k[r] * w1 - x1
-            ca, cb = ea[r] + da * da + df * df, eb[r] + db * db + dg * dg
-            cc, cd = ec[r] + dc * dc + dh * dh, ed[r] + dd * dd + dk * dk
-            new[r] = min(new[r], min(min(ca, cb), min(cc, cd)))
-
-
-_LINE = 16
-"""Labels between the rows of `_by_successor`: at register lengths from 14 on they would be whole
-pages apart and throw one another out of the first cache, which doubles the time."""
-
-
-@numba.njit(nogil=True, boundscheck=False)
-def _by_successor(tables: Float32) -> Float32:
-    """The labels in the order that `_forward_four` reads: float32 ``[j, s, q]``, the label of the
-    way from class ``j R / 4 + q`` to class ``4 q + s``."""
-    classes = tables.shape[2]
-    arranged = np.empty((4, 4, classes // 4 + _LINE), np.float32)
-    for j in range(4):
-        for r in range(classes):
-            arranged[j, r % 4, r // 4] = tables[0, j, r]
-    return arranged
-
-
-@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)
-def _least(
-    before: tuple[Float, Float, Float, Float], labels: Float32, s: int, q: int, weight: Float,
-    target: Float,
-) -> Float:  # fmt: skip
-    """The least cost of class ``4 q + s``, from the costs of its four predecessors."""
-    a, b, c, d = before
-    da, db = labels[0, s, q] * weight - target, labels[1, s, q] * weight - target
-    dc, dd = labels[2, s, q] * weight - target, labels[3, s, q] * weight - target
-    return min(min(a + da * da, b + db * db), min(c + dc * dc, d + dd * dd))
-
-
-@numba.njit(nogil=True, boundscheck=False, fastmath=_FAST)
-def _forward_four(
-    x: Float32, root: Float32, t: int, labels: Float32, old: Float32, new: Float32, spread: Float32
-) -> None:
-    """As `_forward_single` where a step is two bits and one weight: four successors share their
-    four predecessors, so costs are spread in registers. That takes an eighth of the time."""
-    target, weight = x[t], root[t]
-    n = new.shape[0] // 4
-    for q in range(n):
-        before = old[q], old[n + q], old[2 * n + q], old[3 * n + q]
-        new[4 * q] = _least(before, labels, 0, q, weight, target)
-        new[4 * q + 1] = _least(before, labels, 1, q, weight, target)
-        new[4 * q + 2] = _least(before, labels, 2, q, weight, target)
-        new[4 * q + 3] = _least(before, labels, 3, q, weight, target)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from erniequant.encoding.products import add_moments, mirror, product
+
 ROW_BLOCK = 256
 """Rows looked at together where a whole matrix would need a copy."""
 
@@ -26,7 +28,7 @@ class Moments:
     """Weighted moments of inputs, summed over chunks of tokens.
 
     Attributes:
-        total: ``sum_t c_t x_t x_t^T``, float32 ``[K, K]``.
+        total: ``sum_t c_t x_t x_t^T``, float32 ``[K, K]``; above the diagonal only after `finish`.
         cross: for every other table given to `add`, ``sum_t c_t x_t y_t^T``, float32 ``[K, N]``.
         weight: ``sum_t c_t``.
     """
@@ -40,10 +42,10 @@ class Moments:
     def add(self, x: torch.Tensor, weights: torch.Tensor, *others: torch.Tensor) -> None:
         """Add tokens ``x`` float32 ``[n, K]`` with weights ``[n]`` and their ``others``
         ``[n, N]``; all have to be finite."""
-        weighted = (x * weights[:, None]).T
-        self.total.addmm_(weighted, x)
+        weighted = x * weights[:, None]
+        add_moments(self.total, x, weighted)
         for cross, other in zip(self.cross, others, strict=True):
-            cross.addmm_(weighted, other)
+            cross.add_(product(weighted.T, other))
         self.weight += float(weights.double().sum())
 
     def blend(self, prior: torch.Tensor, strength: float) -> torch.Tensor:
@@ -57,8 +59,9 @@ class Moments:
             blended.zero_().fill_diagonal_(1)
         return blended
 
-    def cpu(self) -> "Moments":
-        """The same on the CPU."""
+    def finish(self) -> "Moments":
+        """Complete the sums, and bring them to the CPU."""
+        mirror(self.total)
         self.total = self.total.cpu()
         self.cross = [cross.cpu() for cross in self.cross]
         return self
@@ -85,10 +88,12 @@ def all_finite(matrix: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(rows).all()) for rows in matrix.split(ROW_BLOCK))
 
 
-def cholesky(hessian: torch.Tensor, ridge: float) -> torch.Tensor | None:
-    """Lower Cholesky factor, float64, of a float32 Hessian ``[K, K]`` plus a ridge; None if it is
-    not positive definite."""
-    damped = hessian.double()
+def cholesky(
+    hessian: torch.Tensor, ridge: float, dtype: torch.dtype = torch.float64
+) -> torch.Tensor | None:
+    """Lower Cholesky factor of a float32 Hessian ``[K, K]`` plus a ridge, computed in ``dtype``;
+    None if it is not positive definite. float32 takes 0.4 of the time."""
+    damped = hessian.to(dtype, copy=True)
     damped.diagonal().add_(ridge)
     lower, info = torch.linalg.cholesky_ex(damped)
     del damped

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from erniequant.codes.viterbi import Encoder
+from erniequant.encoding.products import product
 
 BLOCK = 64
 """Rows whose mutual feedback is applied one by one; the others receive it in one product per
@@ -72,7 +73,7 @@ def encode_matrix(
     for end in range(columns, 0, -tile):
         here, later = slice(end - tile, end), slice(end, columns)
         own = scale[here]
-        missing = shaped[:, later] @ outputs.feedback[later, here] * own
+        missing = product(shaped[:, later], outputs.feedback[later, here]) * own
         part = OutputFactor(outputs.weight[here], None)
         begun = weight[:, here].contiguous()
         labels, words, aimed = _encode_tiles(
@@ -102,7 +103,7 @@ def _encode_tiles(
     for end in range(rows, 0, -BLOCK):
         block = slice(max(end - BLOCK, 0), end)
         aim = aims[block]
-        aim += feedback[end:, block].T @ error[end:]
+        aim += product(feedback[end:, block].T, error[end:])
         found, row_labels = encoder.encode_rows(
             aim.numpy(), feedback[block, block].contiguous().numpy(), scale.numpy(),
             position_weight, error[block].numpy(),

@@ -36,11 +36,13 @@ def corrected_target(
     lower = cholesky(hessian, ridge) if ridge > 0 else None
     if lower is None:
         return weight
+    # The ridge is large enough to solve in float32, though not to factorise.
+    lower = lower.float()
     corrected = torch.empty_like(weight)
-    # Block by block: float64 moments of all outputs would be as large as the Hessian.
+    # Block by block: moments of all outputs would be as large as the Hessian.
     for start in range(0, weight.shape[0], ROW_BLOCK):
         rows = slice(start, start + ROW_BLOCK)
-        change = torch.cholesky_solve(missing(rows).double(), lower).T.float()
+        change = torch.cholesky_solve(missing(rows), lower).T
         corrected[rows] = weight[rows] + change
     return corrected if all_finite(corrected) else weight
 

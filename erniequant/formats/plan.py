@@ -29,6 +29,9 @@ TUNE_MODES = ("none", "layer", "model")
 """Training after quantisation: none; every layer once its experts are packed; then the whole model
 as well."""
 
+SEARCHES = ("cpu", "cuda")
+"""Where codes are searched."""
+
 SENSITIVITIES = ("activation", "gradient")
 """How errors of outputs are judged: by what they do to the layer's output, or to the model's
 loss."""
@@ -39,8 +42,8 @@ class QuantizeOptions:
     """Options that decide what becomes of the experts.
 
     ``own`` are options that only the format has, by their names in `erniequant.quantize`; the
-    format checks them (`Format.check`). ``tune`` and ``sensitivity`` are of `TUNE_MODES` and
-    `SENSITIVITIES`.
+    format checks them (`Format.check`). ``tune``, ``sensitivity`` and ``search`` are of
+    `TUNE_MODES`, `SENSITIVITIES` and `SEARCHES`.
     """
 
     bits: int
@@ -51,6 +54,7 @@ class QuantizeOptions:
     own: Mapping[str, Any] = field(default_factory=dict)
     tune: str = "layer"
     sensitivity: str = "activation"
+    search: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):
@@ -60,7 +64,8 @@ class QuantizeOptions:
                 f"effort must be one of {', '.join(EFFORTS)}, not {self.effort!r}"
             )
         for name, value, known in (
-            ("tune", self.tune, TUNE_MODES), ("sensitivity", self.sensitivity, SENSITIVITIES)
+            ("tune", self.tune, TUNE_MODES), ("sensitivity", self.sensitivity, SENSITIVITIES),
+            ("search", self.search, SEARCHES),
         ):  # fmt: skip
             if value not in known:
                 raise ErnieQuantError(f"{name} must be one of {', '.join(known)}, not {value!r}")

@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-import torch
-
 from erniequant.errors import ErnieQuantError
 from erniequant.models.architecture import TensorSource
 from erniequant.progress import Progress
@@ -42,14 +40,14 @@ def engine_note(run: RunOptions) -> str:
 
 @contextmanager
 def ray_engine(
-    source: TensorSource, device: torch.device, at_once: int, address: str | None, watch: Progress
+    source: TensorSource, on_gpu: bool, at_once: int, address: str | None, watch: Progress
 ) -> Iterator[tuple[Executor, Progress]]:
     """An executor on a Ray cluster for as long as the context lasts, and an observer that tells
     ``watch`` the nodes and cores at work.
 
     Args:
         source: the checkpoint.
-        device: where products are computed.
+        on_gpu: whether products or the search for codes need one.
         at_once: cores of a cluster that is started here.
         address: see `erniequant.quantize`.
 
@@ -60,7 +58,7 @@ def ray_engine(
     from erniequant.quantization.ray_engine.executor import RayExecutor
 
     with connected(address, at_once):
-        executor = RayExecutor(source, device, watch)
+        executor = RayExecutor(source, on_gpu, watch)
         yield executor, _Located(watch, executor.at_work)
 
 

@@ -1,12 +1,11 @@
-"""Predicted time, memory and disk of a quantisation, told before it starts. Rough: within a factor
-of two."""
+"""Predicted time, memory and disk of a quantisation, told before it starts."""
 
 from dataclasses import dataclass
 
 from erniequant.formats.plan import Plan
 from erniequant.quantization.memory import MemoryPlan
+from erniequant.quantization.work import Work, expert_work
 
-_FLOPS_PER_CORE = 40e9
 _STATES_KEPT = 4
 """Two streams of hidden states, of the last layer and of the one being written."""
 
@@ -42,17 +41,16 @@ def estimate(
 def _work_seconds(plan: Plan, tokens: int, rate: float) -> float:
     """Seconds on one core."""
     model = plan.model
-    encode = plan.expert_weights / rate
-    # A token goes to one group; which one is not known yet, so the largest.
-    hidden, inner = model.hidden, max(group.inner for group in model.groups)
-    expert_tokens = tokens * model.top_k * len(model.moe_layers)
-    # Per routed token: Hessian and cross moments of both inputs, gate and up in both models, down
-    # in both models and the moments of the drift.
-    moments = 2 * expert_tokens * (2 * hidden**2 + 2 * inner**2 + 7 * inner * hidden)
-    # Feedback of inputs and targets; then of outputs, and scales refitted together.
-    feedback = plan.expert_weights * (2 * hidden + 6 * inner + 16 * inner)
+    routed = tokens * model.top_k * len(model.moe_layers)
+    work = Work()
+    for group in model.groups:
+        count = group.experts * len(model.moe_layers)
+        # A token goes to one group; which one is not known yet, so to any expert alike.
+        each = routed / (model.experts * len(model.moe_layers))
+        work += expert_work(model.hidden, group.inner, each).times(count)
     others = plan.total_weights - plan.expert_weights
-    return encode + (moments + feedback + 4 * tokens * others) / _FLOPS_PER_CORE
+    work += Work(low=4 * tokens * others)
+    return plan.expert_weights / rate + work.seconds()
 
 
 def describe(plan: Plan, memory: MemoryPlan, predicted: Estimate, download: int = 0) -> str:

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from erniequant.calibration.rows import RowPool, Rows
 from erniequant.encoding.hessian import Moments, finite_rows
 from erniequant.encoding.matrix import MatrixQuantizer, QuantizedMatrix
+from erniequant.encoding.products import product
 from erniequant.encoding.targets import corrected_target, inner_slopes, token_emphasis
 from erniequant.quantization.token_batches import CHUNK, TokenBatch, Tokens
+from erniequant.system import product_dtype
 
 METRIC_TOKENS = 4096
 """Tokens of an expert that are enough for the metric of the outputs of gate and up."""
@@ -178,7 +180,8 @@ def _gate_up_target(
     missing = moments.cross[0]
     missing.add_(layer.pooled_missing, alpha=strength).div_(max(moments.weight + strength, 1e-30))
     hessian = moments.blend(layer.pooled, strength)
-    target = corrected_target(gate_up, hessian, lambda rows: missing @ gate_up[rows].T)
+    low = missing.to(product_dtype(missing.device))
+    target = corrected_target(gate_up, hessian, lambda rows: product(low, gate_up[rows].T))
     return target, hessian, importance
 
 
@@ -197,19 +200,19 @@ def _gate_up_moments(
     slopes are taken to be alike and independent.
     """
     device, hidden = layer.device, gate_up.shape[1]
-    weight, column = gate_up.to(device), reach.to(device)
+    weight, column = gate_up.to(device, product_dtype(device)), reach.to(device)
     moments = Moments(hidden, (hidden,), device)
     slopes = torch.zeros(gate_up.shape[0], gate_up.shape[0], device=device)
     spacing = max(evidence.count // METRIC_TOKENS, 1)
     plain = 0.0
     for place, held in evidence.chunks():
         chunk = held.to(device)
-        outputs = linear(chunk.original, weight)
+        outputs = product(chunk.original, weight.T)
         before.tensor[place] = activate(outputs).cpu()
         before.release()
         slope = inner_slopes(outputs)
         some = slope[::spacing]
-        slopes.addmm_((some * chunk.weights[::spacing, None]).T, some)
+        slopes.add_(product((some * chunk.weights[::spacing, None]).T, some))
         if place.start < evidence.own:
             counts = chunk.weights
             plain += float(counts.double().sum())
@@ -223,7 +226,7 @@ def _gate_up_moments(
         moments.total.mul_(factor)
         moments.cross[0].mul_(factor)
         moments.weight = plain
-    return moments.cpu(), slopes.cpu() if evidence.count else torch.eye(len(slopes))
+    return moments.finish(), slopes.cpu() if evidence.count else torch.eye(len(slopes))
 
 
 def _gate_up_metric(
@@ -235,8 +238,8 @@ def _gate_up_metric(
 
     To first order, errors ``e`` of the outputs move the expert's output by ``W (s * e)``.
     """
-    moved = down if gradient is None else gradient @ down
-    metric = (down.T @ moved).repeat(2, 2).mul_(slopes)
+    moved = down if gradient is None else product(gradient, down)
+    metric = product(down.T, moved).repeat(2, 2).mul_(slopes)
     if bool(torch.isfinite(metric).all()):
         return metric
     diagonal = metric.diagonal().clone()
@@ -269,11 +272,11 @@ def _down_target(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Target ``[H, I]`` and Hessian ``[I, I]`` of down."""
     device, hidden, size = layer.device, gate_up.shape[1], gate_up.shape[0] // 2
-    effective = gate_up.to(device)
+    effective = gate_up.to(device, product_dtype(device))
     moments = Moments(size, (size, hidden), device)
     for place, held in evidence.chunks():
         chunk = held.to(device)
-        after = activate(linear(chunk.x, effective))
+        after = activate(product(chunk.x, effective.T))
         before = inner.before.tensor[place].to(device)
         inner.after.tensor[place] = after.cpu()
         finite = finite_rows(before) & finite_rows(after)
@@ -281,13 +284,13 @@ def _down_target(
             before, after, chunk = before[finite], after[finite], chunk.rows(finite)
         moments.add(after, chunk.weights, before - after, chunk.drift)
         inner.release()
-    moments.cpu()
+    moments.finish()
     down = weights.down()
-    changed, drift = moments.cross
+    changed, drift = moments.cross[0].to(product_dtype(torch.device("cpu"))), moments.cross[1]
     unit = max(moments.weight, 1e-30)
     hessian = moments.blend(torch.zeros(1), 0.0)
     target = corrected_target(
-        down, hessian, lambda rows: (changed @ down[rows].T + drift[:, rows]) / unit
+        down, hessian, lambda rows: (product(changed, down[rows].T) + drift[:, rows]) / unit
     )
     return target, hessian
 
@@ -301,13 +304,14 @@ def inner_activations(
 ) -> InnerActivations:
     """What `quantize_expert` made of an expert's own tokens, to the last bit, from the weights
     ``[2I, H]`` that gate and up were quantised to."""
-    source, given = weights.gate_up().to(device), effective.to(device)
+    dtype = product_dtype(device)
+    source, given = weights.gate_up().to(device, dtype), effective.to(device, dtype)
     count, size = routed.weights.numel(), effective.shape[0] // 2
     inner = InnerActivations(pool.empty(count, size), pool.empty(count, size))
     for start, held in zip(range(0, count, CHUNK), routed.chunks(), strict=True):
         chunk = held.to(device)
         place = slice(start, start + chunk.weights.numel())
-        inner.before.tensor[place] = activate(linear(chunk.original, source)).cpu()
-        inner.after.tensor[place] = activate(linear(chunk.x, given)).cpu()
+        inner.before.tensor[place] = activate(product(chunk.original, source.T)).cpu()
+        inner.after.tensor[place] = activate(product(chunk.x, given.T)).cpu()
         inner.release()
     return inner

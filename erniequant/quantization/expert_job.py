@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn.functional import linear
 
 from erniequant.calibration.rows import RowPool, Rows
 from erniequant.encoding.matrix import QuantizedMatrix
+from erniequant.encoding.products import product
 from erniequant.models.architecture import TensorSource
 from erniequant.quantization.expert import (
     ExpertWeights,
@@ -24,6 +24,7 @@ from erniequant.quantization.expert import (
 )
 from erniequant.quantization.layer import LayerInput
 from erniequant.quantization.token_batches import CHUNK, TableTokens
+from erniequant.system import product_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,16 +163,21 @@ def _run(job: ExpertJob, layer: ExpertLayer) -> ExpertOutcome:
 def _run_again(chosen: Routed, layer: ExpertLayer, packed: PackedExpert) -> Contribution:
     """What a packed expert adds in the quantised model."""
     device = layer.context.device
-    gate_up, down = packed.gate_up.effective.to(device), packed.down.effective.to(device)
-    values = layer.pool.empty(chosen.rows.numel(), down.shape[0])
+    gate_up, down = _ready(packed.gate_up.effective, device), _ready(packed.down.effective, device)
+    values = layer.pool.empty(chosen.rows.numel(), down.shape[1])
     for start in range(0, chosen.rows.numel(), CHUNK):
         part = slice(start, start + CHUNK)
         x = layer.inputs.quantized.x[chosen.rows[part]].to(device)
-        output = linear(activate(linear(x, gate_up)), down).cpu()
+        output = product(activate(product(x, gate_up)), down).cpu()
         values.tensor[part] = output * chosen.weights[part, None]
         layer.inputs.release()
         values.release()
     return Contribution(chosen.rows, values)
+
+
+def _ready(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A matrix ``[N, K]`` turned ``[K, N]``, as factor of many products on a device."""
+    return weight.to(device, product_dtype(device)).T
 
 
 def _quantized_contribution(
@@ -183,24 +189,24 @@ def _quantized_contribution(
 ) -> Contribution:
     """What the quantised expert adds in the quantised model, to all tokens that chose it."""
     row, weight, device = chosen.rows, chosen.weights, layer.context.device
-    down = packed.down.effective.to(device)
+    down = _ready(packed.down.effective, device)
     own = torch.isin(row, routed.row)
     order = torch.cat([routed.row, row[~own]])
     weights = torch.cat([weight[own], weight[~own]])[:, None]
-    values = layer.pool.empty(order.numel(), down.shape[0])
+    values = layer.pool.empty(order.numel(), down.shape[1])
     count = routed.row.numel()
     for start in range(0, count, CHUNK):
         place = slice(start, min(start + CHUNK, count))
-        output = linear(inner.after.tensor[place].to(device), down).cpu()
+        output = product(inner.after.tensor[place].to(device), down).cpu()
         values.tensor[place] = output * weights[place]
         inner.release()
         values.release()
     if order.numel() > count:
-        gate_up = packed.gate_up.effective.to(device)
+        gate_up = _ready(packed.gate_up.effective, device)
         for start in range(count, order.numel(), CHUNK):
             place = slice(start, start + CHUNK)
             x = layer.inputs.quantized.x[order[place]].to(device)
-            output = linear(activate(linear(x, gate_up)), down).cpu()
+            output = product(activate(product(x, gate_up)), down).cpu()
             values.tensor[place] = output * weights[place]
             layer.inputs.release()
             values.release()
@@ -221,22 +227,22 @@ def _original_contribution(
     """
     row, weight, device = chosen.rows, chosen.weights, layer.context.device
     known = routed.row
-    down = source.down().to(device)
-    values = layer.pool.empty(row.numel(), down.shape[0])
+    down = _ready(source.down(), device)
+    values = layer.pool.empty(row.numel(), down.shape[1])
     for start in range(0, known.numel(), CHUNK):
         place = slice(start, min(start + CHUNK, known.numel()))
         shared = torch.isin(known[place], row)
         target = torch.searchsorted(row, known[place][shared])
-        output = linear(inner.before.tensor[place].to(device), down).cpu()
+        output = product(inner.before.tensor[place].to(device), down).cpu()
         values.tensor[target] = output[shared] * weight[target, None]
         inner.release()
         values.release()
     others = torch.where(~torch.isin(row, known))[0]
     if others.numel():
-        gate_up = source.gate_up().to(device)
+        gate_up = _ready(source.gate_up(), device)
         for target in others.split(CHUNK):
             x = layer.inputs.original.x[row[target]].to(device)
-            output = linear(activate(linear(x, gate_up)), down).cpu()
+            output = product(activate(product(x, gate_up)), down).cpu()
             values.tensor[target] = output * weight[target, None]
             layer.inputs.release()
             values.release()

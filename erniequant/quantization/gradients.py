@@ -16,9 +16,10 @@ import torch
 from erniequant.calibration.rows import RowPool, Rows
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.data.inputs import ModelInput
+from erniequant.encoding.products import fast_products
 from erniequant.models.architecture import EXPERT_MATRICES, Architecture
 from erniequant.models.head import Head, load_head
-from erniequant.tuning.decoder_layer import DecoderLayer, FixedExpert, gradients
+from erniequant.tuning.decoder_layer import DecoderLayer, FixedExpert
 from erniequant.tuning.model import POSITIONS
 from erniequant.tuning.training import Window
 
@@ -61,7 +62,7 @@ def gradient_moments(
             layer = _original_layer(checkpoint, model, index, device)
 
             def forward(rows: slice, window: ModelInput, layer: DecoderLayer = layer) -> None:
-                with gradients(device, enabled=False):
+                with fast_products(device, gradients=False):
                     states[rows] = layer(states[rows][None].to(device), window)[0].float().cpu()
 
             each(forward)
@@ -78,7 +79,7 @@ def gradient_moments(
             def backward(
                 rows: slice, window: ModelInput, layer: DecoderLayer = layer, inputs: Rows = inputs
             ) -> None:
-                with gradients(device):
+                with fast_products(device, gradients=True):
                     hidden = inputs.tensor[rows][None].clone().to(device).requires_grad_()
                     output = layer(hidden, window)
                     (found,) = torch.autograd.grad(output, hidden, states[rows][None].to(device))
@@ -121,7 +122,7 @@ def _gradient_of_head(head: Head, hidden: torch.Tensor, seed: int) -> torch.Tens
     generator = torch.Generator().manual_seed(seed)
     device, parts = head.norm.device, []
     for part in hidden.split(POSITIONS):
-        with gradients(device):
+        with fast_products(device, gradients=True):
             # A copy: other threads write into the table that it is a part of.
             x = part.clone().to(device).requires_grad_()
             logits = head.logits(x)

@@ -18,6 +18,7 @@ from erniequant.calibration.texts import CalibrationWindows
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.data.inputs import ModelInput
 from erniequant.encoding.hessian import finite_rows
+from erniequant.encoding.products import fast_products
 from erniequant.models.architecture import Architecture, MoeInput, TensorSource
 from erniequant.quantization.expert_job import Contribution
 from erniequant.quantization.layer import LayerInput
@@ -233,18 +234,12 @@ class HiddenStates:
     def _advance(self, states: Rows, step: Step) -> None:
         """Move every window of ``states`` on, in place: all windows twice would be gigabytes."""
         jobs = list(zip(self._window_rows, self._windows, strict=True))
-        if self._device.type != "cpu":
-            for rows, window in jobs:
-                step(states, rows, window)
-            return
 
         def one(rows: slice, window: ModelInput) -> None:
-            # Both settings belong to a thread.
-            torch.set_num_threads(1)
-            with torch.no_grad():
+            with fast_products(self._device, gradients=False):
                 step(states, rows, window)
 
-        with ThreadPoolExecutor(self._threads) as workers:
+        with ThreadPoolExecutor(self._threads if self._device.type == "cpu" else 1) as workers:
             for done in [workers.submit(one, *job) for job in jobs]:
                 done.result()
 

@@ -80,7 +80,7 @@ def layer_context(
     for held in everything.chunks():
         chunk = held.to(device)
         moments.add(chunk.x, chunk.weights, chunk.original - chunk.x)
-    moments.cpu()
+    moments.finish()
     unit = max(moments.weight, 1e-30)
     return LayerContext(
         gate_up,

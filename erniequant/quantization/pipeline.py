@@ -53,6 +53,7 @@ def quantize(
     effort: str = "standard",
     tune: str = "layer",
     sensitivity: str = "activation",
+    search: str = "cpu",
     max_tp: int = 2,
     device: str = "auto",
     threads: int | None = None,
@@ -96,8 +97,10 @@ def quantize(
             it is. Without calibration nothing is trained.
         sensitivity: ``activation`` judges errors by what they do to the output of a layer;
             ``gradient`` by one backward pass of the original over a part of the calibration data.
+        search: ``cpu`` or ``cuda``: where the codes of the native format are searched; either finds
+            the same.
         max_tp: tensor parallelism that the result must split into.
-        device: where layers run (``auto``, ``cpu``, ``cuda``); codes are searched on the CPU.
+        device: where layers run (``auto``, ``cpu``, ``cuda``).
         threads: CPU threads; all cores by default.
         seed: seed of the rotation signs and of the choice of calibration windows.
         work_dir: folder for the journal and the hidden states of an unfinished run; inside ``dst``
@@ -122,6 +125,7 @@ def quantize(
         bits, effort, max_tp, seed, format, {k: v for k, v in own.items() if v is not None},
         "none" if no_calib else tune,
         "activation" if no_calib else sensitivity,
+        search,
     )  # fmt: skip
     config = CalibrationConfig("builtin", calib_samples, calib_length, chat_template, seed)
     request = None if no_calib else CalibrationRequest(calib, config)
@@ -174,7 +178,8 @@ def _engine(job: Job, how: RunOptions, watch: Progress) -> Iterator[tuple[Execut
     """The executor of a run, and its observer."""
     at_once = job.memory.experts_at_once
     if how.engine == RAY:
-        with ray_engine(job.checkpoint, job.device, at_once, how.ray_address, watch) as found:
+        on_gpu = "cuda" in (job.device.type, job.plan.options.search)
+        with ray_engine(job.checkpoint, on_gpu, at_once, how.ray_address, watch) as found:
             yield found
     else:
         yield ThreadExecutor(at_once), watch

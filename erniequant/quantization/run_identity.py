@@ -39,6 +39,7 @@ def run_identity(
         "--seed": plan.options.seed,
         "--tune": plan.options.tune,
         "--sensitivity": plan.options.sensitivity,
+        "--search": plan.options.search,
         "--device": device.type,
         "--format": plan.options.format,
         "the plan": _plan_digest(plan),

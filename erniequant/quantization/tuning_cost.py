@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from erniequant.formats.plan import Plan
 from erniequant.models.architecture import Architecture
 from erniequant.quantization.gradients import TOKENS
-from erniequant.tuning.config import LAYER, MODEL, Training, trains_whole
+from erniequant.tuning.config import LAYER, MODEL, Training
 from erniequant.tuning.model import POSITIONS
 
 _FLOPS_PER_CORE = 80e9
@@ -50,11 +50,9 @@ def tuning_bytes(model: Architecture, plan: Plan, length: int, layer: int) -> Tu
         return TuningBytes(shared, window)
     unpacked = unpacked_parameters(model)
     embedding = 2 * sizes.vocabulary * hidden
-    state = (20 if trains_whole(unpacked) else 2) * unpacked
-    whole = plan.expert_bytes + embedding + state + experts // max(sizes.experts, 1)
+    whole = plan.expert_bytes + embedding + 2 * unpacked + experts // max(sizes.experts, 1)
     logits = 4 * 4 * POSITIONS * sizes.vocabulary + 4 * length * hidden * sizes.layers
-    gradients = 4 * unpacked if trains_whole(unpacked) else 0
-    return TuningBytes(max(shared, whole), max(window, graph + logits + gradients))
+    return TuningBytes(max(shared, whole), max(window, graph + logits))
 
 
 def tuning_disk(model: Architecture, plan: Plan, tokens: int, layer: int) -> int:
@@ -71,10 +69,10 @@ def tuning_disk(model: Architecture, plan: Plan, tokens: int, layer: int) -> int
     if options.tune == "layer":
         n_bytes = layer + scales
     elif options.tune == "model":
-        # Those of every layer, and those of the whole model.
-        unpacked = 2 * unpacked_parameters(model)
-        whole = unpacked if trains_whole(unpacked // 2) else unpacked // sizes.hidden
-        n_bytes = unpacked + whole + 2 * len(sizes.moe_layers) * scales
+        # Those of every layer, and of the whole model norms and routers.
+        layers = len(sizes.moe_layers)
+        small = 4 * layers * sizes.hidden * (sizes.experts + 2)
+        n_bytes = 2 * unpacked_parameters(model) + small + 2 * layers * scales
     if options.sensitivity == "gradient":
         states = 4 * min(TOKENS, tokens) * sizes.hidden * sizes.layers
         n_bytes += states + 4 * sizes.hidden**2 * len(sizes.moe_layers)

@@ -23,16 +23,4 @@ class Training:
 
 
 LAYER = Training(epochs=2, windows_per_step=2, rate=3e-3, matrix_rate=3e-3)
-MODEL = Training(epochs=4, windows_per_step=2, rate=5e-3, matrix_rate=2e-3)
-
-TRAINED_WHOLE = 1 << 28
-"""Most parameters beside the packed ones that training of the whole model includes."""
-
-
-def trains_whole(unpacked: int) -> bool:
-    """Whether training of the whole model includes attention and shared experts, for so many
-    parameters that are not packed.
-
-    The optimizer holds 16 bytes for each: 4 GB at most, where the 21B would need 17 GB.
-    """
-    return unpacked <= TRAINED_WHOLE
+MODEL = Training(epochs=2, windows_per_step=1, rate=5e-3, matrix_rate=2e-3)

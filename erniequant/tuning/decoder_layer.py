@@ -1,8 +1,7 @@
 """A decoder layer as a function with a gradient: the stock module, and experts whose weights are
 fixed."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch.nn.functional import linear, silu
 
 from erniequant.data.inputs import ModelInput
 from erniequant.models.architecture import Architecture, MoeInput
-from erniequant.system import fast_bfloat16
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,16 +87,3 @@ def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``x W^T``, in float32 unless autocast says otherwise."""
     fast = torch.is_autocast_enabled(x.device.type)
     return linear(x, weight if fast else weight.float())
-
-
-@contextmanager
-def gradients(device: torch.device, enabled: bool = True) -> Iterator[None]:
-    """Products in bfloat16 where these are the faster ones, on one thread, with or without
-    gradients; all three settings belong to a thread."""
-    fast = device.type == "cuda" or fast_bfloat16()
-    torch.set_num_threads(1)
-    with (
-        torch.set_grad_enabled(enabled),
-        torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast),
-    ):
-        yield

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from erniequant.data.inputs import ModelInput
+from erniequant.encoding.products import fast_products
 from erniequant.tuning.config import Training
-from erniequant.tuning.decoder_layer import gradients
 
 WARM_UP = 5
 """Steps until the rate is reached; Adam's first steps are as large as its last, but blind."""
@@ -54,11 +54,11 @@ def train(
     workers = ThreadPoolExecutor(threads if device.type == "cpu" else 1)
 
     def value(window: Window) -> float:
-        with gradients(device, enabled=False):
+        with fast_products(device, gradients=False):
             return float(loss(*window))
 
     def gradient(window: Window) -> Sequence[torch.Tensor | None]:
-        with gradients(device):
+        with fast_products(device, gradients=True):
             return torch.autograd.grad(loss(*window), list(parameters), allow_unused=True)
 
     def measured() -> float:

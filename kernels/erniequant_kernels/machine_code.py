@@ -1,7 +1,8 @@
 """Count the machine code of a Triton kernel without a GPU.
 
 Triton compiles for sm_80 and sm_90 on any machine and ships the disassembler; the innermost loop
-that holds matrix instructions is counted per execution pipe, or the whole kernel if it has none.
+that holds matrix instructions (of the Viterbi search, fused additions) is counted per execution
+pipe, or the whole kernel if it has none.
 """
 
 import re
@@ -19,6 +20,7 @@ from triton.compiler import ASTSource
 
 from erniequant.errors import ErnieQuantError
 from erniequant_kernels import dependent
+from erniequant_kernels.ptx.launch import MATRIX
 
 WARP = 32
 ARCHITECTURES = (80, 90)
@@ -40,6 +42,23 @@ _MEMORY = {
 # fmt: on
 _MATRIX = {"HMMA", "HGMMA", "IMMA", "IGMMA"}
 
+
+@dataclass(frozen=True)
+class Busiest:
+    """Instructions that a kernel spends its time on, by which its main loop is found.
+
+    Attributes:
+        ptx: how their opcodes begin in PTX.
+        machine: their opcodes in machine code, without what follows a dot.
+    """
+
+    ptx: tuple[str, ...]
+    machine: frozenset[str]
+
+
+PRODUCTS = Busiest(MATRIX, frozenset(_MATRIX))
+FUSED_ADDITIONS = Busiest(("fma.rn.f32",), frozenset({"FFMA"}))
+
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
 
 
@@ -47,14 +66,14 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+
 class KernelCost:
     """Machine code of one kernel.
 
-    Counts are per lane, of one turn of the main loop, or of the whole kernel where no loop holds
-    matrix instructions (``looped`` is false).
+    Counts are per lane, of one turn of the main loop, or of the whole kernel where it has none
+    (``looped`` is false).
 
     Attributes:
         once: issue slots of a warp for everything outside of the main loop, each instruction once;
             0 without a main loop.
         weights_per_lane: distinct weights decoded by a program in that code, over its lanes; 0 for
-            a kernel that decodes none.
+            a kernel that decodes none. Of the Viterbi search, branches.
     """
 
     arch: int
@@ -118,6 +137,7 @@ def compile_kernel(
     num_warps: int,
     num_stages: int,
     fp_fusion: bool = True,
+    registers: int | None = None,
 ) -> Any:
     """Compile a ``@triton.jit`` function for ``sm_<arch>``; pointers are taken as 16-byte aligned.
 
@@ -125,6 +145,7 @@ def compile_kernel(
         signature: type of each runtime argument, in order (``"*bf16"``, ``"i32"``).
         constants: values of the constexpr arguments.
         fp_fusion: whether ``a * b + c`` may be rounded once.
+        registers: most that a lane may have.
     """
     if dependent.ARGUMENT in kernel.arg_names:
         constants = {**constants, dependent.ARGUMENT: arch >= dependent.LEAST_ARCH}
@@ -138,6 +159,8 @@ def compile_kernel(
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+    if registers is not None:
+        options["maxnreg"] = registers
     return triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=options)
 
 
@@ -154,20 +177,24 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
         return dump("-sass"), dump("--dump-resource-usage")
 
 
-def _main_loop(listing: str) -> tuple[list[str], list[str]]:
-    """Opcodes of the innermost backward-branch range with the most matrix instructions, and all
-    others; without such a range, all opcodes and none."""
+def _main_loop(listing: str, busiest: frozenset[str]) -> tuple[list[str], list[str]]:
+    """Opcodes of the backward-branch range, of those that hold no other, with the most of the
+    busiest instructions, and all others; without such a range, all opcodes and none."""
     code = [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(listing)]
-    best: tuple[int, int] | None = None
-    best_key = (0, 0)
+    backward = []
     for address, opcode, rest in code:
         target = re.search(r"0x([0-9a-f]+)\s*$", rest)
-        if opcode.split(".")[0] != "BRA" or target is None or int(target[1], 16) >= address:
+        if opcode.split(".")[0] == "BRA" and target is not None and int(target[1], 16) < address:
+            backward.append((int(target[1], 16), address))
+    best: tuple[int, int] | None = None
+    best_key = (0, 0)
+    for first, last in backward:
+        if any(first <= other and end < last for other, end in backward):
             continue
-        body = [op for a, op, _ in code if int(target[1], 16) <= a <= address]
-        key = (sum(op.split(".")[0] in _MATRIX for op in body), -len(body))
+        body = [op for a, op, _ in code if first <= a <= last]
+        key = (sum(op.split(".")[0] in busiest for op in body), -len(body))
         if key > best_key:
-            best, best_key = (int(target[1], 16), address), key
+            best, best_key = (first, last), key
     if best is None:
         return [op for _, op, _ in code], []
     inside = [op for a, op, _ in code if best[0] <= a <= best[1]]
@@ -192,15 +219,23 @@ class _Pipes:
         return max(self.all, 2 * self.alu, 2 * self.multiply)
 
 
-def measure(compiled: Any, arch: int, *, weights_per_iteration: int, num_warps: int) -> KernelCost:
+def measure(
+    compiled: Any,
+    arch: int,
+    *,
+    weights_per_iteration: int,
+    num_warps: int,
+    busiest: Busiest = PRODUCTS,
+) -> KernelCost:
     """Count a compiled kernel.
 
     Args:
         weights_per_iteration: distinct weights that one program decodes in a turn of the main loop,
             or in all where there is none.
+        busiest: instructions by which the main loop is found.
     """
     listing, usage = disassemble(compiled.asm["cubin"])
-    inside, outside = _main_loop(listing)
+    inside, outside = _main_loop(listing, busiest.machine)
     loop = _Pipes(inside, arch)
     once = _Pipes(outside, arch)
     matrix_names = Counter(op for op in loop.body if op.split(".")[0] in _MATRIX)

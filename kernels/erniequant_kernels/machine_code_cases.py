@@ -13,17 +13,21 @@ from erniequant_kernels import decode
 from erniequant_kernels.bench.problem import Shape, make_batch
 from erniequant_kernels.combine import BLOCK_N, WARPS, combine_kernel
 from erniequant_kernels.fused_gemm import FusedGemmConfig, fused_gemm_kernel
+from erniequant_kernels.machine_code import FUSED_ADDITIONS, PRODUCTS, Busiest
 from erniequant_kernels.packed_gemm import groups_per_warp, packed_gemm_kernel
 from erniequant_kernels.prepare import prepare_kernel
 from erniequant_kernels.rotation import ELEMENTS, rotation_constants, swiglu_rotate_kernel
 from erniequant_kernels.routing import row_tiles_constants, row_tiles_reference
 from erniequant_kernels.tuning import GemmConfig, tables
+from erniequant_kernels.viterbi import forward_turns, search_constants, viterbi_kernel
 from erniequant_kernels.wint2_gemm import TURN, wint2_gemm_kernel
 from erniequant_kernels.wint2_tuning import Wint2Row, wint2_tables
 
 # ERNIE-4.5-21B-A3B: the shape that every figure on paper refers to.
 HIDDEN, INNER, EXPERTS, TOP_K = 2560, 1536, 64, 6
 TILE, ROTATION_BLOCK = 256, 128
+LONGEST_SEARCHED = 13
+"""Of the registers whose search is counted: labels of longer ones do not fit a lane's registers."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,15 @@ class Case:
         arguments: types of run-time arguments by name, such as ``*bf16``.
         constants: constexpr arguments by name.
         weights: distinct weights that a program decodes in a turn of its main loop (in all, if it
-            has none).
+            has none); of the Viterbi search, branches that it compares.
         turns: of the main loop that a program makes on the shape that the case stands for.
         values: what arguments hold where memory accesses are counted (`machine_traffic`): a number
             for each integer, numpy arrays for tables of indices. Other pointers read as zeros.
         program: the program of the grid whose accesses are counted.
         grid: of the launch, as the kernel may ask for it.
         fp_fusion: see `machine_code.compile_kernel`.
+        registers: most that a lane may have; None leaves that to the compiler.
+        busiest: instructions by which the main loop is found.
     """
 
     label: str
@@ -56,6 +62,8 @@ class Case:
     program: tuple[int, int, int] = (0, 0, 0)
     grid: tuple[int, int, int] = (1 << 16, 1 << 8, 1)
     fp_fusion: bool = True
+    registers: int | None = None
+    busiest: Busiest = PRODUCTS
 
 
 @cache
@@ -200,12 +208,37 @@ def rotate_programs(shape: Shape, tokens: int) -> tuple[int, int, int]:
     return shape.experts + rotated, swiglu, tokens * -(-shape.hidden // BLOCK_N)
 
 
+def viterbi_case(code: ConvolutionalCode) -> Case:
+    """The search for one row of tiles."""
+    constants = search_constants(code, TILE)
+    warps, registers = constants.pop("num_warps"), constants.pop("maxnreg")
+    names = ("aims", "feedback", "scale", "root", "table", "error", "labels", "words", "target",
+             "cost", "state")  # fmt: skip
+    types = dict.fromkeys(("words", "state"), "*i32")
+    return Case(
+        f"viterbi {code.name} L{code.register_length} W{warps}",
+        viterbi_kernel,
+        {f"{name}_ptr": types.get(name, "*fp32") for name in names} | {"rows": "i32"},
+        constants,
+        warps,
+        1,
+        code.states,
+        forward_turns(code, TILE),
+        {"rows": 1},
+        fp_fusion=False,
+        registers=registers,
+        busiest=FUSED_ADDITIONS,
+    )
+
+
 def cases(arch: int) -> Iterator[Case]:
-    """Every kernel, the products for each code and register length that an effort uses."""
+    """Every kernel, those of codes for each register length that an effort uses."""
     tuning = tables()[f"sm_{arch}"]
     for code in (get_code(*key) for key in REGISTERED):
         if code.register_length not in {register_length(code.bits, e) for e in EFFORTS}:
             continue
+        if code.register_length <= LONGEST_SEARCHED:
+            yield viterbi_case(code)
         configs = (
             tuning.config(row, code, 2 * INNER, HIDDEN, EXPERTS, TOP_K)
             for row in range(len(tuning.rows))

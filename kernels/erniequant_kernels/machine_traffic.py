@@ -23,7 +23,7 @@ from erniequant_kernels.ptx.accesses import (
     totals,
     traffic,
 )  # fmt: skip
-from erniequant_kernels.ptx.launch import Launched, launch, main_loop
+from erniequant_kernels.ptx.launch import Launched, launch
 
 SCHEDULERS = 4
 TURNS = 2
@@ -39,7 +39,8 @@ class Counted:
         accesses: its memory instructions, in order.
         sections: their sums, by section of the code.
         warps, weights: of the case; weights that a program decodes in a turn.
-        executed: instructions of PTX that the program executed, with the first turns of the loop.
+        executed: instructions of PTX that the program executed, with the first turns of the loop;
+            ``outside``: without any.
         matrices: rows, columns and depth of each matrix instruction of a turn of the main loop.
     """
 
@@ -49,6 +50,7 @@ class Counted:
     warps: int
     weights: int
     executed: int
+    outside: int
     matrices: tuple[tuple[int, int, int], ...]
 
     def l1_clocks(self, turns: int, filled: float = 1.0) -> float:
@@ -79,6 +81,7 @@ def compiled(case: Case, arch: int) -> Any:
     return compile_kernel(
         case.kernel, case.arguments, case.constants, arch,
         num_warps=case.warps, num_stages=case.stages, fp_fusion=case.fp_fusion,
+        registers=case.registers,
     )  # fmt: skip
 
 
@@ -97,24 +100,31 @@ def run_case(case: Case, kernel: Any) -> Launched:
     return launch(
         kernel.asm["ptx"], kernel.metadata.shared, case.grid, arguments,
         programs=[case.program], record=True, compute=False, most_turns=TURNS,
+        busiest=case.busiest.ptx,
     )  # fmt: skip
 
 
 def count(case: Case, arch: int) -> Counted:
     """Compile a case for ``sm_<arch>`` and count everything."""
     kernel = compiled(case, arch)
-    cost = measure(kernel, arch, weights_per_iteration=case.weights, num_warps=case.warps)
+    cost = measure(
+        kernel, arch, weights_per_iteration=case.weights, num_warps=case.warps,
+        busiest=case.busiest,
+    )  # fmt: skip
     launched = run_case(case, kernel)
     found = traffic(launched)
-    executed = sum(launched.machines[0].executed.values())
+    by_place, loop = launched.machines[0].executed, launched.loop
+    executed = sum(by_place.values())
+    inside = sum(by_place[p] for p in range(loop.first, loop.last + 1)) if loop else 0
     sums = totals(launched, found)
     shapes = tuple(_matrix_shapes(launched))
-    return Counted(cost, tuple(found), sums, case.warps, case.weights, executed, shapes)
+    return Counted(
+        cost, tuple(found), sums, case.warps, case.weights, executed, executed - inside, shapes
+    )
 
 
 def _matrix_shapes(launched: Launched) -> Iterator[tuple[int, int, int]]:
-    program = launched.program
-    loop = main_loop(program)
+    program, loop = launched.program, launched.loop
     for instruction in program.instructions[loop.first : loop.last + 1] if loop else ():
         shape = re.search(r"mma.*\.m(\d+)n(\d+)k(\d+)", instruction.opcode)
         if shape:

@@ -1,8 +1,11 @@
 """Input moments and their factorisation: closed forms, and every way in which data can be bad."""
 
+import pytest
 import torch
 
 from erniequant.encoding.hessian import ROW_BLOCK, Moments, all_finite, factorise
+
+pytestmark = pytest.mark.usefixtures("float32_products")
 
 
 def moments_of(total: torch.Tensor, weight: float) -> Moments:
@@ -18,6 +21,7 @@ def test_moments_are_weighted_sums_of_outer_products() -> None:
     found = Moments(5, (3,))
     for part in (slice(0, 8), slice(8, 9)):
         found.add(x[part].float(), weights[part].float(), y[part].float())
+    found.finish()
     expected = torch.einsum("t,ti,tj->ij", weights, x, x)
     torch.testing.assert_close(found.total.double(), expected, rtol=1e-4, atol=1e-4)
     crossed = torch.einsum("t,ti,tj->ij", weights, x, y)

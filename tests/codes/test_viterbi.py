@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from erniequant.codes import CODE_NAMES, ConvolutionalCode, get_code, viterbi
+from erniequant.codes import CODE_NAMES, ConvolutionalCode, get_code, steps
 from erniequant.codes.reference import decode
 from erniequant.codes.viterbi import encoder
 
@@ -42,7 +42,7 @@ def test_finds_the_best_of_all_streams_with_its_seam(name: str) -> None:
     words = np.zeros((12, 1), np.uint32)
     labels = np.empty_like(targets)
     search = encoder(code)
-    search.search(targets, weights, search.tables, words, labels)
+    search.search(targets, weights, search.tables, search.arranged, words, labels)
     for x, w, label, word in zip(targets, weights, labels, words[:, 0], strict=True):
         chosen = int(word) >> (32 - n_bits)
         np.testing.assert_array_equal(codewords[chosen], label)
@@ -125,21 +125,30 @@ def test_error_on_gaussian_data(name: str, length: int, ceiling: float) -> None:
     assert measure(get_code(name, length), sequences, seed=6).mse <= ceiling
 
 
-# Two bits and one weight a step have a forward step of their own. At 8 bits its rows are no longer
-# than a vector, at 10 several.
-@pytest.mark.parametrize("length", [8, 10])
-def test_four_predecessors_are_searched_as_any_number_of_them(length: int) -> None:
-    code = get_code("cc2s", length)
-    classes = code.states // 4
-    tables = np.ascontiguousarray(code.table().T).reshape(1, 4, classes)
+# At 8 bits registers with common successors are as few as can be, at 11 there are many.
+@pytest.mark.parametrize("length", [8, 11])
+@pytest.mark.parametrize("name", sorted(CODE_NAMES))
+def test_a_forward_step_finds_the_cheapest_way_into_every_class(name: str, length: int) -> None:
+    code = get_code(name, length)
+    per_step, branches = code.weights_per_step, 1 << code.step_bits
+    classes = code.states // branches
+    table = code.table().astype(np.float64)
     rng = np.random.default_rng(9)
-    x, root = rng.standard_normal(3).astype(np.float32), rng.random(3).astype(np.float32)
-    old = rng.random(classes).astype(np.float32)
-    special, general = np.empty_like(old), np.empty_like(old)
-    spread = np.empty((4, classes), np.float32)
-    viterbi._forward_four(x, root, 1, viterbi._by_successor(tables), old, special, spread)
-    viterbi._forward_single(x, root, 1, tables, old, general, spread)
-    np.testing.assert_array_equal(special, general)
+    x, root = rng.standard_normal(3 * per_step), rng.random(3 * per_step)
+    old = rng.random(classes)
+    expected = np.full(classes, np.inf)
+    own = slice(per_step, 2 * per_step)
+    for register in range(code.states):
+        # The register's high bits were in the register before it, its low bits are in the next.
+        cost = ((table[register] * root[own] - x[own]) ** 2).sum()
+        into = register % classes
+        expected[into] = min(expected[into], old[register // branches] + cost)
+    forward, arrange = steps.forward_step(branches, per_step)
+    tables = np.ascontiguousarray(code.table().T).reshape(per_step, branches, classes)
+    found = np.empty(classes, np.float32)
+    arguments = (values.astype(np.float32) for values in (x, root))
+    forward(*arguments, 1, arrange(tables), old.astype(np.float32), found)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_rows_are_encoded_one_after_another() -> None:

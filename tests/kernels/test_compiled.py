@@ -13,11 +13,12 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 ARCHITECTURES = (80, 90)
 # Packed products in five splits with fewer groups than a warp takes; fused ones of 64 tokens, on
-# sm_90 by the instruction of a warp group; a layer with all its other kernels.
-FILES = ("test_packed_gemm.py", "test_fused_gemm.py", "test_moe.py")
+# sm_90 by the instruction of a warp group; a layer with all its other kernels; the search of codes.
+FILES = ("test_packed_gemm.py", "test_fused_gemm.py", "test_moe.py", "test_viterbi.py")
 CHOSEN = (
     "(packed_gemm and routed_tokens and config1 and not cc3)"
     " or (fused_gemm and routed_tokens and config3 and not cc3) or one_large_channel"
+    " or (viterbi and rows_with_feedback and (cc2s or cc3))"
 )
 
 
@@ -36,5 +37,5 @@ def test_compiled_kernels_pass_the_tests_of_interpreted_ones(tmp_path):
     for process in running:
         output, _ = process.communicate()
         assert process.returncode == 0, output[-3000:]
-        # Three codes of both products, three regimes of the layer.
-        assert "9 passed" in output
+        # Three codes of both products, three regimes of the layer, two searches.
+        assert "11 passed" in output

@@ -33,7 +33,7 @@ def only(records, arch, text):
 
 
 def test_both_architectures_and_every_kernel_are_counted(records):
-    kinds = {"packed_gemm", "fused_gemm", "prepare", "swiglu_rotate", "combine"}
+    kinds = {"packed_gemm", "fused_gemm", "prepare", "swiglu_rotate", "combine", "viterbi"}
     for arch in ARCHITECTURES:
         names = {r["kernel"].split()[0] for r in records if r["arch"] == arch}
         assert kinds <= names
@@ -54,6 +54,8 @@ def test_main_loops_use_all_bytes_that_they_fetch(records):
     # All but the sector before a program's block in each input row, which holds the bits before the
     # first group.
     for record in records:
+        if record["kernel"].startswith("viterbi"):
+            assert not record["uncoalesced"]
         for access in record["uncoalesced"]:
             block_k = next(int(w[1:]) for w in record["kernel"].split() if w.startswith("K"))
             assert access["wasted_sectors"] <= block_k, (record["kernel"], access)
@@ -68,6 +70,20 @@ def test_products_of_many_tokens_stay_below_their_bar(records, arch, code, bar):
     for record in only(records, arch, f"fused_gemm {code} M64 "):
         assert record["matrix_opcode"].startswith("HGMMA" if arch == 90 else "HMMA")
         assert record["figures"]["slots"] <= bar
+
+
+@pytest.mark.parametrize("code, weights", [("cc2", 2), ("cc2s", 1), ("cc3", 1), ("cc4", 1)])
+def test_a_search_takes_few_instructions_a_branch(records, code, weights):
+    # Two fused additions for each weight and a minimum, as there are no cheaper ones; where lanes
+    # have classes for all, loads, stores and addresses add less than half as much.
+    for arch in ARCHITECTURES:
+        for record in only(records, arch, f"viterbi {code} "):
+            assert not record["spill_bytes"]
+            if " L10 " not in record["kernel"]:
+                assert 2 * weights + 1 < record["figures"]["slots"] <= 1.6 * (2 * weights + 1)
+            assert record["figures"]["l1_slots"] < record["figures"]["slots"]
+            fused = record["opcodes"]["FFMA"] / record["weights_per_lane"]
+            assert 2 * weights <= fused <= 4.5 * weights
 
 
 def test_no_weight_crosses_lanes_or_memory(records):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch.nn.functional import linear, silu
 
@@ -16,6 +17,8 @@ from erniequant.quantization.expert import (
 )
 from erniequant.quantization.layer import LayerInput
 from erniequant.quantization.token_batches import CHUNK, TokenBatch, Tokens
+
+pytestmark = pytest.mark.usefixtures("float32_products")
 
 
 def tokens_of(x: torch.Tensor) -> TokenBatch:

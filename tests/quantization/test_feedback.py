@@ -14,6 +14,8 @@ from erniequant.encoding.hessian import factorise
 from erniequant.encoding.ldlq import BLOCK, OutputFactor, encode_matrix
 from erniequant.encoding.matrix import OUTPUT_DAMPING, initial_scale, output_factor
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 TILE, OUTPUTS = 32, 96
 """Three tiles: the middle one gives and takes feedback, and 96 is no power of two."""
 
@@ -96,11 +98,9 @@ class Recorder:
         self._search = search.search_rows
         self.missed: list[torch.Tensor] = []
 
-    def __call__(
-        self, aims: np.ndarray, feedback: Any, scale: np.ndarray, weights: Any, tables: Any,
-        error: Any, words: Any, labels: np.ndarray,
-    ) -> None:  # fmt: skip
-        self._search(aims, feedback, scale, weights, tables, error, words, labels)
+    def __call__(self, aims: np.ndarray, feedback: Any, scale: np.ndarray, *others: Any) -> None:
+        self._search(aims, feedback, scale, *others)
+        labels = others[-1]
         self.missed.append(torch.from_numpy(aims / scale - labels).double())
 
 

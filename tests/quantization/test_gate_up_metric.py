@@ -14,6 +14,8 @@ from erniequant.quantization.expert import ExpertWeights, LayerContext, quantize
 from erniequant.quantization.token_batches import TokenBatch
 from tests.quantization.conftest import HIDDEN, INNER, evidence
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 NOTHING = evidence(torch.zeros(0, HIDDEN), torch.zeros(0))
 
 
@@ -85,9 +87,9 @@ def test_of_many_tokens_some_make_the_metric(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # 500 tokens for 120: every fourth.
-    monkeypatch.setattr(expert_module, "METRIC_TOKENS", 120)
-    moments, slopes = moments_of(expert_weights, tokens, layer)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(expert_module, "METRIC_TOKENS", 120)
+        moments, slopes = moments_of(expert_weights, tokens, layer)
     some = tokens.rows(torch.arange(0, 500, 4))
     torch.testing.assert_close(slopes, moments_of(expert_weights, some, layer)[1])
     # All of them make the Hessian.

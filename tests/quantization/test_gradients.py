@@ -20,17 +20,13 @@ from erniequant.models.registry import architecture_of
 from erniequant.quantization import gradients
 from erniequant.quantization.gradients import gradient_moments
 from erniequant.quantization.hidden_states import HiddenStates
-from erniequant.tuning import decoder_layer
 from testing.micro_model import write_micro_ernie
 
 CPU = torch.device("cpu")
 MODELS = ("mixture", "untied", "dense", "vision-language")
 
 
-@pytest.fixture(autouse=True)
-def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products in float32 on any processor."""
-    monkeypatch.setattr(decoder_layer, "fast_bfloat16", lambda: False)
+pytestmark = pytest.mark.usefixtures("float32_products")
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from erniequant.encoding.matrix import (
 from erniequant.packing.rotation import random_signs
 from tests.quantization.test_feedback import OUTPUTS, TILE, moments
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 INPUTS = 48
 
 

@@ -20,6 +20,8 @@ from erniequant.models.registry import architecture_of
 from erniequant.quantization import run
 from erniequant.quantization.hidden_states import HiddenStates
 
+pytestmark = pytest.mark.usefixtures("float32_products")
+
 
 def last_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Hidden states after the last layer, before the final norm."""

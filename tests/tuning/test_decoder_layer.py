@@ -14,10 +14,11 @@ from erniequant.data.images import ImageReader
 from erniequant.data.inputs import ModelInput
 from erniequant.data.records import read_records
 from erniequant.data.tokenizers import load_tokenizer
+from erniequant.encoding.products import fast_products
 from erniequant.models.architecture import EXPERT_MATRICES, Architecture
 from erniequant.models.registry import architecture_of
 from erniequant.tuning import decoder_layer
-from erniequant.tuning.decoder_layer import DecoderLayer, FixedExpert, ScaleFactors, gradients
+from erniequant.tuning.decoder_layer import DecoderLayer, FixedExpert, ScaleFactors
 from erniequant.tuning.layer import scale_factors, trainable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,7 +144,7 @@ def test_values_and_gradients_are_the_stock_models(folder: Path, window: ModelIn
     (expected * direction).sum().backward()
 
     found = our_layers(folder, model, lambda index: of_layer.get(index, {}))
-    with gradients(CPU):
+    with fast_products(CPU, gradients=True):
         hidden = first
         for layer, _ in found:
             hidden = layer(hidden, window)
@@ -200,6 +201,6 @@ def test_experts_may_be_decoded_when_they_are_needed(micro_ernie: Path) -> None:
         return FixedExpert(weights)
 
     lazy = DecoderLayer(model, layer.module, {n: later(n) for n in layer.experts}, {})
-    with gradients(CPU, enabled=False):
+    with fast_products(CPU, gradients=False):
         assert torch.equal(layer(hidden, window), lazy(hidden, window))
     assert decoded and len(set(decoded)) == len(decoded)

@@ -34,6 +34,10 @@ class FastDeployFormat(Format):
                 f"{self.name} has 2 bits, not {options.bits}; use --bits 2, and --w4-layers for "
                 "layers of 4 bits"
             )
+        if options.search != "cpu":
+            raise ErnieQuantError(
+                f"{self.name} has no codes to search on a GPU; leave --search {options.search} out"
+            )
 
     def output(
         self, checkpoint: Checkpoint, model: Architecture, options: QuantizeOptions

@@ -10,6 +10,7 @@ from erniequant.checkpoint.layout import OutputTensor
 from erniequant.checkpoint.reader import Checkpoint
 from erniequant.codes import encode_rate
 from erniequant.formats.base import Format, OutputFormat, ReadOptions
+from erniequant.formats.native.search import require_search
 from erniequant.formats.native.specs import (
     code_of,
     expert_tensors,
@@ -35,8 +36,9 @@ class NativeFormat(Format):
         return is_quantized(dict(config))
 
     def check(self, options: QuantizeOptions) -> None:
-        """Every width; the code must be one of it."""
+        """Every width; the code must be one of it, and searched where that is possible."""
         code_of(options)
+        require_search(options.search)
 
     def output(
         self, checkpoint: Checkpoint, model: Architecture, options: QuantizeOptions

@@ -10,6 +10,7 @@ from erniequant.checkpoint.reader import Checkpoint
 from erniequant.checkpoint.shards import ShardFiles
 from erniequant.encoding.matrix import MatrixQuantizer, Rotation, TrellisQuantizer
 from erniequant.formats.base import OutputFormat, TensorSlot
+from erniequant.formats.native.search import encoder_of
 from erniequant.formats.native.specs import Specs, packed_prefix
 from erniequant.formats.plan import Plan
 from erniequant.models.architecture import ExpertGroup
@@ -95,4 +96,11 @@ class NativeOutput(OutputFormat):
             )
             signs = random_signs(inputs[name], torch.Generator().manual_seed(seed))
             matrix = spec.projection(name)
-            yield name, TrellisQuantizer(matrix, Rotation(signs, matrix.rotation_block))
+            yield (
+                name,
+                TrellisQuantizer(
+                    matrix,
+                    Rotation(signs, matrix.rotation_block),
+                    encoder_of(self._plan.options.search),
+                ),
+            )

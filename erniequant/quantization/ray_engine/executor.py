@@ -12,7 +12,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from erniequant.errors import ErnieQuantError
@@ -55,7 +54,7 @@ class _Sent:
 class RayExecutor:
     """See `Executor`; the cluster is the one that Ray is connected to."""
 
-    def __init__(self, source: TensorSource, device: torch.device, watch: Progress):
+    def __init__(self, source: TensorSource, on_gpu: bool, watch: Progress):
         """Ask the nodes what they are and whether they see the files of ``source``, and tell
         ``watch``.
 
@@ -64,7 +63,7 @@ class RayExecutor:
         """
         self._watch, self._machine = watch, this_machine()
         self._processors = {self._machine.processor}
-        self._nodes = Nodes(device.type == "cuda", watch)
+        self._nodes = Nodes(on_gpu, watch)
         self._source, self._reader = source, Reader(source)
         self._tables: WeakKeyDictionary[LayerInput, Any] = WeakKeyDictionary()
         self._way: deque[_Sent] = deque()

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from erniequant_kernels.ptx.launch import Launched, Section, main_loop
+from erniequant_kernels.ptx.launch import Launched, Section
 from erniequant_kernels.ptx.machine import WARP
 from erniequant_kernels.ptx.memory import Access
 from erniequant_kernels.ptx.values import Array
@@ -162,9 +162,8 @@ def _touched(addresses: Array, active: Array, sectors: Array) -> int:
 
 def traffic(launched: Launched) -> list[Traffic]:
     """What every memory instruction of a recorded launch did, in the order of the code."""
-    loop = main_loop(launched.program)
+    loop, turns = launched.loop, launched.turns
     programs = sum(len(machine.programs) for machine in launched.machines)
-    turns = launched.machines[0].taken[loop.last] + 1 if loop else 1
     groups: dict[tuple[int, str], list[Access]] = defaultdict(list)
     for access in (a for machine in launched.machines for a in machine.accesses):
         groups[access.place, access.space].append(access)
@@ -238,9 +237,8 @@ class Totals:
 
 def totals(launched: Launched, found: Sequence[Traffic]) -> dict[str, Totals]:
     """Sums by section; every section is there."""
-    loop = main_loop(launched.program)
+    loop, turns = launched.loop, launched.turns
     programs = sum(len(machine.programs) for machine in launched.machines)
-    turns = launched.machines[0].taken[loop.last] + 1 if loop else 1
     different: dict[tuple[str, bool], set[tuple[int, int]]] = defaultdict(set)
     for number, machine in enumerate(launched.machines):
         for access in machine.accesses:

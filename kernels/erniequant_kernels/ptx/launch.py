@@ -15,7 +15,8 @@ from erniequant_kernels.ptx.parse import Program, parse
 
 LANES_AT_ONCE = 4096
 """Of as many programs as a machine runs together: their registers stay in this machine's caches."""
-_MATRIX = ("mma.sync", "wgmma.mma_async")
+MATRIX = ("mma.sync", "wgmma.mma_async")
+"""Opcodes, as they begin, of the instructions that products spend their time on."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,23 @@ class Section:
     last: int
 
 
-def main_loop(program: Program) -> Section | None:
-    """The innermost loop with the most matrix instructions, if any has one."""
+def main_loop(program: Program, busiest: tuple[str, ...] = MATRIX) -> Section | None:
+    """Of the loops that hold no other loop, the one with the most instructions of some opcodes, if
+    any has one."""
+    backward = [
+        Section(target, place)
+        for place, instruction in enumerate(program.instructions)
+        if instruction.opcode.startswith("bra")
+        and (target := program.labels[instruction.operands[0]]) <= place
+    ]
     best, best_key = None, (0, 0)
-    for place, instruction in enumerate(program.instructions):
-        if not instruction.opcode.startswith("bra"):
+    for loop in backward:
+        if any(loop.first <= other.first and other.last < loop.last for other in backward):
             continue
-        target = program.labels[instruction.operands[0]]
-        if target > place:
-            continue
-        body = program.instructions[target : place + 1]
-        key = (sum(i.opcode.startswith(_MATRIX) for i in body), -len(body))
+        body = program.instructions[loop.first : loop.last + 1]
+        key = (sum(i.opcode.startswith(busiest) for i in body), -len(body))
         if key > best_key:
-            best, best_key = Section(target, place), key
+            best, best_key = loop, key
     return best
 
 
@@ -50,11 +55,18 @@ def _prepared(ptx: str) -> tuple[Program, list[Execute]]:
 
 @dataclass(frozen=True)
 class Launched:
-    """A finished launch: its machines, one after the other, and what each array holds now."""
+    """A finished launch: its main loop, its machines, one after the other, and what each array
+    holds now."""
 
     program: Program
+    loop: Section | None
     machines: tuple[Machine, ...]
     arrays: Mapping[str, Any]
+
+    @property
+    def turns(self) -> int:
+        """Turns of the main loop that a program made; 1 without one."""
+        return max(1, self.machines[0].executed[self.loop.last]) if self.loop else 1
 
 
 def launch(
@@ -68,6 +80,7 @@ def launch(
     compute: bool = True,
     late: bool = True,
     most_turns: int | None = None,
+    busiest: tuple[str, ...] = MATRIX,
 ) -> Launched:
     """Run programs of a grid.
 
@@ -78,7 +91,8 @@ def launch(
         record: keep memory accesses.
         compute: execute matrix instructions.
         late: asynchronous copies arrive as late as possible, else at once.
-        most_turns: leave the main loop after that many turns.
+        most_turns: leave the main loop after that many turns, and after one if it comes again.
+        busiest: opcodes by which the main loop is found, see `main_loop`.
 
     Raises:
         UnknownInstruction: the kernel has an instruction that the interpreter does not.
@@ -103,7 +117,7 @@ def launch(
         value: Any = given[i][1] if i < len(given) else None
         is_pointer = value is None or isinstance(value, np.ndarray)
         parameters[name] = Memory.address(i) if is_pointer else value
-    loop = main_loop(program)
+    loop = main_loop(program, busiest)
     turns = {loop.last: most_turns - 1} if loop and most_turns else None
     at_once = max(1, LANES_AT_ONCE // program.threads)
     machines = []
@@ -123,4 +137,4 @@ def launch(
         for i, (name, value) in enumerate(given)
         if isinstance(value, np.ndarray)
     }
-    return Launched(program, tuple(machines), arrays)
+    return Launched(program, loop, tuple(machines), arrays)
