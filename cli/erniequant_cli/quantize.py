@@ -37,6 +37,10 @@ class Sensitivity(str, Enum):
     activation, gradient = "activation", "gradient"
 
 
+class Engine(str, Enum):
+    local, ray = "local", "ray"
+
+
 class Search(str, Enum):
     cpu, cuda = "cpu", "cuda"
 
@@ -155,6 +159,20 @@ def quantize(
     max_degraded: Annotated[
         int, typer.Option(min=0, help="Exit with 3 if more expert matrices than this are degraded.")
     ] = 0,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="local: experts are quantised on this machine's cores; ray: on those of a Ray "
+            "cluster, to the same bytes (pip install 'erniequant\\[ray]')."
+        ),
+    ] = Engine.local,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="ray: the cluster; by default that of RAY_ADDRESS, else one started here.",
+        ),
+    ] = None,
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
@@ -176,6 +194,8 @@ def quantize(
       erniequant quantize ./ernie-vl ./ernie-vl-2bit --bits 2 --calib pairs.jsonl
 
       erniequant quantize ./ernie ./ernie-3bit --bits 3 --max-memory 8GB --dry-run
+
+      erniequant quantize ./ernie ./ernie-2bit --bits 2 --engine ray --ray-address 10.0.0.1:6379
     """
     from erniequant.quantization.pipeline import quantize as make
     from erniequant_cli.loading import hush
@@ -210,6 +230,8 @@ def quantize(
             resume=resume,
             dry_run=dry_run,
             max_degraded=max_degraded,
+            engine=engine.value,
+            ray_address=ray_address,
             progress=make_progress(quiet),
         )
     except KeyboardInterrupt:

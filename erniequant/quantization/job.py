@@ -20,6 +20,7 @@ from erniequant.models.architecture import Architecture
 from erniequant.models.config_check import bounded_architecture
 from erniequant.paths import expanded
 from erniequant.quantization.calibration_input import Calibration, amounts, image_note, prepare
+from erniequant.quantization.engines import check_engine, engine_note
 from erniequant.quantization.estimate import Estimate, describe, estimate
 from erniequant.quantization.memory import (
     MemoryInputs,
@@ -91,6 +92,7 @@ def plan_job(
         ErnieQuantError: anything wrong with the source or the options.
     """
     chosen = check_options(options)
+    check_engine(run)
     device = resolve_device(run.device)
     checkpoint = open_checkpoint(src)
     require_no_adapter(checkpoint.folder)
@@ -113,6 +115,7 @@ def plan_job(
     left = left_behind(checkpoint.folder, {INDEX_FILE, *checkpoint.shards})
     lines = [
         describe(plan, memory, predicted, checkpoint.absent_bytes),
+        engine_note(run),
         image_note(calibration) if model.images is not None and calibration is not None else "",
         _vocabulary_note(vocabulary, model.sizes.vocabulary),
         describe_left_behind(left),

@@ -15,3 +15,5 @@ class RunOptions:
     resume: bool | None = None
     dry_run: bool = False
     max_degraded: int = 0
+    engine: str = "local"
+    ray_address: str | None = None

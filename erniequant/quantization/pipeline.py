@@ -23,8 +23,9 @@ from erniequant.paths import expanded
 from erniequant.progress import Progress, observed
 from erniequant.quantization.calibration_input import calibration_report, read_windows
 from erniequant.quantization.destination import complete, opened
+from erniequant.quantization.engines import LOCAL, RAY, ray_engine
 from erniequant.quantization.estimate import Estimate
-from erniequant.quantization.executors import ThreadExecutor
+from erniequant.quantization.executors import Executor, ThreadExecutor
 from erniequant.quantization.job import CalibrationRequest, Job, plan_job
 from erniequant.quantization.options import RunOptions
 from erniequant.quantization.report import QuantizationReport
@@ -62,12 +63,14 @@ def quantize(
     resume: bool | None = None,
     dry_run: bool = False,
     max_degraded: int = 0,
+    engine: str = LOCAL,
+    ray_address: str | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Make a quantised copy of an ERNIE 4.5 checkpoint, text-only or vision-language.
 
     The output depends on the inputs, the options and the kind of processor, not on ``threads``,
-    ``max_memory``, or whether the run was interrupted.
+    ``max_memory``, ``engine``, or whether the run was interrupted.
 
     Args:
         src: folder or Hugging Face id of the bf16 checkpoint.
@@ -108,6 +111,10 @@ def quantize(
             continue one if it is there.
         dry_run: plan, report, and write nothing.
         max_degraded: degraded expert matrices above which `QuantizationReport.is_degraded`.
+        engine: ``local`` quantises experts on threads of this process, ``ray`` on a Ray cluster, to
+            the same bytes on processors of the same kind; see docs/scale.md.
+        ray_address: a node of the cluster, such as "10.0.0.1:6379"; by default the one that this
+            process is connected to, else that of ``RAY_ADDRESS``, else one started here.
         progress: observer.
 
     Raises:
@@ -122,7 +129,9 @@ def quantize(
     )  # fmt: skip
     config = CalibrationConfig("builtin", calib_samples, calib_length, chat_template, seed)
     request = None if no_calib else CalibrationRequest(calib, config)
-    run = RunOptions(device, threads, work_dir, max_memory, resume, dry_run, max_degraded)
+    run = RunOptions(
+        device, threads, work_dir, max_memory, resume, dry_run, max_degraded, engine, ray_address
+    )
     return quantize_checkpoint(src, dst, options, request, run, observed(progress))
 
 
@@ -149,18 +158,31 @@ def quantize_checkpoint(
     with (
         opened(destination, how.work_dir, how.resume) as work,
         ShardFiles(destination, job.output.shards(MAX_SHARD_BYTES)) as shards,
+        _engine(job, how, watch) as (executor, watch),
         _single_threaded_products(),
         torch.no_grad(),
     ):
         return_freed_memory()
         work.begin(identity)
-        run = Run(job, work, shards, watch, ThreadExecutor(job.memory.experts_at_once))
+        run = Run(job, work, shards, watch, executor)
         _note_processor(work, watch)
         _execute(run, windows)
         report = _report(job, run, windows, how.max_degraded)
         complete(job.checkpoint, job.output, shards, report)
         work.remove()
     return report
+
+
+@contextmanager
+def _engine(job: Job, how: RunOptions, watch: Progress) -> Iterator[tuple[Executor, Progress]]:
+    """The executor of a run, and its observer."""
+    at_once = job.memory.experts_at_once
+    if how.engine == RAY:
+        on_gpu = "cuda" in (job.device.type, job.plan.options.search)
+        with ray_engine(job.checkpoint, on_gpu, at_once, how.ray_address, watch) as found:
+            yield found
+    else:
+        yield ThreadExecutor(at_once), watch
 
 
 def _execute(run: Run, windows: CalibrationWindows | None) -> None:

@@ -56,7 +56,12 @@ def run_identity(
             "--chat-template": calibration.chat_template,
             "the calibration text": windows.sha256,
         }
-    return facts | {f"{name} version": version(name) for name in ("erniequant", *_PACKAGES)}
+    return facts | {f"{name} version": found for name, found in package_versions().items()}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that the result depends on, by name."""
+    return {name: version(name) for name in ("erniequant", *_PACKAGES)}
 
 
 def processor() -> str:

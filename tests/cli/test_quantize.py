@@ -31,6 +31,8 @@ DEFAULTS = {
     "resume": None,
     "dry_run": False,
     "max_degraded": 0,
+    "engine": "local",
+    "ray_address": None,
 }
 OTHERS = {
     "bits": 4,
@@ -56,6 +58,8 @@ OTHERS = {
     "resume": True,
     "dry_run": True,
     "max_degraded": 5,
+    "engine": "ray",
+    "ray_address": "10.0.0.1:6379",
 }
 
 
