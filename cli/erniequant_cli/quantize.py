@@ -107,11 +107,11 @@ def quantize(
     tune: Annotated[
         Tune,
         typer.Option(
-            help="layer: train what is not packed, layer by layer, until the original's outputs "
-            "are met best; model: then norms, routers and scales end to end as well, with the "
-            "packed model in memory; none: leave all of it as it is."
+            help="none: leave what is not packed as it is; layer: train it layer by layer, until "
+            "the original's outputs are met best; model: then norms, routers and scales end to "
+            "end as well, with the packed model in memory (best at 2 bits)."
         ),
-    ] = Tune.layer,
+    ] = Tune.none,
     sensitivity: Annotated[
         Sensitivity,
         typer.Option(
@@ -179,9 +179,8 @@ def quantize(
     """Make a quantised copy of an ERNIE 4.5 checkpoint.
 
     Only the routed experts are quantised (in a dense model, the MLPs; in a vision-language model,
-    text and vision experts). All other tensors keep shape and type; those of layers with experts
-    are trained to make up for the loss, unless --tune none. If the run is interrupted in any way,
-    the same command continues it.
+    text and vision experts). All other tensors are copied verbatim; --tune trains some of them
+    to make up for the loss. If the run is interrupted in any way, the same command continues it.
 
     [bold]Examples[/bold]
 

@@ -52,7 +52,7 @@ class QuantizeOptions:
     seed: int = 0
     format: str = "native"
     own: Mapping[str, Any] = field(default_factory=dict)
-    tune: str = "layer"
+    tune: str = "none"
     sensitivity: str = "activation"
     search: str = "cpu"
 

@@ -51,7 +51,7 @@ def quantize(
     chat_template: str = "apply",
     no_calib: bool = False,
     effort: str = "standard",
-    tune: str = "layer",
+    tune: str = "none",
     sensitivity: str = "activation",
     search: str = "cpu",
     max_tp: int = 2,
@@ -90,11 +90,11 @@ def quantize(
             read as far as needed, an iterator once, and by a dry run not at all.
         no_calib: use no text; every input direction counts the same.
         effort: ``fast``, ``standard`` or ``max``: how long the registers of the codes are.
-        tune: ``layer`` trains what is not packed in every layer once its experts are (attention,
-            norms, shared experts, router, output scales of the experts), so that the layer gives
-            the original's output; ``model`` also trains norms, routers and output scales of the
-            whole model end to end, which needs it in memory, packed; ``none`` leaves everything as
-            it is. Without calibration nothing is trained.
+        tune: ``none`` leaves what is not packed as it is. ``layer`` trains it in every layer once
+            its experts are packed (attention, norms, shared experts, router, output scales of the
+            experts), so that the layer gives the original's output; ``model`` also trains norms,
+            routers and output scales of the whole model end to end, which needs it in memory,
+            packed. Without calibration nothing is trained.
         sensitivity: ``activation`` judges errors by what they do to the output of a layer;
             ``gradient`` by one backward pass of the original over a part of the calibration data.
         search: ``cpu`` or ``cuda``: where the codes of the native format are searched; either finds

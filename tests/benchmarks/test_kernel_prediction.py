@@ -106,7 +106,7 @@ def counts(**changes):
     cost = replace(cost, **changes.pop("cost", {}))
     base = {
         "cost": cost, "accesses": (), "sections": sections, "warps": 1, "weights": 64 * 16 * 64,
-        "executed": 0, "matrices": (),
+        "executed": 0, "outside": 0, "matrices": (),
     }  # fmt: skip
     return Counted(**(base | changes))
 

@@ -19,7 +19,7 @@ DEFAULTS = {
     "chat_template": "apply",
     "no_calib": False,
     "effort": "standard",
-    "tune": "layer",
+    "tune": "none",
     "sensitivity": "activation",
     "search": "cpu",
     "max_tp": 2,

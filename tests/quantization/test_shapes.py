@@ -92,8 +92,9 @@ def check_round_trip(source: Path, text: Path, folder: Path) -> QuantizationRepo
     """Quantise; every other tensor is there, verbatim where the report does not list it as trained;
     logits are those of the stock export, and near the source's."""
     report = erniequant.quantize(
-        source, folder / "q", bits=4, calib=str(text), device="cpu", threads=1, **CALIBRATION
-    )
+        source, folder / "q", bits=4, calib=str(text), device="cpu", threads=1, tune="layer",
+        **CALIBRATION,
+    )  # fmt: skip
     assert verify(folder / "q", reference=source).ok
     before, after = open_checkpoint(source), open_checkpoint(folder / "q")
     quantized = set(report.plan.quantized)

@@ -182,7 +182,7 @@ def test_the_plan_lists_every_group_of_tensors(
     for line in (
         "quantise   1728 x [1536, 2560] BF16  model.layers.{1..27}.mlp.experts.{0..63}.up_proj",
         "quantise   1728 x [2560, 512] BF16  model.layers.{1..27}.mlp.experts.{64..127}.down_proj",
-        "tune         27 x [2560, 64] F32  model.layers.{1..27}.mlp.gate.weight_1",
+        "copy         27 x [2560, 64] F32  model.layers.{1..27}.mlp.gate.weight_1",
         "copy         27 x [2, 64] F32  model.layers.{1..27}.mlp.moe_statics.e_score_correction_bi",
         f"copy         32 x [3840] BF16  {tower}.blocks.{{0..31}}.attn.qkv.bias",
         "copy          1 x [5120, 10240] BF16  model.resampler_model.temporal_linear.0.weight",

@@ -24,7 +24,12 @@ def quantized(source, folder, text, monkeypatch, **options):
     monkeypatch.setattr(run_module, "LAYER", SMALL_STEPS)
     monkeypatch.setattr(run_module, "MODEL", SMALL_STEPS)
     return erniequant.quantize(
-        source, folder, bits=2, calib=str(text), device="cpu", **{**CALIBRATION, **options}
+        source,
+        folder,
+        bits=2,
+        calib=str(text),
+        device="cpu",
+        **{**CALIBRATION, "tune": "layer", **options},
     )
 
 
