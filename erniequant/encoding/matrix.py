@@ -13,11 +13,10 @@ from erniequant.codes.spec import ConvolutionalCode
 from erniequant.codes.viterbi import Encoder, encoder
 from erniequant.encoding.hessian import ROW_BLOCK, cholesky, factorise
 from erniequant.encoding.ldlq import EncodedMatrix, OutputFactor, encode_matrix
-from erniequant.encoding.products import product
+from erniequant.encoding.products import symmetric_product
 from erniequant.packing.decoding import decode_scale, decode_weight, encode_scale
 from erniequant.packing.rotation import hadamard, pack_signs, rotate, unrotate
 from erniequant.packing.schema import MatrixSpec
-from erniequant.system import product_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,12 +249,11 @@ def refit_scale(
     """
     refitted = torch.empty_like(scale)
     loss = energy = 0.0
-    low = hessian.to(product_dtype(hessian.device))
     # By columns: products with the Hessian are as large as the matrix.
     for start in range(0, rows.shape[1], ROW_BLOCK):
         part = slice(start, start + ROW_BLOCK)
         q, w = labels[:, part], rows[:, part]
-        of_q, of_w = product(low, q), product(low, w)
+        of_q, of_w = hessian @ q, hessian @ w
         qq, qw, ww = (_inner(*pair) for pair in ((of_q, q), (of_q, w), (of_w, w)))
         fitted = (qw / qq).float()
         usable = torch.isfinite(fitted) & (fitted > 0)
@@ -277,11 +275,12 @@ def refit_scales_together(
     """`refit_scale` where errors of outputs make up for each other: the minimum of
     ``tr(G E H E^T)`` over all scales, and the relative error in this metric ``[N, N]``; by
     `refit_scale` where that has no minimum."""
-    q, w, low = (matrix.to(product_dtype(hessian.device)) for matrix in (labels, rows, hessian))
-    of_q = product(low, q)
-    quadratic = product(q.T, of_q).double().mul_(metric)
-    linear = product(of_q.T, w).double().mul_(metric).sum(1)
-    energy = float(product(w.T, product(low, w)).mul_(metric).sum(dtype=torch.float64))
+    of_labels = hessian @ labels
+    quadratic = symmetric_product(labels, of_labels).double().mul_(metric)
+    linear = (of_labels.T @ rows).double().mul_(metric).sum(1)
+    total = symmetric_product(rows, hessian @ rows).mul_(metric)
+    energy = float(total.sum(dtype=torch.float64))
+    del total
     # One output whose labels are all zero would make it singular.
     quadratic.diagonal().add_(1e-6 * quadratic.diagonal().mean())
     lower, info = torch.linalg.cholesky_ex(quadratic)

@@ -2,8 +2,10 @@
 
 In bfloat16 factors are rounded to 8 bits, sums are float32, and each result is rounded once more:
 2.1 times as fast as float32 with AVX512_BF16, more with AMX or on a GPU. Models run in it anyway.
-Second moments are not computed in it: their errors would be larger than their least eigenvalues
-with damping.
+Second moments, and whatever else has to be positive definite, are not computed in it: their errors
+would be larger than their least eigenvalues. Metrics of outputs and refitted scales in bfloat16
+made the errors of some matrices of the tiny vision-language model three times to forty times as
+large.
 """
 
 from collections.abc import Iterator
@@ -43,6 +45,15 @@ def mirror(total: torch.Tensor) -> None:
         block = total[rows, rows]
         block.copy_(block.tril() + block.tril(-1).T)
         total[rows, start + MOMENT_BLOCK :] = total[start + MOMENT_BLOCK :, rows].T
+
+
+def symmetric_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a^T b`` float32 ``[N, N]`` for ``a`` and ``b`` ``[n, N]`` for which that is symmetric, at
+    half the work."""
+    total = torch.zeros(a.shape[1], a.shape[1], device=a.device)
+    add_moments(total, b, a)
+    mirror(total)
+    return total
 
 
 @contextmanager

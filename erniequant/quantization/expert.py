@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 from erniequant.calibration.rows import RowPool, Rows
 from erniequant.encoding.hessian import Moments, finite_rows
 from erniequant.encoding.matrix import MatrixQuantizer, QuantizedMatrix
-from erniequant.encoding.products import product
+from erniequant.encoding.products import add_moments, mirror, product
 from erniequant.encoding.targets import corrected_target, inner_slopes, token_emphasis
 from erniequant.quantization.token_batches import CHUNK, TokenBatch, Tokens
 from erniequant.system import product_dtype
@@ -212,7 +212,7 @@ def _gate_up_moments(
         before.release()
         slope = inner_slopes(outputs)
         some = slope[::spacing]
-        slopes.add_(product((some * chunk.weights[::spacing, None]).T, some))
+        add_moments(slopes, some, some * chunk.weights[::spacing, None])
         if place.start < evidence.own:
             counts = chunk.weights
             plain += float(counts.double().sum())
@@ -226,6 +226,7 @@ def _gate_up_moments(
         moments.total.mul_(factor)
         moments.cross[0].mul_(factor)
         moments.weight = plain
+    mirror(slopes)
     return moments.finish(), slopes.cpu() if evidence.count else torch.eye(len(slopes))
 
 
@@ -238,8 +239,8 @@ def _gate_up_metric(
 
     To first order, errors ``e`` of the outputs move the expert's output by ``W (s * e)``.
     """
-    moved = down if gradient is None else product(gradient, down)
-    metric = product(down.T, moved).repeat(2, 2).mul_(slopes)
+    moved = down if gradient is None else gradient @ down
+    metric = (down.T @ moved).repeat(2, 2).mul_(slopes)
     if bool(torch.isfinite(metric).all()):
         return metric
     diagonal = metric.diagonal().clone()

@@ -75,7 +75,9 @@ class Heard(NullProgress):
 
 @pytest.fixture(scope="module")
 def options(micro_text: Path) -> dict[str, Any]:
-    return {"bits": 2, "calib": str(micro_text), "device": "cpu", **CALIBRATION}
+    return {
+        "bits": 2, "calib": str(micro_text), "device": "cpu", "tune": "layer", **CALIBRATION,
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -198,6 +198,7 @@ def test_text_alone_is_announced_and_degraded(
 # Among the text experts of the first layer, between both sets, among the vision experts, and in
 # the last layer.
 @pytest.mark.parametrize("done", [2, 4, 7, 14])
+@pytest.mark.usefixtures("float32_products")
 def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
     quantized: tuple[Path, QuantizationReport],
     micro_vl: Path,

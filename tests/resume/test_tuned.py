@@ -56,7 +56,7 @@ def run(
         own = {} if native else {key: FASTDEPLOY[key] for key in ("format", "w4_layers")}
         options = tuned_options | own | {"tune": tune}
         if not native:
-            request["steps"] = {"rate": 3e-4}  # larger ones do not improve this model
+            request["steps"] = {"rate": 1e-3}  # larger ones do not improve this model
         return driver.run(micro_source if native else fastdeploy_source, dst, options, **request)
 
     return session
@@ -226,4 +226,5 @@ def test_what_was_compared_is_trained(
         for name in ("self_attn.o_proj.weight", "mlp.gate.weight", "mlp.experts.down_proj_scale"):
             full = f"model.layers.{index}.{name}"
             assert not still[full].equal(layer[full]), full
-            assert not layer[full].equal(model[full]), full
+            # Attention is trained by its layer alone.
+            assert layer[full].equal(model[full]) == ("self_attn" in name), full

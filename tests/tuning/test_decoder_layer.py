@@ -17,7 +17,6 @@ from erniequant.data.tokenizers import load_tokenizer
 from erniequant.encoding.products import fast_products
 from erniequant.models.architecture import EXPERT_MATRICES, Architecture
 from erniequant.models.registry import architecture_of
-from erniequant.tuning import decoder_layer
 from erniequant.tuning.decoder_layer import DecoderLayer, FixedExpert, ScaleFactors
 from erniequant.tuning.layer import scale_factors, trainable
 
@@ -29,9 +28,7 @@ FAMILIES = ["micro_ernie", "micro_dense", "micro_vl"]
 Matrices = tuple[torch.Tensor, torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_layer, "fast_bfloat16", lambda: False)
+pytestmark = pytest.mark.usefixtures("float32_products")
 
 
 @pytest.fixture(params=FAMILIES)
