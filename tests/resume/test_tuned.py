@@ -55,8 +55,6 @@ def run(
         native = format == "native"
         own = {} if native else {key: FASTDEPLOY[key] for key in ("format", "w4_layers")}
         options = tuned_options | own | {"tune": tune}
-        if not native:
-            request["steps"] = {"rate": 1e-3}  # larger ones do not improve this model
         return driver.run(micro_source if native else fastdeploy_source, dst, options, **request)
 
     return session
