@@ -44,12 +44,13 @@ def expert_work(hidden: int, inner: int, tokens: float) -> Work:
         return _of_matrices(hidden, inner)
     both = 2 * inner
     sample = min(tokens, SAMPLE_TOKENS)
-    # Gate and up twice, down twice; cross moments; slopes.
+    # Gate and up twice, down twice.
     forward = (tokens + sample) * 2 * hidden * both + tokens * 2 * inner * hidden
     cross = tokens * (hidden**2 + inner**2 + inner * hidden)
     slopes = min(tokens + sample, 2 * METRIC_TOKENS) * both**2
-    moments = tokens * (hidden**2 + inner**2) / 2
-    of_tokens = Work(low=2 * (forward + cross + slopes), full=2 * moments)
+    moments = tokens * (hidden**2 + inner**2)
+    # Of symmetric products half is computed.
+    of_tokens = Work(low=2 * (forward + cross), full=moments + slopes)
     return of_tokens + _of_matrices(hidden, inner)
 
 
@@ -58,7 +59,9 @@ def _of_matrices(hidden: int, inner: int) -> Work:
     both = 2 * inner
     targets = hidden**2 * both + inner**2 * hidden
     metric = inner**2 * hidden
-    refit = 2 * hidden**2 * both + 3 * hidden * both**2 + 2 * inner**2 * hidden
+    refit = 2 * hidden**2 * both + 2 * hidden * both**2 + 2 * inner**2 * hidden
     feedback = (hidden**2 * both + hidden * both**2 + inner**2 * hidden) / 2
-    factors = (2 * hidden**3 + 2 * inner**3 + 2 * both**3) / 3
-    return Work(low=2 * (targets + metric + refit), full=2 * (targets + feedback), double=factors)
+    # Two for each Hessian, and the system of the scales.
+    factors = (2 * hidden**3 + 2 * inner**3 + both**3) / 3
+    solved = targets + metric + refit + both**3 / 6
+    return Work(low=2 * (targets + feedback), full=2 * solved, double=factors)
