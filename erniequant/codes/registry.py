@@ -111,7 +111,7 @@ CODES = {
 CODE_OF_BITS = {2: "cc2", 3: "cc3", 4: "cc4"}
 """The code that a nominal width is quantised with, unless an effort takes another."""
 
-# At the longest register cc2s has 5 % less error than cc2, and its search takes about twice as long.
+# At the longest register cc2s has 5 % less error than cc2; its search takes twice as long.
 _CODES_OF_EFFORTS = {("max", 2): "cc2s"}
 
 # Register length by bits. Standard stays above 300,000 weights a second on two cores with room to
