@@ -25,6 +25,11 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.to(dtype) @ b.to(dtype)).float()
 
 
+def ready(a: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A matrix on a device and in `product_dtype`, as factor of many products there."""
+    return a.to(device, product_dtype(device))
+
+
 def add_moments(total: torch.Tensor, x: torch.Tensor, weighted: torch.Tensor) -> None:
     """Add ``weighted^T x`` to ``total`` float32 ``[K, K]``, below and on the diagonal only: half
     the work of a symmetric product. `mirror` completes it.

@@ -15,10 +15,9 @@ from torch.nn.functional import silu
 from erniequant.calibration.rows import RowPool, Rows
 from erniequant.encoding.hessian import Moments, finite_rows
 from erniequant.encoding.matrix import MatrixQuantizer, QuantizedMatrix
-from erniequant.encoding.products import add_moments, mirror, product
+from erniequant.encoding.products import add_moments, mirror, product, ready
 from erniequant.encoding.targets import corrected_target, inner_slopes, token_emphasis
 from erniequant.quantization.token_batches import CHUNK, TokenBatch, Tokens
-from erniequant.system import product_dtype
 
 METRIC_TOKENS = 4096
 """Tokens of an expert that are enough for the metric of the outputs of gate and up."""
@@ -180,7 +179,7 @@ def _gate_up_target(
     missing = moments.cross[0]
     missing.add_(layer.pooled_missing, alpha=strength).div_(max(moments.weight + strength, 1e-30))
     hessian = moments.blend(layer.pooled, strength)
-    low = missing.to(product_dtype(missing.device))
+    low = ready(missing, missing.device)
     target = corrected_target(gate_up, hessian, lambda rows: product(low, gate_up[rows].T))
     return target, hessian, importance
 
@@ -200,7 +199,7 @@ def _gate_up_moments(
     slopes are taken to be alike and independent.
     """
     device, hidden = layer.device, gate_up.shape[1]
-    weight, column = gate_up.to(device, product_dtype(device)), reach.to(device)
+    weight, column = ready(gate_up, device), reach.to(device)
     moments = Moments(hidden, (hidden,), device)
     slopes = torch.zeros(gate_up.shape[0], gate_up.shape[0], device=device)
     spacing = max(evidence.count // METRIC_TOKENS, 1)
@@ -273,7 +272,7 @@ def _down_target(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Target ``[H, I]`` and Hessian ``[I, I]`` of down."""
     device, hidden, size = layer.device, gate_up.shape[1], gate_up.shape[0] // 2
-    effective = gate_up.to(device, product_dtype(device))
+    effective = ready(gate_up, device)
     moments = Moments(size, (size, hidden), device)
     for place, held in evidence.chunks():
         chunk = held.to(device)
@@ -287,7 +286,7 @@ def _down_target(
         inner.release()
     moments.finish()
     down = weights.down()
-    changed, drift = moments.cross[0].to(product_dtype(torch.device("cpu"))), moments.cross[1]
+    changed, drift = ready(moments.cross[0], down.device), moments.cross[1]
     unit = max(moments.weight, 1e-30)
     hessian = moments.blend(torch.zeros(1), 0.0)
     target = corrected_target(
@@ -305,8 +304,7 @@ def inner_activations(
 ) -> InnerActivations:
     """What `quantize_expert` made of an expert's own tokens, to the last bit, from the weights
     ``[2I, H]`` that gate and up were quantised to."""
-    dtype = product_dtype(device)
-    source, given = weights.gate_up().to(device, dtype), effective.to(device, dtype)
+    source, given = ready(weights.gate_up(), device), ready(effective, device)
     count, size = routed.weights.numel(), effective.shape[0] // 2
     inner = InnerActivations(pool.empty(count, size), pool.empty(count, size))
     for start, held in zip(range(0, count, CHUNK), routed.chunks(), strict=True):

@@ -12,7 +12,7 @@ import torch
 
 from erniequant.calibration.rows import RowPool, Rows
 from erniequant.encoding.matrix import QuantizedMatrix
-from erniequant.encoding.products import product
+from erniequant.encoding.products import product, ready
 from erniequant.models.architecture import TensorSource
 from erniequant.quantization.expert import (
     ExpertWeights,
@@ -24,7 +24,6 @@ from erniequant.quantization.expert import (
 )
 from erniequant.quantization.layer import LayerInput
 from erniequant.quantization.token_batches import CHUNK, TableTokens
-from erniequant.system import product_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +162,8 @@ def _run(job: ExpertJob, layer: ExpertLayer) -> ExpertOutcome:
 def _run_again(chosen: Routed, layer: ExpertLayer, packed: PackedExpert) -> Contribution:
     """What a packed expert adds in the quantised model."""
     device = layer.context.device
-    gate_up, down = _ready(packed.gate_up.effective, device), _ready(packed.down.effective, device)
+    gate_up = ready(packed.gate_up.effective, device).T
+    down = ready(packed.down.effective, device).T
     values = layer.pool.empty(chosen.rows.numel(), down.shape[1])
     for start in range(0, chosen.rows.numel(), CHUNK):
         part = slice(start, start + CHUNK)
@@ -175,11 +175,6 @@ def _run_again(chosen: Routed, layer: ExpertLayer, packed: PackedExpert) -> Cont
     return Contribution(chosen.rows, values)
 
 
-def _ready(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A matrix ``[N, K]`` turned ``[K, N]``, as factor of many products on a device."""
-    return weight.to(device, product_dtype(device)).T
-
-
 def _quantized_contribution(
     chosen: Routed,
     layer: ExpertLayer,
@@ -189,7 +184,7 @@ def _quantized_contribution(
 ) -> Contribution:
     """What the quantised expert adds in the quantised model, to all tokens that chose it."""
     row, weight, device = chosen.rows, chosen.weights, layer.context.device
-    down = _ready(packed.down.effective, device)
+    down = ready(packed.down.effective, device).T
     own = torch.isin(row, routed.row)
     order = torch.cat([routed.row, row[~own]])
     weights = torch.cat([weight[own], weight[~own]])[:, None]
@@ -202,7 +197,7 @@ def _quantized_contribution(
         inner.release()
         values.release()
     if order.numel() > count:
-        gate_up = _ready(packed.gate_up.effective, device)
+        gate_up = ready(packed.gate_up.effective, device).T
         for start in range(count, order.numel(), CHUNK):
             place = slice(start, start + CHUNK)
             x = layer.inputs.quantized.x[order[place]].to(device)
@@ -227,7 +222,7 @@ def _original_contribution(
     """
     row, weight, device = chosen.rows, chosen.weights, layer.context.device
     known = routed.row
-    down = _ready(source.down(), device)
+    down = ready(source.down(), device).T
     values = layer.pool.empty(row.numel(), down.shape[1])
     for start in range(0, known.numel(), CHUNK):
         place = slice(start, min(start + CHUNK, known.numel()))
@@ -239,7 +234,7 @@ def _original_contribution(
         values.release()
     others = torch.where(~torch.isin(row, known))[0]
     if others.numel():
-        gate_up = _ready(source.gate_up(), device)
+        gate_up = ready(source.gate_up(), device).T
         for target in others.split(CHUNK):
             x = layer.inputs.original.x[row[target]].to(device)
             output = product(activate(product(x, gate_up)), down).cpu()
